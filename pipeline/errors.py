@@ -33,7 +33,7 @@ class BusyError(SemdictError):
     """Another run holds the lock."""
 
 
-class InterruptedRun(SemdictError)  # noqa: N818:
+class InterruptedRun(SemdictError):  # noqa: N818
     """SIGINT or SIGTERM arrived; finished chunks are kept, the same command continues."""
 
     exit_code = 130
