@@ -37,7 +37,7 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class Box:
-    """Where a view lies in the decoded image, in its pixels (fractions allowed); `flip`: then mirrored left to right."""
+    """Where a view lies in the decoded image, in its pixels (fractions allowed), then mirrored if `flip`."""
 
     left: float
     top: float
@@ -145,10 +145,7 @@ def _ten_crop(image: Image.Image) -> list[tuple[Image.Image, Box]]:
 def _resize_short(image: Image.Image, short: int) -> Image.Image:
     """Shorter side to `short`, the longer one rounded down (torchvision's Resize), bicubic."""
     width, height = image.size
-    if width <= height:
-        size = short, int(short * height / width)
-    else:
-        size = int(short * width / height), short
+    size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -176,7 +173,7 @@ def _random(image: Image.Image, draw: Iterator[float]) -> tuple[Image.Image, Box
 
 
 def _random_window(width: int, height: int, draw: Iterator[float]) -> tuple[int, int, int, int]:
-    """(left, top, w, h): area share and log ratio uniform, position uniform; after ten misses the largest centre cut."""
+    """(left, top, w, h): area share, log ratio and position uniform; after ten misses the largest centre cut."""
     low, high = (math.log(ratio) for ratio in RANDOM_RATIO)
     for _ in range(RANDOM_TRIES):
         area = width * height * (RANDOM_SCALE[0] + (RANDOM_SCALE[1] - RANDOM_SCALE[0]) * next(draw))

@@ -1,4 +1,4 @@
-"""Image bytes -> RGB pixels: the only decoder of the project. Crops and views are in `pipeline.crops`, offered here too.
+"""Image bytes -> RGB pixels: the only decoder of the project. Crops and views: `pipeline.crops`, offered here too.
 
 What counts as the picture is what `PIL.Image.open(file).convert("RGB")` gives, as the field's ImageFolder loaders read
 it: EXIF rotation is NOT applied, embedded colour profiles are ignored, an alpha channel is dropped (not composited).
