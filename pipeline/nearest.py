@@ -1,0 +1,62 @@
+"""Nearest code by squared Euclidean distance: the one search behind both dictionaries."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import SemdictError
+
+# Distances held at once, (rows, K) float32: 64 MiB on a CPU, 1 GiB on a GPU.
+CPU_CELLS, GPU_CELLS = 1 << 24, 1 << 28
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 products and convolutions keep all their bits (no TF32, no bfloat16 passes) inside this context."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@torch.no_grad()
+def nearest(points_ND: Tensor, codes_KD: Tensor) -> Tensor:
+    """(N,) int64: for each point the code of least squared distance, lowest id on a tie.
+
+    Any float dtype, computed in float32 on the points' device as |c|^2 - 2 x.c (|x|^2 changes no order), in chunks
+    of rows: no (N, K, D) tensor, no (N, K) either. SemdictError names the first row that holds NaN or Inf.
+    """
+    if points_ND.ndim != 2 or codes_KD.ndim != 2 or points_ND.shape[1] != codes_KD.shape[1]:
+        raise SemdictError(
+            f"points are {tuple(points_ND.shape)}, the dictionary is {tuple(codes_KD.shape)}: "
+            "both must be two-dimensional and of equal width"
+        )
+    refuse_non_finite(points_ND)
+    device = points_ND.device
+    codes_DK = codes_KD.to(device=device, dtype=torch.float32).T.contiguous()
+    norms_1K = codes_DK.square().sum(0, keepdim=True)
+    rows = max(1, (GPU_CELLS if device.type == "cuda" else CPU_CELLS) // codes_DK.shape[1])
+    ids_N = torch.empty(points_ND.shape[0], dtype=torch.int64, device=device)
+    with torch.autocast(device.type, enabled=False), exact_float32():
+        for start in range(0, points_ND.shape[0], rows):
+            part = points_ND[start : start + rows].float()
+            ids_N[start : start + rows] = torch.addmm(norms_1K, part, codes_DK, alpha=-2).argmin(dim=1)
+    return ids_N
+
+
+def refuse_non_finite(points_ND: Tensor, first_row: int = 0) -> None:
+    """SemdictError that names the first row with NaN or Inf; rows are counted from `first_row`."""
+    if torch.isfinite(points_ND).all():
+        return
+    bad = (~torch.isfinite(points_ND)).any(dim=1).nonzero()[:, 0]
+    raise SemdictError(
+        f"row {first_row + int(bad[0])} of the features holds NaN or Inf ({len(bad)} such rows of {len(points_ND)}); "
+        "check the weights and the precision of the model that made them"
+    )
