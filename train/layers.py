@@ -1,0 +1,96 @@
+"""Attention, MLP, transformer block and the fixed position table; shapes: B batch, N rows, E width, H heads."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-6  # of the embedding, block and final norms
+
+
+def plain_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v with the probabilities written out, what the fast kernels must equal."""
+    scores = q_BHND @ k_BHND.mT / q_BHND.shape[-1] ** 0.5
+    return F.dropout(scores.softmax(-1), dropout_p) @ v_BHND
+
+
+KERNELS = {"sdpa": F.scaled_dot_product_attention, "plain": plain_attention}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all rows, no mask; `qkv` is one linear ordered [q | k | v]."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, kernel: str = "sdpa") -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        self.heads, self.dropout, self.kernel = heads, dropout, kernel
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x_BNE: Tensor) -> Tensor:
+        B, N, E = x_BNE.shape
+        q, k, v = self.qkv(x_BNE).view(B, N, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)
+        out = KERNELS[self.kernel](q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.drop(self.proj(out.transpose(1, 2).reshape(B, N, E)))
+
+
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(x))), exact GELU, dropout after both linears."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x_BNE: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x_BNE)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x += attention(LN(x)); x += mlp(LN(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int = 4, dropout: float = 0.0, kernel: str = "sdpa") -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=EPS)
+        self.attn = Attention(width, heads, dropout, kernel)
+        self.norm2 = nn.LayerNorm(width, eps=EPS)
+        self.mlp = Mlp(width, mlp_ratio * width, dropout)
+
+    def forward(self, x_BNE: Tensor) -> Tensor:
+        x_BNE = x_BNE + self.attn(self.norm1(x_BNE))
+        return x_BNE + self.mlp(self.norm2(x_BNE))
+
+
+def pos2d(width: int, grid: int) -> Tensor:
+    """(grid^2, width) float32 fixed table: [sin(c w), cos(c w), sin(r w), cos(r w)] at row r, column c, row-major.
+
+    w_i = 10000^(-i / (width/4)), i = 0 .. width/4 - 1; the column part stands first, as in MAE's released table.
+    """
+    if width % 4:
+        raise ValueError(f"the 2-D position table needs a width that is a multiple of 4, got {width}")
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = [place.reshape(-1, 1).double() * omega for place in (column, row)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+
+
+def projection_head(width: int, hidden: int, out: int) -> nn.Sequential:
+    """Sorcen's two-layer head: linear, BatchNorm (eps 1e-5, momentum 0.1), ReLU, linear."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+def init_weights(module: nn.Module, rng: torch.Generator) -> None:
+    """Initialise every parameter of `module` from `rng`: linears Xavier-uniform with zero bias, norms to one and zero,
+    tables normal(0, 0.02). As MAE, arXiv:2111.06377."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight, generator=rng)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02, generator=rng)
+        elif isinstance(part, (nn.LayerNorm, nn.BatchNorm1d)):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
