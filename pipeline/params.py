@@ -1,5 +1,6 @@
 """The one door to params.yaml: read, validate, override, and say what is wrong with a key."""
 
+import argparse
 import difflib
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ def load_params(path: str | Path = DEFAULT_PATH, overrides: list[str] | None = N
         return Params.model_validate(_tuples(tree))
     except ValidationError as error:
         raise ParamsError("\n".join(_explain(path, tree, item) for item in error.errors())) from None
+
+
+def add_params_arguments(parser: argparse.ArgumentParser) -> None:
+    """--params and --set, the same for every stage."""
+    parser.add_argument("--params", default=DEFAULT_PATH, type=Path, help="default: params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+
+
+def params_of(args: argparse.Namespace) -> Params:
+    """The validated parameters that the command line asked for."""
+    return load_params(args.params, args.set)
 
 
 def _set(tree: dict, override: str) -> None:

@@ -17,15 +17,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
 
-class Inputs(Section):
-    """Files or folders that DVC watches for a stage: a preset lists what it has, a hub name has none."""
+NONE = "presets/none"  # stands where a preset has no file to watch
 
-    manifest: list[str] = []
-    vqgan: list[str] = []
-    features: list[str] = []
-    kmeans: list[str] = []
-    perceptual: list[str] = []
-    evaluate: list[str] = []
+
+class Inputs(Section):
+    """Files or folders that DVC watches besides the parameters; `presets/none` where there is nothing to watch.
+
+    An image store of millions of files is not for DVC to hash: only the demo's own images are named here.
+    """
+
+    images: str
+    features: str
+    centroids: str
 
 
 class Manifest(Section):
@@ -58,7 +61,7 @@ class SampleFeatures(Section):
     """Patches drawn for k-means, evenly over the whole dataset."""
 
     splits: list[str] = ["train"]
-    points_per_centroid: Annotated[int, Field(ge=1, le=256)] = 256
+    points: Positive = 4_194_304  # over all images; k-means uses at most kmeans.max_points_per_centroid * k
     batch: Positive = 64
     chunk: Positive = 1024  # images per unit of resume
     seed: Annotated[int, Field(ge=0)] = 0
@@ -73,6 +76,7 @@ class Kmeans(Section):
     iterations: Positive = 20
     seed: Annotated[int, Field(ge=0)] = 0
     engine: Literal["auto", "faiss", "torch"] = "auto"
+    max_points_per_centroid: Positive = 256
     centroids: str | None = None  # an existing (K, D) .npy instead of clustering
     neighbours: Positive = 5
     tau: Annotated[float, Field(gt=0)] = 0.1
@@ -113,11 +117,94 @@ class Shards(Section):
         return self
 
 
+class PretrainMask(Section):
+    """Mask ratio: a normal distribution cut off at both ends, one draw per batch (as published) or per sample."""
+
+    mode: Share = 0.55
+    std: Annotated[float, Field(gt=0)] = 0.25
+    min: Annotated[float, Field(ge=0.5, le=1.0)] = 0.5
+    max: Annotated[float, Field(ge=0.5, le=1.0)] = 1.0
+    per_sample: bool = False
+
+
+class PretrainLease(Section):
+    """Codebook contrast (LEASE, Table A.1): how many neighbours are positives, and both temperatures."""
+
+    contrast: Literal["encoder", "decoder", "both"] = "encoder"
+    neighbours: Annotated[int, Field(ge=0)] = 5
+    tau: Annotated[float, Field(gt=0)] = 0.1
+    alpha: Annotated[float, Field(gt=0)] = 0.1
+
+
+class PretrainSorcen(Section):
+    """Echo contrast (Sorcen, Table A.1)."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.3
+    top: Positive = 15  # codes that an echo is drawn from
+    echo_warmup_epochs: Annotated[int, Field(ge=0)] = 40
+    uniform_weight: Annotated[float, Field(ge=0)] = 0.01
+    momentum: Share = 0.996
+    projector: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [4096, 512]  # hidden, out
+    predictor: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [2048, 512]
+    as_released: bool = False
+
+
+class Pretrain(Section):
+    """Masked-token training on cached shards.
+
+    The values are the papers' (LEASE A.1, Sorcen A.1); only dropout is the released code's 0.1, where the tables say 0.5.
+    """
+
+    size: Literal["tiny", "small", "vit_base", "vit_large"] = "vit_base"
+    width: Positive | None = None  # each of these six replaces the size's own number
+    depth: Positive | None = None
+    heads: Positive | None = None
+    decoder_width: Positive | None = None
+    decoder_depth: Positive | None = None
+    decoder_heads: Positive | None = None
+    splits: Annotated[list[str], Field(min_length=1)] = ["train"]
+    loader: Literal["resident", "streaming"] = "resident"
+    epochs: Positive = 1600
+    batch: Positive = 4096  # over all processes and micro-batches
+    accumulate: Positive = 1
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4  # at a batch of 256
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: Annotated[int, Field(ge=0)] = 40
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    clip: Annotated[float, Field(ge=0)] = 3.0  # largest gradient norm, 0 = none
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    contrast_weight: Annotated[float, Field(ge=0, alias="lambda")] = 0.1
+    mask: PretrainMask = PretrainMask()
+    lease: PretrainLease = PretrainLease()
+    sorcen: PretrainSorcen = PretrainSorcen()
+    online_classifier: bool = False  # a small head on detached latents, for the curve only
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    compile: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Device = "auto"
+    save_every: Annotated[int, Field(ge=0)] = 1000  # steps, 0 = only at the end
+    keep: Positive = 2  # checkpoints
+    log_every: Positive = 20  # steps
+    picture_every: Annotated[int, Field(ge=0)] = 0  # steps between reconstruction grids, 0 = none
+    pictures: Positive = 8  # images in a grid
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Pretrain":
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} is more than epochs {self.epochs}")
+        if self.mask.min > self.mask.max:
+            raise ValueError(f"mask.min {self.mask.min} is above mask.max {self.mask.max}")
+        return self
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
     preset: Name
-    inputs: Inputs = Inputs()
+    inputs: Inputs
     manifest: Manifest
     vqgan: Vqgan
     features: Features
@@ -125,3 +212,14 @@ class Params(Section):
     kmeans: Kmeans
     encode: Encode = Encode()
     shards: Shards = Shards()
+    pretrain: Pretrain = Pretrain()
+
+    @model_validator(mode="after")
+    def _watched(self) -> "Params":
+        pairs = {"features": self.features.weights, "centroids": self.kmeans.centroids}
+        for name, path in pairs.items():
+            watched = getattr(self.inputs, name)
+            if watched != (path or NONE):
+                key = "features.weights" if name == "features" else "kmeans.centroids"
+                raise ValueError(f"inputs.{name} is {watched}, {key} is {path}: set inputs.{name}: {path or NONE}")
+        return self

@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "kmeans": ("pipeline.kmeans_stage", "cluster the sampled features into the discriminative dictionary"),
     "encode": ("pipeline.encode", "turn every image into generative and discriminative tokens"),
     "shards": ("pipeline.shards_cli", "info, verify, import, export of token shards"),
+    "pretrain": ("train.pretrain", "train lease, sorcen or mage on token shards"),
     "check": ("pipeline.check", "validate params.yaml and say what it would do"),
 }
 
@@ -52,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     except SemdictError as error:
         print(f"semdict {args.command}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a missing right: what is finished is kept
+        print(f"semdict {args.command}: {error}; mend it and run the same command again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"semdict {args.command}: interrupted", file=sys.stderr)
         return 130

@@ -1,0 +1,60 @@
+# make demo: install and run the offline demo.  make test: install and run the tests.  make help: the rest.
+PYTHON ?= python3
+EXTRA ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+INSTALLED := $(VENV)/installed-$(EXTRA)
+TESTING := $(VENV)/installed-$(EXTRA)-test
+
+.PHONY: help demo test lint format preset check demo-weights clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRA)]'
+	@touch $@
+
+$(TESTING): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRA),test]'
+	@touch $@ $(INSTALLED)
+
+demo: $(INSTALLED) ## run the offline demo to verified token shards and trained models
+	@grep -q '^preset: demo$$' params.yaml || { echo 'params.yaml holds another preset: make preset NAME=demo'; exit 2; }
+	semdict check
+	dvc repro
+	semdict shards verify shards/demo
+	@semdict shards info shards/demo
+	@echo 'tokens: shards/demo   runs: runs/demo   metrics, plots, pictures: reports/demo'
+
+test: $(TESTING) ## run the tests
+	python -m pytest
+
+lint: $(TESTING) ## check style and format
+	ruff check .
+	ruff format --check .
+
+format: $(TESTING) ## rewrite to the project's format
+	ruff check --fix .
+	ruff format .
+
+preset: ## make preset NAME=in1k: put presets/NAME.yaml in force (your params.yaml is kept as params.yaml.before)
+	@test -f 'presets/$(NAME).yaml' || { echo "no preset '$(NAME)'; there are: $$(cd presets && ls *.yaml | sed 's/.yaml//' | xargs)"; exit 2; }
+	@if [ -f params.yaml ] && ! cmp -s params.yaml 'presets/$(NAME).yaml'; then cp params.yaml params.yaml.before; fi
+	cp 'presets/$(NAME).yaml' params.yaml
+
+check: $(INSTALLED) ## validate params.yaml and name missing inputs
+	semdict check
+
+demo-weights: $(INSTALLED) ## train the demo's VQGAN and teacher again (the shipped ones were made by this)
+	python -m demo.images --out demo/assets/images
+	python -m demo.train_vqgan
+	python -m demo.train_teacher
+
+clean: ## remove everything that commands made, the environment included
+	rm -rf $(VENV) work data runs reports shards/demo demo/assets *.egg-info

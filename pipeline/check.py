@@ -1,0 +1,34 @@
+"""`semdict check`: refuse a wrong params.yaml before any work, and say which files a preset still misses."""
+
+import argparse
+from pathlib import Path
+
+from pipeline.params import add_params_arguments, params_of
+from pipeline.schema import Params
+
+EXAMPLE = """example:
+  semdict check                       validate params.yaml
+  semdict check --params presets/in1k.yaml"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Only the file to check."""
+    add_params_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Validate; list inputs that are not there yet."""
+    settings = params_of(args)
+    print(f"{args.params}: preset {settings.preset} is valid")
+    for key, path in missing_inputs(settings):
+        print(f"  not there yet: {path} ({key})")
+    return 0
+
+
+def missing_inputs(settings: Params) -> list[tuple[str, str]]:
+    """(parameter, path) of every input that a stage will ask for and that does not exist."""
+    wanted = [(f"manifest.images.{split}", where) for split, where in settings.manifest.images.items()]
+    wanted.append(("vqgan.weights", settings.vqgan.weights))
+    optional = {"features.weights": settings.features.weights, "kmeans.centroids": settings.kmeans.centroids}
+    wanted += [(key, path) for key, path in optional.items() if path]
+    return [(key, path) for key, path in wanted if not any(c in path for c in "*?{") and not Path(path).exists()]
