@@ -27,28 +27,38 @@ def exact_float32() -> Iterator[None]:
 
 
 @torch.no_grad()
-def nearest(points_ND: Tensor, codes_KD: Tensor) -> Tensor:
+def nearest(points_ND: Tensor, codes_KD: Tensor, first_row: int = 0) -> Tensor:
     """(N,) int64: for each point the code of least squared distance, lowest id on a tie.
 
     Any float dtype, computed in float32 on the points' device as |c|^2 - 2 x.c (|x|^2 changes no order), in chunks
-    of rows: no (N, K, D) tensor, no (N, K) either. SemdictError names the first row that holds NaN or Inf.
+    of rows: no (N, K, D) tensor, no (N, K) either. SemdictError names the first row that holds NaN or Inf,
+    counted from `first_row`.
     """
     if points_ND.ndim != 2 or codes_KD.ndim != 2 or points_ND.shape[1] != codes_KD.shape[1]:
         raise SemdictError(
             f"points are {tuple(points_ND.shape)}, the dictionary is {tuple(codes_KD.shape)}: "
             "both must be two-dimensional and of equal width"
         )
-    refuse_non_finite(points_ND)
-    device = points_ND.device
-    codes_DK = codes_KD.to(device=device, dtype=torch.float32).T.contiguous()
-    norms_1K = codes_DK.square().sum(0, keepdim=True)
-    rows = max(1, (GPU_CELLS if device.type == "cuda" else CPU_CELLS) // codes_DK.shape[1])
-    ids_N = torch.empty(points_ND.shape[0], dtype=torch.int64, device=device)
-    with torch.autocast(device.type, enabled=False), exact_float32():
-        for start in range(0, points_ND.shape[0], rows):
-            part = points_ND[start : start + rows].float()
-            ids_N[start : start + rows] = torch.addmm(norms_1K, part, codes_DK, alpha=-2).argmin(dim=1)
+    refuse_non_finite(points_ND, first_row)
+    codes_KD = codes_KD.to(device=points_ND.device, dtype=torch.float32)
+    ids_N = torch.empty(points_ND.shape[0], dtype=torch.int64, device=points_ND.device)
+    rows = rows_per_chunk(codes_KD)
+    for start in range(0, points_ND.shape[0], rows):
+        ids_N[start : start + rows] = search_chunk(points_ND[start : start + rows].float(), codes_KD)[0]
     return ids_N
+
+
+def rows_per_chunk(codes_KD: Tensor) -> int:
+    """How many points may be compared with all codes at once on the codes' device."""
+    return max(1, (GPU_CELLS if codes_KD.device.type == "cuda" else CPU_CELLS) // max(codes_KD.shape))
+
+
+def search_chunk(points_ND: Tensor, codes_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """For few points, float32: ids (N,) int64 of the nearest codes, and |c|^2 - 2 x.c (N,), the distance less |x|^2."""
+    with torch.autocast(points_ND.device.type, enabled=False), exact_float32():
+        scores_NK = torch.addmm(codes_KD.square().sum(1), points_ND, codes_KD.T, alpha=-2)
+    ids_N = scores_NK.argmin(dim=1)  # the first of equal minima, as torch documents
+    return ids_N, scores_NK.gather(1, ids_N[:, None])[:, 0]
 
 
 def refuse_non_finite(points_ND: Tensor, first_row: int = 0) -> None:
