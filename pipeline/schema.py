@@ -152,7 +152,7 @@ class PretrainSorcen(Section):
 class Pretrain(Section):
     """Masked-token training on cached shards.
 
-    The values are the papers' (LEASE A.1, Sorcen A.1); only dropout is the released code's 0.1, where the tables say 0.5.
+    The values are the papers' (LEASE A.1, Sorcen A.1), but dropout is the released code's 0.1, not the tables' 0.5.
     """
 
     size: Literal["tiny", "small", "vit_base", "vit_large"] = "vit_base"

@@ -139,10 +139,10 @@ class _Sum(torch.autograd.Function):
 
 
 def gather(rows: Tensor) -> Tensor:
-    """(B, ...) on each rank -> (ranks * B, ...) in rank order on all; the gradient flows back to the rank it came from.
+    """(B, ...) on each rank -> (ranks * B, ...) in rank order on all; the gradient goes back to where a row came from.
 
-    The backward pass adds up what every rank's loss says of these rows, so that a mean of per-rank losses over gathered rows,
-    with gradients averaged over ranks, is the gradient of the loss of the global batch.
+    The backward pass adds up what every rank's loss says of these rows, so that a mean of per-rank losses over gathered
+    rows, with gradients averaged over ranks, is the gradient of the loss of the global batch.
     """
     return _Gather.apply(rows) if size() > 1 else rows
 

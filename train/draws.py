@@ -1,7 +1,7 @@
-"""Every random number of a training run, from counters: (seed, epoch, row) and (seed, step), never from what ran before.
+"""Every random number of a run comes from counters, (seed, epoch, row) and (seed, step), not from what ran before.
 
-A resumed run, another number of processes or another split of a batch into micro-batches therefore sees the same order of rows,
-the same views and the same masks, and a checkpoint needs no generator state.
+A resumed run, another number of processes or another split of a batch into micro-batches therefore sees the same order
+of rows, the same views and the same masks, and a checkpoint needs no generator state.
 """
 
 import numpy as np

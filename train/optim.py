@@ -1,0 +1,105 @@
+"""Parameter groups, learning-rate schedules, and LARS."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Schedule = Callable[[int], float]  # optimiser step, counted from 0 -> learning rate
+
+
+def is_decayed(name: str, parameter: Tensor, spared: Iterable[str] = ()) -> bool:
+    """Whether weight decay applies: matrices and kernels only, as in MAE's and MAGE's `add_weight_decay`.
+
+    Biases, norms, class and position tables are spared: whatever has one axis, whatever is named so, and `spared`.
+    """
+    last = name.rsplit(".", 1)[-1]
+    positions = last.startswith(("pos", "cls", "mask_token")) or "pos_embed" in name or "position" in name
+    return parameter.ndim > 1 and last != "bias" and not positions and name not in set(spared)
+
+
+def groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW parameter groups, decayed and spared, over what requires a gradient; names travel with the state.
+
+    A module may name further parameters without decay in an attribute `no_weight_decay` (a set of names, or a method).
+    Embedding tables are spared where the module is an nn.Embedding; a parameter shared by two names is listed once.
+    """
+    given = getattr(module, "no_weight_decay", ())
+    spared = set(given() if callable(given) else given)
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding):
+            spared.add(f"{name}.weight" if name else "weight")
+    split: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            split[is_decayed(name, parameter, spared)].append((name, parameter))
+    both = [{"params": split[True], "weight_decay": weight_decay}, {"params": split[False], "weight_decay": 0.0}]
+    return [group for group in both if group["params"]]
+
+
+def adamw(module: nn.Module, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
+    """AdamW over `groups(module)`; the loop sets the learning rate before every step. Fused on a GPU."""
+    on_gpu = all(p.is_cuda for p in module.parameters())
+    return torch.optim.AdamW(groups(module, weight_decay), lr=0.0, betas=betas, eps=eps, fused=on_gpu)
+
+
+def scaled_lr(base_lr: float, global_batch: int) -> float:
+    """Peak learning rate by the linear rule, base_lr * batch / 256 (Goyal et al., arXiv:1706.02677)."""
+    return base_lr * global_batch / 256
+
+
+def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.0) -> Schedule:
+    """Linear from 0 to `peak` over `warmup` steps, then half a cosine down to `floor` at `total` steps.
+
+    MAE's `adjust_learning_rate`, with the epoch counted in fractions of a step. Constant at `floor` after `total`.
+    """
+    if not 0 <= warmup <= total:
+        raise ValueError(f"warm-up of {warmup} steps does not fit into {total}")
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return peak * step / warmup
+        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return rate
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum and layer-wise trust ratios (You et al., arXiv:1708.03888), as MAE's linear probe uses it.
+
+    Parameters with one axis (biases, norms) get neither decay nor a trust ratio.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One update; v = momentum * v + ratio * (gradient + decay * w), w -= lr * v."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, group)
+        return loss
+
+    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        update = parameter.grad
+        if parameter.ndim > 1:
+            update = update.add(parameter, alpha=group["weight_decay"])
+            weight, length = parameter.norm(), update.norm()
+            ratio = group["trust"] * weight / length
+            update = update * torch.where((weight > 0) & (length > 0), ratio, torch.ones_like(ratio))
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        velocity = state["momentum"].mul_(group["momentum"]).add_(update)
+        parameter.add_(velocity, alpha=-group["lr"])
