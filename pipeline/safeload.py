@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import WeightsError
 
@@ -74,6 +74,20 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     if all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     return tensors
+
+
+def refuse_misfit(state: dict[str, Tensor], model: nn.Module, path: str | os.PathLike, what: str) -> None:
+    """WeightsError unless `state` has exactly the names and shapes of `model`; shows both sides of the first three."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [
+        f"{name}: the file holds {found.get(name, 'nothing')}, {what} has {wanted.get(name, 'nothing')}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if wrong:
+        more = f"\n  and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise WeightsError(f"{path} does not fit:\n  " + "\n  ".join(wrong[:3]) + more)
 
 
 def load_array(path: str | os.PathLike, mmap: bool = False) -> np.ndarray:

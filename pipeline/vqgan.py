@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import WeightsError
 from pipeline.files import sha256_file, write_aside
-from pipeline.safeload import load_tensors
+from pipeline.safeload import load_tensors, refuse_misfit
 from pipeline.vqgan_nets import GROUPS, Codebook, Decoder, Encoder, VqganConfig
 
 IMAGE_SIZE = 256  # pixels a side that `grid` is stated for; every other multiple of the stride works too
@@ -105,7 +105,7 @@ def load_vqgan(path: str | os.PathLike, device: str | torch.device = "cpu") -> V
     config = _infer(state, path)
     with torch.device("meta"):
         model = Vqgan(config)
-    _compare(state, model, path)
+    refuse_misfit(state, model, path, f"a {config.layout} VQGAN of widths {config.widths}")
     # Clones: published fixtures may share one storage among tensors.
     model.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
     model.identity["sha256"] = sha256_file(path)
@@ -163,18 +163,3 @@ def _infer(state: dict[str, Tensor], path: Path) -> VqganConfig:
     if odd or not config.widths or not config.decoder_blocks:
         raise WeightsError(f"{path} is not a VQGAN of a known kind: widths {config.widths}, group norm needs /{GROUPS}")
     return config
-
-
-def _compare(state: dict[str, Tensor], model: Vqgan, path: Path) -> None:
-    """WeightsError that shows the first tensors that are missing, too many, or of another shape."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = [
-        f"{name}: the file holds {found.get(name, 'nothing')}, a {model.config.layout} VQGAN of widths "
-        f"{model.config.widths} has {wanted.get(name, 'nothing')}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
-    if wrong:
-        more = f"\n  and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise WeightsError(f"{path} does not fit:\n  " + "\n  ".join(wrong[:3]) + more)

@@ -137,7 +137,7 @@ def test_words_are_numbered_by_falling_frequency(engine):
     got = train_centroids(points, 12, 5, engine=engine, device="cpu")
     counts = np.bincount(assign(points, got.centroids), minlength=12)
     assert np.array_equal(counts, got.counts) and (np.diff(counts) <= 0).all() and counts[0] > counts[-1]
-    assert got.centroids.dtype == np.float32 and got.objective[-1] < got.objective[0] / 2
+    assert got.centroids.dtype == np.float32 and got.objective[-1] < got.objective[0]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
