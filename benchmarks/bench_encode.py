@@ -1,0 +1,100 @@
+"""Encode throughput: the stage (decode threads beside batched models) against a loop of one image at a time.
+
+    python benchmarks/bench_encode.py --images demo/assets/images/train --vqgan demo/assets/vqgan.ckpt \
+        --teacher demo/assets/teacher.pth
+
+Both tokenise the same files with the same weights in one process, in turns; the tokens must be equal.
+"""
+
+import io
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pipeline.manifest import load_manifest
+from report import arguments, machine, publish, seconds
+
+from pipeline.encode_job import EncodeJob
+from pipeline.flow import CropRecipe
+from pipeline.images import expand_views
+from pipeline.tokenizer import PairSpec
+from pipeline.work import split_rows
+from semdict.cli import main as semdict
+
+
+def loop(paths: list[Path], pair) -> np.ndarray:
+    """The plain way: open, resize, crop, two forward passes of batch 1, next image."""
+    tokens = []
+    for path in paths:
+        image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+        scale = 256 / min(image.size)
+        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = (image.width - 256) // 2, (image.height - 256) // 2
+        pixels = np.asarray(image.crop((left, top, left + 256, top + 256)))
+        batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+        found = pair.tokens(batch, "float32")
+        tokens.append(np.stack([found["gen"][0].numpy(), found["disc"][0].numpy()]))
+    return np.stack(tokens)
+
+
+def stage(job: EncodeJob, worker, chunks) -> np.ndarray:
+    """The stage's own worker over the same rows."""
+    parts = [arrays for _, arrays in worker.process(chunks, lambda *_: None)]
+    gen, disc = (np.concatenate([part[name] for part in parts])[:, 0] for name in ("gen", "disc"))
+    return np.stack([gen, disc], axis=1)
+
+
+def main() -> None:
+    parser = arguments(__doc__, "encode")
+    parser.add_argument("--images", default="demo/assets/images/train")
+    parser.add_argument("--vqgan", default="demo/assets/vqgan.ckpt")
+    parser.add_argument("--teacher", default="demo/assets/teacher.pth")
+    parser.add_argument("--model", default="vit:patch=14,dim=96,depth=6,heads=3,reg=0")
+    parser.add_argument("--centroids", default="data/demo/centroids.npy")
+    parser.add_argument("--count", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=16)
+    args = parser.parse_args()
+    count = 32 if args.small else args.count
+    with tempfile.TemporaryDirectory() as folder:
+        manifest_path = Path(folder) / "manifest.parquet"
+        override = f"manifest.images={{train: {args.images}}}"
+        if semdict(["manifest", "--set", override, "--out", str(manifest_path), "--metrics", f"{folder}/m.json"]):
+            raise SystemExit("no manifest, no benchmark")
+        spec = PairSpec(args.vqgan, args.model, args.teacher, -1, 224, args.centroids, "cpu")
+        job = EncodeJob(
+            fingerprint="benchmark",
+            manifest=str(manifest_path),
+            images=(("train", args.images),),
+            recipe=CropRecipe("resize-256", tuple(expand_views(["centre"])), "auto", 178_956_970, 0),
+            spec=spec,
+            streams=("gen", "disc"),
+            length=256,
+            batch=args.batch,
+            workers=0,
+            precision="float32",
+        )
+        worker = job.open()
+        manifest = load_manifest(manifest_path)
+        paths = [Path(args.images) / source for source in manifest.table.column("source").to_pylist()[:count]]
+        chunks = split_rows(count, count)
+        equal = float(np.mean(loop(paths[:8], worker.tokenizer) == stage(job, worker, split_rows(8, 8))))
+        ours = seconds(lambda: stage(job, worker, chunks), repeats=2)
+        plain = seconds(lambda: loop(paths, worker.tokenizer), repeats=2)
+    publish(
+        args.out,
+        {
+            **machine(),
+            "images": count,
+            "batch": args.batch,
+            "images_per_second": round(count / ours, 2),
+            "images_per_second_one_at_a_time": round(count / plain, 2),
+            "ratio": round(plain / ours, 3),
+            "equal_tokens": equal,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

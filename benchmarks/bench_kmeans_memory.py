@@ -1,0 +1,80 @@
+"""K-means memory as the dataset grows tenfold: the sample is bounded, so the peak must stay flat.
+
+    python benchmarks/bench_kmeans_memory.py
+
+Each size runs in a process of its own; the figure is that process's peak resident memory above one that only imports
+the same modules. Ours draws a fixed number of patches evenly over all images (`sample_features`) and clusters them; the
+baseline keeps the features of every patch and hands them to FAISS, as the published scripts do. Features are made up
+per image, so that only the handling of them is measured.
+"""
+
+import resource
+import subprocess
+import sys
+
+import faiss
+import numpy as np
+from report import arguments, machine, publish
+
+from pipeline.kmeans import train_centroids
+from pipeline.sample_features import points_per_row, positions_of
+
+K, WIDTH, PATCHES, ITERATIONS, POINTS = 256, 64, 256, 5, 65_536
+
+
+def features_of(image: int) -> np.ndarray:
+    """(PATCHES, WIDTH) float32 made-up teacher features of one image."""
+    return np.random.default_rng(image).standard_normal((PATCHES, WIDTH), dtype=np.float32)
+
+
+def ours(images: int) -> None:
+    """The stage's sampling, then its k-means."""
+    counts = points_per_row(images, POINTS, PATCHES)
+    sample = np.empty((int(counts.sum()), WIDTH), np.float16)
+    start = 0
+    for image, count in enumerate(counts):
+        sample[start : start + count] = features_of(image)[positions_of(image, int(count), PATCHES, seed=0)]
+        start += count
+    train_centroids(sample, K, iterations=ITERATIONS, engine="faiss", device="cpu")
+
+
+def plain(images: int) -> None:
+    """Every patch of every image, concatenated."""
+    features = np.concatenate([features_of(image) for image in range(images)])
+    faiss.Kmeans(WIDTH, K, niter=ITERATIONS, seed=1).train(features)
+
+
+KINDS = {"ours": ours, "plain": plain, "idle": lambda images: None}
+
+
+def child(kind: str, images: str) -> None:
+    """Run and print this process's peak memory in MB."""
+    KINDS[kind](int(images))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def peak(kind: str, images: int) -> float:
+    command = [sys.executable, __file__, "--child", kind, str(images)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:4])
+        return
+    parser = arguments(__doc__, "kmeans_memory")
+    args = parser.parse_args()
+    images = [500, 5_000] if args.small else [1_500, 15_000]
+    figures = {**machine(), "k": K, "width": WIDTH, "images": images, "points": POINTS}
+    idle = peak("idle", 0)
+    for kind in ("ours", "plain"):
+        small, large = (round(peak(kind, n) - idle, 1) for n in images)
+        figures[kind] = {"mb": [small, large], "growth": round(large / small, 2)}
+    publish(args.out, figures)
+
+
+if __name__ == "__main__":
+    main()

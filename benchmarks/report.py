@@ -1,0 +1,52 @@
+"""What every benchmark shares: the machine's description, and one JSON file of figures written whole."""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from pipeline.files import write_json
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Device name, cores and versions: a figure means nothing without them."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name()
+    return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def seconds(run: Callable[[], Any], repeats: int = 3, device: str = "cpu") -> float:
+    """Best wall time of `repeats` runs after one warm-up, in seconds; a GPU is waited for."""
+    times = []
+    for turn in range(repeats + 1):
+        start = perf_counter()
+        run()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        if turn:
+            times.append(perf_counter() - start)
+    return min(times)
+
+
+def arguments(description: str, name: str) -> argparse.ArgumentParser:
+    """--small for a quick look, --out for the JSON."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--small", action="store_true", help="a quick look at small sizes")
+    parser.add_argument("--out", type=Path, default=Path("reports/bench") / f"{name}.json")
+    return parser
+
+
+def publish(path: Path, figures: dict[str, Any]) -> None:
+    """Print the figures and write them to `path`."""
+    print(json.dumps(figures, indent=1))
+    write_json(path, figures)

@@ -1,0 +1,197 @@
+"""From images to shards on a tiny world: the tokens are those of a plain loop, whatever the path that made them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipeline.manifest import load_manifest
+
+from pipeline.features import load_features
+from pipeline.shards import open_shards, verify_shards
+from pipeline.vqgan import load_vqgan
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    tiny.make_world(root)
+    tiny.run_until_centroids(root)
+    assert tiny.semdict(root, "encode") == 0
+    return root
+
+
+@pytest.fixture
+def copy(world, tmp_path) -> Path:
+    """The same world before `encode`, free to be damaged."""
+    root = tmp_path / "copy"
+    shutil.copytree(world, root, ignore=shutil.ignore_patterns("shards", "work", "reports"))
+    tiny.write_params(root)
+    return root
+
+
+def plain_tokens(root: Path) -> tuple[np.ndarray, np.ndarray]:
+    """One image at a time, PIL and matrix algebra only around the two models: what the tokens must be."""
+    vqgan = load_vqgan(root / "vqgan.ckpt")
+    teacher = load_features(tiny.TEACHER, weights=root / "teacher.pth", image_size=224)
+    words = np.load(root / "data" / "tiny" / "centroids.npy").astype(np.float64)
+    gens, discs = [], []
+    for path in sorted((root / "images" / "train").rglob("*.png")):
+        image = Image.open(path).convert("RGB")
+        scale = 256 / min(image.size)
+        image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = (image.width - 256) // 2, (image.height - 256) // 2
+        pixels = np.asarray(image.crop((left, top, left + 256, top + 256)))
+        batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+        with torch.inference_mode():
+            gens.append(vqgan.encode(batch)[0].numpy())
+            features = teacher(batch)[0].double().numpy()
+        discs.append(np.square(features[:, None] - words[None]).sum(-1).argmin(1))
+    return np.stack(gens), np.stack(discs)
+
+
+def test_tokens_equal_a_plain_loop(world):
+    gen, disc = plain_tokens(world)
+    shards = open_shards(world / "shards" / "tiny")
+    assert len(np.unique(gen)) > 10, "the check needs varied tokens"
+    assert len(np.unique(disc)) > 4
+    np.testing.assert_array_equal(shards.gen[:, 0], gen)
+    assert np.mean(shards.disc[:, 0] != disc) < 1e-3  # float32 against float64 may split a tie
+    assert verify_shards(world / "shards" / "tiny").ok
+
+
+def test_rows_labels_and_keys_are_the_manifests(world):
+    shards = open_shards(world / "shards" / "tiny")
+    manifest = load_manifest(world / "data" / "tiny" / "manifest.parquet")
+    np.testing.assert_array_equal(shards.label[:], manifest.label)
+    assert shards.index.column("key").to_pylist() == [manifest.key(i) for i in range(len(manifest))]
+    assert shards.label[:].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_words_cluster_the_sampled_features(world):
+    """Every word is used by the sample, and numbered by falling frequency."""
+    words = np.load(world / "data" / "tiny" / "centroids.npy")
+    assert words.shape == (tiny.WORDS, 24)
+    counts = np.bincount(open_shards(world / "shards" / "tiny").disc[:].ravel(), minlength=tiny.WORDS)
+    assert counts[:4].sum() > counts[-4:].sum()
+
+
+@pytest.mark.parametrize("scheduler", ["in-process", "local-2"])
+def test_every_scheduler_writes_the_same_bytes(world, copy, scheduler):
+    assert tiny.semdict(copy, "encode", "--scheduler", scheduler) == 0
+    # the paths differ, the recipe must not name them
+    assert tiny.digest(copy / "shards" / "tiny") == tiny.digest(world / "shards" / "tiny")
+
+
+def test_probe_reports_psnr_and_keeps_the_grid(world):
+    report = json.loads((world / "reports" / "tiny" / "encode.json").read_text())
+    assert report["images"] == {"rows": 12, "bad": 0, "status": {"ok": 12}}
+    assert 0 < report["probe"]["psnr_mean"] < 60
+    grid = Image.open(world / "reports" / "tiny" / "reconstructions.png")
+    assert min(grid.size) > 200
+
+
+def test_a_psnr_under_the_floor_stops_before_anything_is_published(copy, capsys):
+    tiny.write_params(copy, vqgan={"psnr_floor": 60.0})
+    assert tiny.semdict(copy, "encode") == 1
+    assert "under vqgan.psnr_floor 60" in capsys.readouterr().err
+    assert not (copy / "shards" / "tiny").exists()
+
+
+def test_lower_precision_is_counted_against_float32(copy):
+    tiny.write_params(copy, encode={"precision": "bfloat16"})
+    assert tiny.semdict(copy, "encode") == 0
+    unlike = json.loads((copy / "reports" / "tiny" / "encode.json").read_text())["probe"]["tokens_unlike_float32"]
+    assert 0 < unlike["gen"] < 0.5
+    assert open_shards(copy / "shards" / "tiny").recipe["precision"] == "bfloat16"
+
+
+def test_an_image_that_turns_bad_keeps_its_row(copy):
+    """Ten views per row, one truncated file: quarantined with its reason, no other row moves."""
+    victim = sorted((copy / "images" / "train").rglob("*.png"))[5]
+    victim.write_bytes(victim.read_bytes()[:-200])
+    tiny.write_params(copy, manifest={"max_bad_fraction": 0.1})
+    assert tiny.semdict(copy, "manifest") == 0
+    assert tiny.semdict(copy, "encode") == 0
+    shards = open_shards(copy / "shards" / "tiny")
+    assert np.flatnonzero(shards.status[:]).tolist() == [5]
+    assert (shards.gen[5] == 65535).all()
+    assert shards.index.column("reason").to_pylist()[5]
+    gen, _ = plain_tokens_without(copy, victim)
+    np.testing.assert_array_equal(np.delete(shards.gen[:, 0], 5, axis=0), gen)
+    assert verify_shards(copy / "shards" / "tiny").ok
+
+
+def plain_tokens_without(root: Path, victim: Path) -> tuple[np.ndarray, np.ndarray]:
+    victim.unlink()
+    return plain_tokens(root)
+
+
+def test_too_many_bad_images_stop_the_stage_and_name_them(copy, capsys):
+    for victim in sorted((copy / "images" / "train").rglob("*.png"))[:3]:
+        victim.write_bytes(victim.read_bytes()[:-200])
+    tiny.write_params(copy, manifest={"max_bad_fraction": 0.1})
+    codes = [tiny.semdict(copy, command) for command in ("manifest", "encode")]
+    assert 1 in codes
+    errors = capsys.readouterr().err
+    assert "max_bad_fraction" in errors
+    assert "i000" in errors
+    assert not (copy / "shards" / "tiny").exists()
+
+
+def test_a_file_changed_since_the_manifest_is_named(copy, capsys):
+    victim = sorted((copy / "images" / "train").rglob("*.png"))[7]
+    Image.fromarray(tiny.draw_image(999)).save(victim)
+    assert tiny.semdict(copy, "encode") == 1
+    errors = capsys.readouterr().err
+    assert victim.name in errors
+    assert "manifest" in errors
+    assert not (copy / "shards" / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"features": {"image_size": 112}}, "grids differ"),
+        ({"vqgan": {"weights": "missing.ckpt"}}, "missing.ckpt"),
+        ({"features": {"model": "vit:patch=14,dim=32,depth=2,heads=2,reg=0"}}, "32"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_with_both_sides(copy, capsys, sections, said):
+    tiny.write_params(copy, **sections)
+    assert tiny.semdict(copy, "encode") == 1
+    assert said in capsys.readouterr().err
+
+
+def test_centroids_of_another_width_are_refused(copy, capsys):
+    np.save(copy / "data" / "tiny" / "centroids.npy", np.zeros((tiny.WORDS, 40), np.float32))
+    assert tiny.semdict(copy, "encode") == 1
+    errors = capsys.readouterr().err
+    assert "40" in errors
+    assert "24" in errors
+
+
+def test_an_existing_dictionary_can_be_plugged_in(copy):
+    words = np.random.default_rng(0).normal(size=(tiny.WORDS, 24)).astype(np.float32)
+    np.save(copy / "km.npy", words)
+    km = str(copy / "km.npy")
+    tiny.write_params(copy, kmeans={"centroids": km}, inputs={"centroids": km})
+    tiny.run_until_centroids(copy)
+    np.testing.assert_array_equal(np.load(copy / "data" / "tiny" / "centroids.npy"), words)
+    assert not (copy / "data" / "tiny" / "features.zarr" / "features").exists()
+    assert tiny.semdict(copy, "encode") == 0
+
+
+def test_ten_crop_and_random_views_are_encoded_and_their_boxes_kept(copy):
+    tiny.write_params(copy, encode={"views": ["centre", "flip", "random-2"]})
+    assert tiny.semdict(copy, "encode") == 0
+    shards = open_shards(copy / "shards" / "tiny")
+    assert shards.gen.shape == (12, 4, 256)
+    assert [view["name"] for view in shards.views] == ["centre", "flip", "random-0", "random-1"]
+    boxes = np.stack(shards.index.column("boxes").to_pylist()).reshape(12, 4, 5)
+    assert len(np.unique(boxes[:, 2:, 0])) > 6, "random boxes differ between images"
+    assert (boxes[:, 1, 4] == 1).all()

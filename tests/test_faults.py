@@ -1,0 +1,250 @@
+"""kill -9 anywhere, a lost worker, a second run, a full disk: the next run gives the bytes of an undisturbed one."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.shards import verify_shards
+from tests import tiny
+
+KILLS = 24
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    tiny.make_world(root, encode={"chunk": 1, "batch": 1, "workers": 1})
+    tiny.run_until_centroids(root)
+    return root
+
+
+@pytest.fixture
+def copy(world, tmp_path) -> Path:
+    root = tmp_path / "copy"
+    shutil.copytree(world, root, ignore=shutil.ignore_patterns("shards", "work", "reports"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world) -> dict[str, str]:
+    assert tiny.semdict(world, "encode") == 0
+    return tiny.digest(world / "shards" / "tiny")
+
+
+# One process imports everything once and forks a child per run: a child starts in no time, dies as any process does.
+NURSERY = """
+import os, sys, torch
+torch.set_num_threads(1)
+import pipeline.encode
+from semdict.cli import main
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(main(line.split()))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    """Starts `semdict ...` in `root`; `run(args, kill_after)` returns the exit code, negative when killed."""
+
+    def __init__(self, root: Path):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY],
+            cwd=root,
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def run(self, args: str, kill_after: float | None = None) -> int:
+        self.process.stdin.write(args + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(pid, signal.SIGKILL)
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture
+def nursery(copy):
+    child = Nursery(copy)
+    yield child
+    child.close()
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_the_bytes_are_those_of_an_undisturbed_run(copy, nursery, undisturbed):
+    start = time.monotonic()
+    assert nursery.run("encode") == 0
+    whole = time.monotonic() - start
+    rng, killed, rounds = random.Random(0), 0, 0
+    while killed < KILLS and rounds < KILLS:
+        rounds += 1
+        shutil.rmtree(copy / "shards", ignore_errors=True)
+        delays = [rng.uniform(0.02, 0.7) * whole for _ in range(6)]
+        killed += [nursery.run("encode", kill_after=delay) for delay in delays].count(-signal.SIGKILL)
+        assert nursery.run("encode") == 0
+        assert tiny.digest(copy / "shards" / "tiny") == undisturbed
+    assert killed >= KILLS
+    assert not list((copy / "work").glob("encode-*")), "the work folder is swept once the shards stand"
+
+
+def test_chunks_finished_before_a_kill_are_not_computed_again(copy, nursery, undisturbed):
+    """Kill once half of the chunks are there, remember their files' identities, finish: the same files were used."""
+    nursery.process.stdin.write("encode\n")
+    nursery.process.stdin.flush()
+    pid = int(nursery.process.stdout.readline())
+    deadline = time.monotonic() + 120
+    while len(done := list((copy / "work").glob("encode-*/chunk-*.npz"))) < 6 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    nursery.process.stdout.readline()
+    assert 6 <= len(done) < 12
+    for path in done:  # a recomputed chunk would replace the marked file; a damaged mark would change the bytes
+        path.chmod(0o444)
+    stamps = {path.name: path.stat().st_ino for path in done}
+    seen = {}
+    code = _run_and_watch(nursery, "encode", copy, seen)
+    assert code == 0
+    assert {name: seen[name] for name in stamps} == stamps
+    assert tiny.digest(copy / "shards" / "tiny") == undisturbed
+
+
+def _run_and_watch(nursery: Nursery, args: str, root: Path, seen: dict[str, int]) -> int:
+    """Run to the end while noting the last inode of every chunk file."""
+    nursery.process.stdin.write(args + "\n")
+    nursery.process.stdin.flush()
+    pid = int(nursery.process.stdout.readline())
+    while True:
+        for path in (root / "work").glob("encode-*/chunk-*.npz"):
+            try:
+                seen[path.name] = path.stat().st_ino
+            except FileNotFoundError:
+                continue
+        if not Path(f"/proc/{pid}").exists():
+            return int(nursery.process.stdout.readline())
+        time.sleep(0.002)
+
+
+def test_stale_partial_output_of_other_parameters_is_never_mixed_in(copy, nursery, undisturbed):
+    tiny.write_params(copy, encode={"chunk": 1, "batch": 1, "workers": 1, "crop": "resize-292"})
+    start = time.monotonic()
+    while not list((copy / "work").glob("encode-*/chunk-*.npz")) and time.monotonic() - start < 60:
+        nursery.run("encode", kill_after=0.6)
+    stale = list((copy / "work").glob("encode-*/chunk-*.npz"))
+    assert stale
+    tiny.write_params(copy, encode={"chunk": 1, "batch": 1, "workers": 1})
+    assert nursery.run("encode") == 0
+    assert tiny.digest(copy / "shards" / "tiny") == undisturbed
+
+
+@pytest.mark.parametrize("weights", ["vqgan.ckpt", "teacher.pth"])
+def test_other_weights_start_anew(copy, nursery, undisturbed, weights):
+    make = tiny.make_vqgan if weights == "vqgan.ckpt" else tiny.make_teacher
+    make(copy / weights, seed=1)
+    nursery.run("encode", kill_after=1.0)
+    make(copy / weights, seed=0)
+    assert nursery.run("encode") == 0
+    assert tiny.digest(copy / "shards" / "tiny") == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_cleanly_with_a_non_zero_status(copy, number, undisturbed):
+    command = [sys.executable, "-m", "semdict", "encode"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(command, cwd=copy, env=env, stderr=subprocess.PIPE, text=True) as child:
+        deadline = time.monotonic() + 120
+        while not list((copy / "work").glob("encode-*/chunk-*.npz")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=120)
+    assert child.returncode == 130, errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert not (copy / "shards" / "tiny").exists()
+    assert not list((copy / "work").rglob("*.part")), "nothing half-written is left"
+    assert tiny.semdict(copy, "encode") == 0
+    assert tiny.digest(copy / "shards" / "tiny") == undisturbed
+
+
+def test_the_second_of_two_runs_is_told(copy):
+    command = [sys.executable, "-m", "semdict", "encode"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(command, cwd=copy, env=env, stderr=subprocess.DEVNULL) as first:
+        while not (copy / "work" / "locks" / "encode-tiny.lock").exists():
+            time.sleep(0.01)
+        second = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False)
+        assert first.wait() == 0
+    assert second.returncode == 1
+    assert f'"pid": {first.pid}' in second.stderr
+    assert verify_shards(copy / "shards" / "tiny").ok
+
+
+def test_a_full_disk_is_named_and_the_run_continues_later(copy, undisturbed, monkeypatch, capsys):
+    from pipeline import work
+
+    real, written = work.np.savez, []
+
+    def savez(file, **arrays):
+        written.append(1)
+        if len(written) > 3:
+            raise OSError(28, "No space left on device")
+        real(file, **arrays)
+
+    monkeypatch.setattr(work.np, "savez", savez)
+    assert tiny.semdict(copy, "encode") == 1
+    assert "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert tiny.semdict(copy, "encode") == 0
+    assert tiny.digest(copy / "shards" / "tiny") == undisturbed
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_killed_dask_worker_changes_nothing(copy, undisturbed):
+    """Two workers in processes of their own join a scheduler; one is killed in mid-run."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    quiet = {"cwd": copy, "env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", address, "--no-dashboard"]
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny"]
+    worker += ["--no-dashboard", "--death-timeout", "60"]
+    scheduler = subprocess.Popen(dask, **quiet)
+    workers = [subprocess.Popen(worker, **quiet) for _ in range(2)]
+    try:
+        command = [sys.executable, "-m", "semdict", "encode", "--scheduler", address]
+        run = subprocess.Popen(command, cwd=copy, env=env, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 180
+        while len(list((copy / "work").glob("encode-*/chunk-*.npz"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        workers[0].kill()
+        _, errors = run.communicate(timeout=180)
+        assert run.returncode == 0, errors
+    finally:
+        for process in (*workers, scheduler):
+            process.kill()
+            process.wait()
+    assert tiny.digest(copy / "shards" / "tiny") == undisturbed

@@ -1,0 +1,107 @@
+"""A world small enough for tests: images, a VQGAN and a teacher in released layouts, and a params.yaml over them."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from pipeline.vqgan import Vqgan, save_vqgan
+from pipeline.vqgan_nets import VqganConfig
+from semdict.cli import main
+
+TEACHER = "vit:patch=14,dim=24,depth=2,heads=2,reg=0"
+CODES, WORDS = 64, 16
+
+
+def draw_image(seed: int, width: int = 96, height: int = 80) -> np.ndarray:
+    """(H, W, 3) uint8 of random blocks: every region looks different."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST))
+
+
+def make_images(root: Path, classes: int = 3, each: int = 4, start: int = 0) -> None:
+    """root/train/c<k>/i<n>.png, `each` per class."""
+    for n in range(classes * each):
+        path = root / "train" / f"c{n % classes}" / f"i{n:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_image(start + n)).save(path)
+
+
+def make_vqgan(path: Path, seed: int = 0, codes: int = CODES) -> None:
+    """Random weights in the MAGE layout, scaled so that the codes in use vary."""
+    torch.manual_seed(seed)
+    config = VqganConfig(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=8, codes=codes, dim=8)
+    model = Vqgan(config).eval()
+    with torch.no_grad():
+        model.quantize.embedding.weight.normal_()
+        model.decoder.conv_out.bias.fill_(0.5)
+        model.decoder.conv_out.weight.mul_(0.05)
+    save_vqgan(model, path)
+
+
+def make_teacher(path: Path, seed: int = 0) -> None:
+    """Random weights of the ViT that TEACHER names, as a timm state dict."""
+    torch.manual_seed(seed)
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=224, patch_size=14, embed_dim=24, depth=2, num_heads=2, num_classes=0, global_pool=""
+    )
+    torch.save(model.state_dict(), path)
+
+
+def params(root: Path) -> dict:
+    """A complete params.yaml over the files that `make_world` writes."""
+    return {
+        "preset": "tiny",
+        "inputs": {"images": "presets/none", "features": str(root / "teacher.pth"), "centroids": "presets/none"},
+        "manifest": {"images": {"train": str(root / "images" / "train")}},
+        "vqgan": {"weights": str(root / "vqgan.ckpt"), "psnr_floor": 0.0, "psnr_images": 2},
+        "features": {"model": TEACHER, "weights": str(root / "teacher.pth")},
+        "sample_features": {"points": 800, "batch": 4, "chunk": 4},
+        "kmeans": {"k": WORDS, "iterations": 5},
+        "encode": {"batch": 2, "chunk": 2, "workers": 2, "precision_images": 2},
+        "shards": {"chunk_rows": 4, "shard_rows": 8},
+    }
+
+
+def make_world(root: Path, **sections: dict) -> Path:
+    """Images, weights and params.yaml under `root`; `sections` update the parameters."""
+    make_images(root / "images")
+    make_vqgan(root / "vqgan.ckpt")
+    make_teacher(root / "teacher.pth")
+    return write_params(root, **sections)
+
+
+def write_params(root: Path, **sections: dict) -> Path:
+    tree = params(root)
+    for name, values in sections.items():
+        tree[name] = {**tree[name], **values}
+    path = root / "params.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def semdict(root: Path, *args: str) -> int:
+    """Run a command in `root`, as a user would after `cd`."""
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        return main(list(args))
+    finally:
+        os.chdir(before)
+
+
+def run_until_centroids(root: Path) -> None:
+    """manifest, sample-features, kmeans: everything that `encode` reads."""
+    for command in ("manifest", "sample-features", "kmeans"):
+        assert semdict(root, command) == 0
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file: equal dictionaries are equal bytes."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
