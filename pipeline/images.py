@@ -12,6 +12,8 @@ import io
 import warnings
 from enum import IntEnum
 from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import version
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -43,7 +45,14 @@ MAX_ASPECT = 1000  # a longer strip would be resized to hundreds of megabytes be
 DECODERS = ("auto", "simplejpeg", "pillow")
 
 # Only formats whose reader is a plain parser: EPS would start Ghostscript, WMF and others depend on the platform.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# Their plugins are imported here because Pillow's own lazy registration is not safe between threads.
+for _plugin in ("Jpeg", "Mpo", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Jpeg2K", "Avif"):
+    import_module(f"PIL.{_plugin}ImagePlugin")
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+    if name in Image.OPEN  # Pillow can be built without some; MPO comes with JPEG
+)
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -110,8 +119,6 @@ def decoder_identity(decoder: str = "auto") -> dict:
         "sixteen_bit": "high byte",
     }
     if name == "simplejpeg":
-        from importlib.metadata import version
-
         identity["simplejpeg"] = version("simplejpeg")
     return identity
 
