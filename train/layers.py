@@ -81,16 +81,25 @@ def projection_head(width: int, hidden: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
+def table_std(width: int) -> float:
+    """Standard deviation of a fresh embedding table: 0.02 from ViT-B's width (768) up, more for narrower ones."""
+    return 0.02 * max(1.0, 768 / width) ** 0.5
+
+
 def init_weights(module: nn.Module, rng: torch.Generator) -> None:
     """Initialise every parameter of `module` from `rng`: linears Xavier-uniform with zero bias, norms to one and zero,
-    tables normal(0, 0.02). As MAE, arXiv:2111.06377."""
+    tables normal(0, 0.02). As MAE, arXiv:2111.06377.
+
+    Below ViT-B's width the tables get the standard deviation that keeps ViT-B's row length: the token head cannot
+    stretch the (detached) word table, so short rows would cap the logits of a narrow model for long.
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight, generator=rng)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
-            nn.init.normal_(part.weight, std=0.02, generator=rng)
+            nn.init.normal_(part.weight, std=table_std(part.embedding_dim), generator=rng)
         elif isinstance(part, (nn.LayerNorm, nn.BatchNorm1d)):
             nn.init.ones_(part.weight)
             nn.init.zeros_(part.bias)

@@ -1,0 +1,281 @@
+"""Objectives: what each adds up, who gets gradients, what the teacher does, ranks, and one batch learnt by heart."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.errors import UsageError
+from train.draws import batch_generator
+from train.ema import Ema, beta
+from train.model import MaskedTokenTransformer, model_config
+from train.objectives import Lease, Mage, Masking, Sorcen
+
+SHAPE = {"grid": 4, "width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
+CODES, WORDS, DIM = 30, 24, 8
+FLOOR = -(0.9 + 0.1 / CODES) * math.log(0.9 + 0.1 / CODES) - 0.1 * (CODES - 1) / CODES * math.log(0.1 / CODES)
+
+
+def made(family, dropout=0.0, seed=0, **changes):
+    heads = {"projector": (24, 12), "predictor": (16, 12)} if family == "sorcen" else {}
+    words = DIM if family == "lease" else 0
+    config = model_config(family, "tiny", codes=CODES, words=words, dropout=dropout, **{**SHAPE, **heads, **changes})
+    return MaskedTokenTransformer(config, seed)
+
+
+def batch(rows=6, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    gen = torch.randint(0, CODES, (rows, 16), generator=rng).to(torch.uint16)
+    return {"gen": gen, "disc": torch.randint(0, WORDS, (rows, 16), generator=rng).to(torch.uint16)}
+
+
+def dictionary(seed=1):
+    return torch.randn(WORDS, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def objective(family, model, **settings):
+    return {"mage": Mage, "lease": lambda **k: Lease(dictionary(), **k), "sorcen": lambda **k: Sorcen(model, **k)}[
+        family
+    ](**settings)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_mage_is_the_masked_cross_entropy():
+    model = made("mage").eval()
+    loss, scalars = Mage()(model, batch(), seeded(3))
+    p = Mage().masked_pass(model, batch(), seeded(3))
+    logp = model.token_logits(p.features[:, 1:]).log_softmax(-1)
+    per_cell = 0.9 * -logp.gather(-1, p.tokens[..., None])[..., 0] - 0.1 * logp.mean(-1)
+    assert loss.item() == pytest.approx(((per_cell * p.masked).sum() / p.masked.sum()).item(), rel=1e-6)
+    assert set(scalars) == {"loss", "reconstruction"} and not scalars["loss"].requires_grad
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder", "both"])
+def test_lease_is_its_equation_written_out(side):
+    """Reconstruction + lambda times contrast, every logit written out, gradients included."""
+    model = made("lease", decoder_words=DIM)
+    settings = {"contrast": side, "neighbours": 3, "weight": 0.3, "tau": 0.2, "alpha": 0.15}
+    ours = Lease(dictionary(), **settings)
+    loss, scalars = ours(model, batch(), seeded(3))
+    got = gradients(model, loss)
+    p, words = ours.masked_pass(model, batch(), seeded(3)), batch()["disc"].long()
+    unit = F.normalize(dictionary(), dim=1)
+    want = ours.reconstruction(model, p)
+    if side in ("encoder", "both"):
+        total, count = 0.0, 0
+        for b in range(6):
+            for j, cell in enumerate(p.keep_idx[b].tolist()):
+                if p.masked[b, cell]:
+                    continue
+                logp = (unit @ F.normalize(model.proj_to_dino(p.latents[b, j + 1]), dim=0) / 0.15).log_softmax(0)
+                sims = unit @ unit[words[b, cell]]
+                near = sims.argsort(descending=True)[:4]
+                total, count = total - ((sims[near] / 0.2).softmax(0) * logp[near]).sum(), count + 1
+        assert count == 6 * (16 - int(p.masked[0].sum()))
+        want = want + 0.3 * total / count
+        assert scalars["contrast_encoder"].item() == pytest.approx((total / count).item(), rel=1e-5)
+    if side in ("decoder", "both"):
+        logits = F.normalize(model.dec_to_dino(p.features[:, 1:][p.masked]), dim=1) @ unit.T / 0.15
+        want = want + 0.3 * F.cross_entropy(logits, words[p.masked])
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    for name, gradient in gradients(model, want).items():
+        torch.testing.assert_close(got[name], gradient, atol=2e-6, rtol=1e-4)
+
+
+def test_lease_with_everything_masked_has_no_contrast_and_finite_gradients():
+    model = made("lease")
+    everything = Masking(mode=1.0, std=1e-6, low=1.0, high=1.0)
+    loss, scalars = Lease(dictionary(), masking=everything)(model, batch(), seeded())
+    assert scalars["contrast_encoder"] == 0
+    assert all(torch.isfinite(g).all() for g in gradients(model, loss).values())
+
+
+def test_lease_refuses_what_does_not_fit():
+    with pytest.raises(UsageError, match="shards hold none"):
+        Lease(dictionary())(made("lease"), {**batch(), "disc": None}, seeded())
+    with pytest.raises(UsageError, match="encoder projects to 8 dimensions, the dictionary has 5"):
+        Lease(dictionary()[:, :5])(made("lease"), batch(), seeded())
+    with pytest.raises(UsageError, match="decoder projects to 0"):
+        Lease(dictionary(), contrast="both")(made("lease"), batch(), seeded())
+    with pytest.raises(UsageError, match=r"24 neighbours.*24 words"):
+        Lease(dictionary(), neighbours=24)
+    with pytest.raises(UsageError, match="'encodr'"):
+        Lease(dictionary(), contrast="encodr")
+
+
+def test_sorcen_adds_up_and_only_the_student_learns():
+    model = made("sorcen")
+    ours = Sorcen(model, weight=0.7, uniform_weight=0.2)
+    loss, scalars = ours(model, batch(), seeded())
+    want = scalars["reconstruction"] + scalars["uniformity"] + 0.7 * scalars["echo_contrast"]
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    found = gradients(model, loss)
+    assert {name for name, _ in model.named_parameters()} == set(found)
+    assert not [p for p in ours.parameters() if p.requires_grad or p.grad is not None]
+
+
+def test_sorcen_teacher_is_the_student_at_the_start_and_moves_only_after_a_step():
+    model = made("sorcen")
+    ours = Sorcen(model)
+    before = {k: v.clone() for k, v in ours.teacher.state_dict().items()}
+    for name, value in model.blocks.state_dict().items():
+        assert torch.equal(before["parts.blocks." + name], value)
+    for parameter in model.parameters():
+        parameter.data += 1
+    ours(model, batch(), seeded())
+    model.eval()
+    ours(model, batch(), seeded())
+    moved = {k for k, v in ours.teacher.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {f"parts.projector.1.{k}" for k in ("running_mean", "running_var", "num_batches_tracked")}
+    statistics = ours.teacher["projector"][1].running_mean.clone()
+    ours.after_step(model, epoch=10, epochs=40)
+    assert torch.equal(ours.teacher["projector"][1].running_mean, statistics)
+    keep = 1 - 0.004 * (1 + math.cos(math.pi / 4)) / 2
+    for name, value in ours.teacher.named_parameters():
+        student = model.get_parameter(name.removeprefix("parts."))
+        torch.testing.assert_close(value, keep * before[name] + (1 - keep) * student, atol=1e-6, rtol=0)
+
+
+def test_sorcen_as_released_repeats_the_slips():
+    model = made("sorcen")
+    ours = Sorcen(model, as_released=True)
+    assert ours.echo_warmup == 11
+    for name, value in model.blocks.named_parameters():
+        if name.endswith("weight") and "norm" not in name:
+            assert not torch.equal(ours.teacher["blocks"].get_parameter(name), value)  # its own initialisation
+    before = {k: v.clone() for k, v in ours.teacher.named_parameters()}
+    model.eval()
+    with torch.no_grad():
+        ours(model, batch(), seeded(), epoch=400)  # in evaluation too, and on 1600 epochs
+    for name, value in ours.teacher.named_parameters():
+        student = model.get_parameter(name.removeprefix("parts."))
+        want = beta(400, 1600) * before[name] + (1 - beta(400, 1600)) * student
+        torch.testing.assert_close(value, want, atol=1e-6, rtol=0)
+    after = {k: v.clone() for k, v in ours.teacher.named_parameters()}
+    ours.after_step(model, 400, 500)
+    assert all(torch.equal(v, after[k]) for k, v in ours.teacher.named_parameters())
+    model.train()
+    ours(model, batch(), seeded())[0].backward()
+    learnt = {name for name, p in ours.named_parameters() if p.grad is not None}
+    assert learnt == {name for name, _ in ours.named_parameters() if name.startswith("teacher.parts.projector")}
+
+
+def test_sorcen_needs_its_heads():
+    with pytest.raises(UsageError, match="projector and predictor"):
+        Sorcen(made("mage"))
+
+
+def test_echo_is_true_codes_in_the_warm_up_and_samples_after():
+    model = made("sorcen").eval()
+    ours = Sorcen(model, echo_warmup=3, top=4)
+    p = ours.masked_pass(model, batch(), seeded())
+    early, late = (ours.draw_echo(model, p, seeded(5), epoch) for epoch in (2.99, 3.0))
+    shown = early != model.mask_token
+    assert torch.equal(shown, late != model.mask_token)
+    assert torch.equal(early[shown], p.tokens[shown])
+    best = model.token_logits(p.features[:, 1:]).topk(5, dim=-1).indices
+    likely = (best[..., 1:] == late[..., None]).any(-1)
+    assert likely[shown].all() and not (best[..., 0] == late)[shown].any()
+    side = int(shown[0].sum()) ** 0.5
+    assert side in (2, 3, 4) and (shown.sum(1) == side**2).all()
+
+
+def test_beta_reaches_one_at_the_end_of_any_run():
+    assert beta(0, 7) == pytest.approx(0.996) and beta(7, 7) == 1 and beta(3.5, 7) == pytest.approx(0.998)
+
+
+def test_average_has_its_own_storage_and_state():
+    model = made("sorcen")
+    ema = Ema(model, ("blocks",))
+    model.blocks[0].norm1.weight.data.fill_(5)
+    assert ema["blocks"][0].norm1.weight.max() == 1
+    ema.update(model, 0.75)
+    torch.testing.assert_close(ema["blocks"][0].norm1.weight, torch.full((32,), 2.0))
+    again = Ema(made("sorcen", seed=9), ("blocks",))
+    again.load_state_dict(ema.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ema.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", ["mage", "lease", "sorcen"])
+def test_the_batch_and_the_global_generator_are_left_alone(family):
+    model = made(family).eval()
+    given, state = batch(), torch.get_rng_state()
+    losses = [objective(family, model)(model, given, seeded(4), epoch=50)[0] for _ in range(2)]
+    assert losses[0] == losses[1] != objective(family, model)(model, given, seeded(5), epoch=50)[0]
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(given["gen"], batch()["gen"]) and torch.equal(given["disc"], batch()["disc"])
+
+
+class Halves(nn.Module):
+    """Two ranks in one process: an objective on each half of the batch, rows shared as a gather with gradient does."""
+
+    def run(self, family, given, epoch):
+        model = made(family)
+        losses, pooled = [], {}
+        for final in (False, True):  # first pass records every rank's rows, second one sees them all
+            losses = []
+            for rank in (0, 1):
+                asked = iter(range(99))
+
+                def gather(rows, rank=rank, asked=asked, final=final):
+                    place = next(asked)
+                    if not final:
+                        pooled[rank, place] = rows.detach()
+                        return torch.cat([rows, rows])
+                    other = pooled[1 - rank, place]
+                    return torch.cat([rows, other] if rank == 0 else [other, rows])
+
+                settings = {"gather": gather} if family == "sorcen" else {}
+                half = {k: v[3 * rank : 3 * rank + 3] for k, v in given.items()}
+                ours = objective(family, model, **settings)
+                losses.append(ours(model, half, batch_generator(7, 3 * rank, 6), epoch)[0])
+        return model, losses
+
+
+@pytest.mark.parametrize("family", ["mage", "lease", "sorcen"])
+def test_two_ranks_have_the_loss_of_one(family):
+    given, epoch = batch(), 50.0
+    model, halves = Halves().run(family, given, epoch)
+    whole = made(family)
+    want, _ = objective(family, whole)(whole, given, batch_generator(7, 0, 6), epoch)
+    assert (sum(halves) / 2).item() == pytest.approx(want.item(), rel=2e-6)
+    # a gather whose backward sums over ranks gives each rank twice the part that it gets here
+    if family != "sorcen":
+        got, full = gradients(model, sum(halves) / 2), gradients(whole, want)
+        for name, gradient in full.items():
+            torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mage", "lease", "sorcen"])
+def test_one_batch_is_learnt_by_heart(family):
+    """Reconstruction falls from ln K to near the label-smoothing floor; the contrast falls well below ln K too."""
+    model = made(family, width=48, decoder_width=48)
+    ours = objective(family, model)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
+    given, first = batch(), None
+    for step in range(250):
+        loss, scalars = ours(model, given, seeded(1), epoch=step / 10)
+        first = first or {k: v.item() for k, v in scalars.items()}
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        ours.after_step(model, step / 10, 25)
+    last = {k: v.item() for k, v in scalars.items()}
+    assert first["reconstruction"] > 0.9 * math.log(CODES)
+    assert last["reconstruction"] < FLOOR + 0.05, (last, FLOOR)
+    if family == "lease":
+        assert last["contrast_encoder"] < first["contrast_encoder"] - 1.0, (first, last)
+    if family == "sorcen":
+        assert last["echo_contrast"] < 0.6 * first["echo_contrast"], (first, last)
