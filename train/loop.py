@@ -5,6 +5,7 @@ else must be stored. Alone or under torchrun the call is the same.
 """
 
 import contextlib
+import inspect
 import math
 import signal
 import threading
@@ -179,9 +180,8 @@ class _Fit:
             phase.model.train()
             if self.plan.compile:
                 compile_blocks(phase.model)
-            bound: nn.Module = _Bound(phase.model, phase.objective)
-            # buffers are not broadcast: statistics that must agree are computed over all ranks
-            self.bound.append(DistributedDataParallel(bound, broadcast_buffers=False) if self.world.size > 1 else bound)
+            bound = _Bound(phase.model, phase.objective)
+            self.bound.append(over_ranks(bound) if self.world.size > 1 else bound)
 
     def _train(self, log: RunLog | None, progress: Progress) -> None:
         began = time.perf_counter()
@@ -350,6 +350,13 @@ class _Fit:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def over_ranks(module: nn.Module) -> DistributedDataParallel:
+    """Average this module's gradients over ranks; buffers stay alone: a dictionary of centroids is large and fixed."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name
+    return DistributedDataParallel(module, **{name: False})
 
 
 def compile_blocks(model: nn.Module) -> None:
