@@ -31,7 +31,7 @@ def loop(paths: list[Path], pair) -> np.ndarray:
         image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
         scale = 256 / min(image.size)
         image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-        left, top = (image.width - 256) // 2, (image.height - 256) // 2
+        left, top = (round((side - 256) / 2) for side in image.size)  # as torchvision.transforms.CenterCrop
         pixels = np.asarray(image.crop((left, top, left + 256, top + 256)))
         batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
         found = pair.tokens(batch, "float32")

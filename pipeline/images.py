@@ -201,7 +201,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8; 16-bit grey keeps its high byte, as Pillow does for 16-bit colour."""
+    """(H, W, 3) uint8; 16-bit grey keeps its high byte, as Pillow does for 16-bit colour (its own grey path clips)."""
     if image.mode in _SIXTEEN_BIT:
         grey_HW = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey_HW[:, :, None], 3, axis=2)

@@ -74,7 +74,7 @@ def _compute(what: Publication, chunks: list[Chunk], scheduler: str) -> None:
 
         def finished(chunk: Chunk) -> None:
             seen.append(chunk)
-            counts["bad"] += int(np.count_nonzero(what.store.read(chunk)["status"]))
+            counts["bad"] += int(np.count_nonzero(what.store.read(chunk, "status")["status"]))
             if counts["bad"] > what.max_bad_fraction * len(what.manifest):
                 raise SemdictError(_too_many(what, counts["bad"], seen))
 
@@ -92,7 +92,7 @@ def _too_many(what: Publication, bad: int, seen: list[Chunk]) -> str:
 
 def _count(what: Publication, chunks: list[Chunk]) -> dict[str, Any]:
     """Images by status."""
-    statuses = np.concatenate([what.store.read(chunk)["status"] for chunk in chunks])
+    statuses = np.concatenate([what.store.read(chunk, "status")["status"] for chunk in chunks])
     codes, numbers = np.unique(statuses, return_counts=True)
     counts = {Status(int(c)).name.lower(): int(n) for c, n in zip(codes, numbers, strict=True)}
     return {"rows": len(statuses), "bad": int(np.count_nonzero(statuses)), "status": counts}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pipeline import features, flow, images, tokenizer, work
 from pipeline.errors import ManifestError, SemdictError
 from pipeline.features import load_features
-from pipeline.files import publish_dir, remove, write_json
+from pipeline.files import publish_dir, remove, replace_dir, sha256_file, write_json
 from pipeline.images import expand_views
 from pipeline.manifest import Manifest, load_manifest
 from pipeline.params import add_params_arguments, params_of
@@ -182,7 +182,7 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         manifest=manifest.sha256,
         sample=chosen.model_dump(exclude={"device"}),
         features=settings.features.model_dump(),
-        weights=work.sha256_file(weights) if weights else None,
+        weights=sha256_file(weights) if weights else None,
         crop=settings.encode.crop,
         decoder=images.decoder_identity(settings.encode.decoder),
         device=device.partition(":")[0],
@@ -211,8 +211,8 @@ def _publish(store: ChunkStore, chunks: list[Chunk], out: Path) -> None:
     """Chunks to one zarr group {features (M, D) float16, row (M,), position (M,)}, renamed into place when whole."""
     import zarr
 
-    sizes = [len(store.read(chunk)["row"]) for chunk in chunks]
-    total, width = sum(sizes), store.read(chunks[0])["features"].shape[1]
+    sizes = [len(store.read(chunk, "row")["row"]) for chunk in chunks]
+    total, width = sum(sizes), store.read(chunks[0], "features")["features"].shape[1]
     aside = store.folder / "features.zarr"
     remove(aside)
     group = zarr.create_group(aside)
@@ -229,4 +229,4 @@ def _publish(store: ChunkStore, chunks: list[Chunk], out: Path) -> None:
             array[start : start + size] = part[name]
         start += size
     out.parent.mkdir(parents=True, exist_ok=True)
-    work.replace_dir(aside, out)
+    replace_dir(aside, out)

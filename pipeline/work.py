@@ -101,10 +101,10 @@ class ChunkStore:
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self, chunk: Chunk) -> dict[str, np.ndarray]:
-        """The arrays of a finished chunk; the zip's checksums are verified while reading."""
+    def read(self, chunk: Chunk, *names: str) -> dict[str, np.ndarray]:
+        """The arrays of a finished chunk, or those named; the zip's checksums are verified while reading."""
         with np.load(self.path(chunk), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in names or archive.files}
 
     def sweep(self) -> None:
         """Delete this stage's work folders, stale recipes included; called once the output is published."""
@@ -186,8 +186,8 @@ def _compute_one(job: Job, store: ChunkStore, chunk: Chunk) -> dict:
             _opened[job.fingerprint] = job.open()
         for part, arrays in _opened[job.fingerprint].process([chunk], lambda *_: None):
             store.write(part, arrays)
-    status = store.read(chunk).get("status")
-    return {"index": chunk.index, "bad": int(np.count_nonzero(status)) if status is not None else 0}
+    status = store.read(chunk).get("status", ())
+    return {"index": chunk.index, "bad": int(np.count_nonzero(status))}
 
 
 def _run_on_dask(
