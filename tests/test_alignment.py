@@ -1,0 +1,143 @@
+"""Both dictionaries see the same pixels at the same index: proved per view with models that can be read by eye.
+
+The VQGAN and the ViT below are the real classes, loaded from files, with weights such that every cell's token depends
+on that cell's mean colour alone. The dictionaries are the cells of one crop, in order, so a token *is* a cell number.
+"""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.crops import crop_views, expand_views
+from pipeline.features import PatchFeatures, build_vit, load_features
+from pipeline.tokenizer import PairTokenizer, to_device
+from pipeline.vqgan import Vqgan, load_vqgan, save_vqgan
+from pipeline.vqgan_nets import VqganConfig
+
+SIDE, CELL = 16, 16  # cells a side; pixels of a 256-pixel crop per cell
+CELLS = torch.arange(SIDE * SIDE)
+VIEWS = expand_views(["centre", "flip", "ten-crop", "random-4"])
+SPEC = "vit:patch=14,dim=24,depth=2,heads=2,reg=4"  # a forgotten prefix token would shift every index
+
+
+def picture(height: int = 330, width: int = 420, seed: int = 0) -> np.ndarray:
+    """(H, W, 3) uint8: red grows to the right, green downwards, blue in random blocks; no two places look alike."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (height // 10, width // 10))
+    rgb = np.empty((height, width, 3), np.uint8)
+    rgb[..., 0] = np.linspace(0, 255, width)[None]
+    rgb[..., 1] = np.linspace(0, 255, height)[:, None]
+    rgb[..., 2] = np.kron(blocks, np.ones((10, 10)))
+    return rgb
+
+
+def colour_vqgan(path) -> Vqgan:
+    """Residual blocks that add nothing: what is left is average pooling of the colours."""
+    model = Vqgan(VqganConfig(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=3, codes=256, dim=3))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.startswith("encoder.") and "norm" not in name:
+                tensor.zero_()
+        for colour in range(3):
+            model.encoder.conv_in.weight[colour, colour, 1, 1] = 1
+            model.encoder.conv_out.weight[colour, colour, 0, 0] = 1
+        model.encoder.norm_out.bias.fill_(3.0)  # keeps the activation in its monotone part
+    save_vqgan(model, path)
+    return load_vqgan(path)
+
+
+def colour_vit(path) -> PatchFeatures:
+    """Blocks that add nothing, no positions: what is left is the mean colour of the patch beside fixed numbers."""
+    vit, rng = build_vit(SPEC), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in vit.state_dict().items():
+            if "attn.proj" in name or "mlp.fc2" in name or name == "pos_embed":
+                tensor.zero_()
+        vit.patch_embed.proj.weight.zero_()
+        for colour in range(3):
+            vit.patch_embed.proj.weight[colour, colour] = 1 / 14**2
+        vit.patch_embed.proj.bias.copy_(2 * torch.randn(24, generator=rng))
+    torch.save(vit.state_dict(), path)
+    return load_features(SPEC, path)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> PairTokenizer:
+    folder = tmp_path_factory.mktemp("colour")
+    vqgan, teacher = colour_vqgan(folder / "vqgan.ckpt"), colour_vit(folder / "teacher.pth")
+    return PairTokenizer(vqgan, teacher, torch.zeros(256, 24), torch.device("cpu"))
+
+
+def name_cells(pair: PairTokenizer, z_DL: torch.Tensor, features_LD: torch.Tensor) -> None:
+    """Make the cells of one crop the dictionaries: word i is what cell i looks like."""
+    pair.vqgan.codebook.copy_(z_DL.T)
+    pair.centroids = features_LD
+
+
+def name_cells_of(pair: PairTokenizer, image: torch.Tensor) -> None:
+    name_cells(pair, pair.vqgan.encode_features(image[None])[0].flatten(1), pair.teacher(image[None])[0])
+
+
+@cache
+def crops(crop: str = "resize-256") -> torch.Tensor:
+    """(V, 3, 256, 256) in [0, 1], all views of the picture."""
+    return to_device(crop_views(picture(), crop, VIEWS, "key", 0)[0], torch.device("cpu"))
+
+
+def both(pair: PairTokenizer, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = pair.tokens(images)
+    return tokens["gen"], tokens["disc"]
+
+
+def with_another_cell(image: torch.Tensor, index: int) -> torch.Tensor:
+    """The same crop, but for the colour of one cell."""
+    rows, columns = (slice(place * CELL, (place + 1) * CELL) for place in divmod(index, SIDE))
+    other = image.clone()
+    other[:, rows, columns] = (image[:, rows, columns].mean((1, 2), keepdim=True) + 0.5) % 1
+    return other
+
+
+EVERY = [("resize-256", number) for number in range(len(VIEWS))] + [("adm-256", 0), ("resize-292", 0)]
+
+
+@pytest.mark.parametrize(("crop", "number"), EVERY, ids=[f"{crop}-{VIEWS[number].name}" for crop, number in EVERY])
+def test_a_cell_has_one_index_in_both(pair, crop, number):
+    image = crops(crop)[number]
+    changed = [SIDE - 1, *np.random.default_rng(number).choice(SIDE * SIDE, 1).tolist()]
+    images = torch.stack([image, *(with_another_cell(image, index) for index in changed)])
+    z, features = pair.vqgan.encode_features(images).flatten(2), pair.teacher(images)
+    name_cells(pair, z[0], features[0])
+    gen, disc = both(pair, images)
+    assert torch.equal(gen[0], CELLS) and torch.equal(disc[0], CELLS), "cells are not told apart, or not row-major"
+    for row, index in enumerate(changed, start=1):
+        assert (z[row] - z[0]).norm(dim=0).argmax() == index == (features[row] - features[0]).norm(dim=1).argmax()
+        assert (gen[row] != CELLS).nonzero().tolist() == [[index]] == (disc[row] != CELLS).nonzero().tolist()
+
+
+@pytest.mark.parametrize("crop", ["resize-256", "adm-256"])
+def test_a_flipped_view_has_its_cells_flipped_in_both(pair, crop):
+    centre, flip = crops(crop)[:2]
+    name_cells_of(pair, centre)
+    mirrored = CELLS.reshape(SIDE, SIDE).flip(1).flatten()
+    gen, disc = both(pair, flip[None])
+    assert torch.equal(gen[0], mirrored) and torch.equal(disc[0], mirrored)
+
+
+@pytest.mark.parametrize("mistake", ["transposed", "one column off", "other view", "prefix kept"])
+def test_misalignment_would_be_noticed(pair, mistake):
+    """The same question put to tokenizers that are wrong: words of the cells no longer count from 0 to 255."""
+    image = crops()[0]
+    name_cells_of(pair, image)
+    features = pair.teacher(image[None])[0]
+    if mistake == "transposed":
+        features = features.reshape(SIDE, SIDE, -1).transpose(0, 1).reshape(256, -1)
+    elif mistake == "one column off":
+        features = pair.teacher(image.roll(CELL, 2)[None])[0]
+    elif mistake == "other view":
+        features = pair.teacher(crops()[2][None])[0]
+    else:
+        features = torch.cat([features[:1], features[:-1]])
+    wrong = PairTokenizer(pair.vqgan, lambda images: features[None], pair.centroids, pair.device)
+    gen, disc = both(wrong, image[None])
+    assert torch.equal(gen[0], CELLS) and (disc[0] != CELLS).sum() > 200
