@@ -56,9 +56,9 @@ FORMATS = tuple(
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
-# Both speak of what is decided here (size limit, palette transparency), once per file, on every run.
+# They speak of what is decided here (size limit, palette transparency, damage), on every run.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class Status(IntEnum):

@@ -1,0 +1,154 @@
+"""Decoding: every kind of file means what the field's loaders take it for, or is refused with its reason."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import images
+from pipeline.errors import UsageError
+from pipeline.images import BadImage, Status, decode, decoder_identity, probe, resolve_decoder
+from tests.image_files import bad_files, encoded, good_files, huge_jpeg, huge_png, picture
+
+DECODERS = ["simplejpeg", "pillow"]
+
+
+def reference(data: bytes) -> np.ndarray:
+    """What torchvision's ImageFolder loader makes of a file."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", good_files())
+def test_well_defined_files_decode_to_what_they_mean(name):
+    data, want = good_files()[name]
+    got = decode(data)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, want)
+    if not name.startswith("sixteen"):  # there the loader clips at 255: nearly everything turns white
+        np.testing.assert_array_equal(got, reference(data))
+    assert probe(data) == (want.shape[1], want.shape[0])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", bad_files())
+def test_bad_files_are_refused_with_their_reason(name, decoder):
+    data, status, in_header = bad_files()[name]
+    with pytest.raises(BadImage) as caught:
+        decode(data, decoder)
+    assert caught.value.status == Status[status]
+    assert "\n" not in caught.value.reason and "object at" not in caught.value.reason
+    if in_header:
+        with pytest.raises(BadImage) as caught:
+            probe(data)
+        assert caught.value.status == Status[status]
+    else:
+        assert probe(data) == (60, 40)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 2, "quality": 40}])
+def test_jpegs_are_what_pillow_reads(mode, options, decoder):
+    data = encoded(Image.fromarray(picture(41, 63)).convert(mode), "JPEG", **options)
+    got = decode(data, decoder)
+    assert got.shape == (41, 63, 3)
+    assert np.abs(got.astype(int) - reference(data)).max() <= 2
+    assert np.abs(got.astype(int) - picture(41, 63)).mean() < (60 if mode == "L" else 12)  # the right colours at all
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_rotation_is_not_applied(turn, decoder):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    plain, turned = encoded(picture(), "JPEG"), encoded(picture(), "JPEG", exif=exif)
+    np.testing.assert_array_equal(decode(turned, decoder), decode(plain, decoder))
+
+
+def test_colours_stored_as_rgb_inside_a_jpeg():
+    data = encoded(picture(), "JPEG", keep_rgb=True, quality=95)
+    for decoder in DECODERS:
+        assert np.abs(decode(data, decoder).astype(int) - picture()).mean() < 3
+
+
+def test_a_photograph_with_previews_is_its_first_picture():
+    frames = [Image.fromarray(picture(seed=i)) for i in range(2)]
+    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    for decoder in DECODERS:
+        assert np.abs(decode(data, decoder).astype(int) - picture()).mean() < 12
+    assert probe(data) == (60, 40)
+
+
+def test_the_pixel_limit_is_checked_before_a_pixel_is_decoded(monkeypatch):
+    monkeypatch.setattr(images, "_to_rgb", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(images._simplejpeg(), "decode_jpeg", lambda *a, **k: pytest.fail("decoded"))
+    for data in (encoded(picture()), encoded(picture(), "JPEG"), huge_jpeg(), huge_png()):
+        with pytest.raises(BadImage, match="pixels") as caught:
+            decode(data, "auto", max_pixels=40 * 60 - 1)
+        assert caught.value.status == Status.TOO_MANY_PIXELS
+
+
+@pytest.mark.parametrize("make", [encoded, lambda rgb: encoded(rgb, "JPEG")])
+def test_the_pixel_limit_is_inclusive(make):
+    data = make(picture())
+    assert decode(data, max_pixels=40 * 60).shape == (40, 60, 3)
+    assert probe(data, max_pixels=40 * 60) == (60, 40)
+
+
+def test_what_simplejpeg_finds_fault_with_goes_to_pillow():
+    good = encoded(picture(), "JPEG")
+    scan = good.index(b"\xff\xda") + 14
+    data = good[:scan] + good[scan:-2] + b"\x00\x12\x34" * 4 + good[-2:]  # stray bytes before the end mark
+    want = reference(data)
+    np.testing.assert_array_equal(decode(data, "simplejpeg"), want)
+    np.testing.assert_array_equal(decode(data, "pillow"), want)
+
+
+def test_random_damage_never_raises_anything_else():
+    rng = np.random.default_rng(0)
+    kinds = [encoded(picture(), "JPEG"), encoded(picture()), encoded(picture(), "WEBP"), encoded(picture(), "TIFF")]
+    bad = 0
+    for round_ in range(150):
+        data = bytearray(kinds[round_ % len(kinds)])
+        for at in rng.integers(0, len(data), rng.integers(1, 20)):
+            data[at] = rng.integers(256)
+        try:
+            got = decode(bytes(data), max_pixels=1_000_000)
+            assert got.ndim == 3 and got.dtype == np.uint8
+        except BadImage as error:
+            assert error.status != Status.OK and error.reason
+            bad += 1
+    assert 0 < bad < 150
+
+
+def test_the_recipe_names_the_decoder(monkeypatch):
+    auto, pillow = decoder_identity("auto"), decoder_identity("pillow")
+    assert auto["library"] == "simplejpeg" and auto["simplejpeg"]
+    assert pillow["library"] == "pillow" and pillow["pillow"] == Image.__version__ and "simplejpeg" not in pillow
+    assert auto["exif_rotation"] is False
+    monkeypatch.setattr(images, "_simplejpeg", lambda: None)
+    assert decoder_identity("auto") == pillow
+    np.testing.assert_array_equal(decode(encoded(picture(), "JPEG")), reference(encoded(picture(), "JPEG")))
+    with pytest.raises(UsageError, match="not installed"):
+        resolve_decoder("simplejpeg")
+    with pytest.raises(UsageError, match="known: auto"):
+        resolve_decoder("turbo")
+
+
+def test_photographs_decode_alike(photographs):
+    files = sorted(photographs.glob("*/*"))[::4]
+    assert files
+    for file in files:
+        data = file.read_bytes()
+        fast, slow = decode(data, "simplejpeg").astype(int), decode(data, "pillow")
+        np.testing.assert_array_equal(slow, reference(data))
+        assert np.abs(fast - slow).max() <= 3, file.name
+        assert probe(data) == (slow.shape[1], slow.shape[0])
+
+
+def test_status_codes_stay():
+    names = "OK EMPTY NOT_AN_IMAGE DAMAGED ANIMATED TOO_MANY_PIXELS TOO_NARROW UNSUPPORTED_DEPTH UNREADABLE"
+    assert [status.name for status in sorted(Status)] == names.split()
+    assert [int(status) for status in sorted(Status)] == list(range(9))
