@@ -208,10 +208,10 @@ def _one_pass(sample_ND: Tensor, centroids_KD: Tensor, unit: float) -> tuple[Ten
     sums_KD = torch.zeros(centroids_KD.shape, dtype=torch.int64, device=centroids_KD.device)
     counts_K = torch.zeros(len(centroids_KD), dtype=torch.int64, device=centroids_KD.device)
     objective = torch.zeros((), dtype=torch.float64, device=centroids_KD.device)
-    rows = rows_per_chunk(centroids_KD)
+    rows, norms_K = rows_per_chunk(centroids_KD), centroids_KD.square().sum(1)
     for first in range(0, len(sample_ND), rows):
         part_ND = sample_ND[first : first + rows].to(centroids_KD.device).float()
-        ids_N, scores_N = search_chunk(part_ND, centroids_KD)
+        ids_N, scores_N = search_chunk(part_ND, centroids_KD, norms_K)
         sums_KD.index_add_(0, ids_N, (part_ND.double() * unit).round().long())
         counts_K += torch.bincount(ids_N, minlength=len(centroids_KD))
         objective += (scores_N.double() + part_ND.double().square().sum(1)).clamp(min=0).sum()

@@ -42,9 +42,9 @@ def nearest(points_ND: Tensor, codes_KD: Tensor, first_row: int = 0) -> Tensor:
     refuse_non_finite(points_ND, first_row)
     codes_KD = codes_KD.to(device=points_ND.device, dtype=torch.float32)
     ids_N = torch.empty(points_ND.shape[0], dtype=torch.int64, device=points_ND.device)
-    rows = rows_per_chunk(codes_KD)
+    rows, norms_K = rows_per_chunk(codes_KD), codes_KD.square().sum(1)
     for start in range(0, points_ND.shape[0], rows):
-        ids_N[start : start + rows] = search_chunk(points_ND[start : start + rows].float(), codes_KD)[0]
+        ids_N[start : start + rows] = search_chunk(points_ND[start : start + rows].float(), codes_KD, norms_K)[0]
     return ids_N
 
 
@@ -53,10 +53,10 @@ def rows_per_chunk(codes_KD: Tensor) -> int:
     return max(1, (GPU_CELLS if codes_KD.device.type == "cuda" else CPU_CELLS) // max(codes_KD.shape))
 
 
-def search_chunk(points_ND: Tensor, codes_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """For few points, float32: ids (N,) int64 of the nearest codes, and |c|^2 - 2 x.c (N,), the distance less |x|^2."""
+def search_chunk(points_ND: Tensor, codes_KD: Tensor, norms_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Few points, float32, and |c|^2 as `norms_K`: ids (N,) int64 of the nearest codes, and their distance less |x|^2."""
     with torch.autocast(points_ND.device.type, enabled=False), exact_float32():
-        scores_NK = torch.addmm(codes_KD.square().sum(1), points_ND, codes_KD.T, alpha=-2)
+        scores_NK = torch.addmm(norms_K, points_ND, codes_KD.T, alpha=-2)
     ids_N = scores_NK.argmin(dim=1)  # the first of equal minima, as torch documents
     return ids_N, scores_NK.gather(1, ids_N[:, None])[:, 0]
 
