@@ -54,7 +54,7 @@ def rows_per_chunk(codes_KD: Tensor) -> int:
 
 
 def search_chunk(points_ND: Tensor, codes_KD: Tensor, norms_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Few points, float32, and |c|^2 as `norms_K`: ids (N,) int64 of the nearest codes, and their distance less |x|^2."""
+    """Few points, float32, `norms_K` = |c|^2: ids (N,) int64 of the nearest codes, and their distance less |x|^2."""
     with torch.autocast(points_ND.device.type, enabled=False), exact_float32():
         scores_NK = torch.addmm(norms_K, points_ND, codes_KD.T, alpha=-2)
     ids_N = scores_NK.argmin(dim=1)  # the first of equal minima, as torch documents
