@@ -2,6 +2,7 @@
 # Paths are plain strings here: millions of them, no object for each.
 # ruff: noqa: PTH116, PTH118, PTH122
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -66,6 +67,8 @@ def _scan(root: str, folder: str, found: Found) -> tuple[list[str], list[tuple[s
                 else:
                     files.append((_utf8(os.path.join(folder, entry.name)), *_stamp(entry)))
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ManifestError(f"{error.filename}: link that leads to itself (a loop); remove the link") from None
         raise ManifestError(f"{os.path.join(root, folder)}: folder cannot be read: {error.strerror}") from None
     return sorted(folders), sorted(files)
 

@@ -1,0 +1,386 @@
+"""Finding images: one deterministic order in every layout, labels that agree, and refusals that name the culprit."""
+
+import io
+import json
+import os
+import random
+import tarfile
+import threading
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import folders
+from pipeline.errors import ManifestError
+from pipeline.reader import ByteReader
+from pipeline.sources import list_images
+from tests.image_files import encoded, picture
+
+PNG = encoded(picture(4, 5))
+
+
+def image(seed: int) -> bytes:
+    return encoded(picture(4, 5, seed))
+
+
+def write(path, data: bytes = PNG):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def write_tar(path, members, kind=None):
+    """`members`: (name, bytes), or a TarInfo."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, f"w:{kind}" if kind else "w") as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def write_parquet(path, rows, names=None, column="image", group=2):
+    """`rows`: (bytes or None, path or None, label)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    struct = pa.array([{"bytes": data, "path": name} for data, name, _ in rows],
+                      pa.struct([("bytes", pa.binary()), ("path", pa.string())]))  # fmt: skip
+    table = pa.table({column: struct, "label": [label for *_, label in rows]})
+    if names:
+        features = {"label": {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path, row_group_size=group)
+    return path
+
+
+def columns(listing, *names):
+    return list(zip(*(listing.table[name].to_pylist() for name in names), strict=True))
+
+
+def read_all(images, listing):
+    reader = ByteReader(images)
+    return [reader.read(*row) for row in columns(listing, "split", "source", "offset", "bytes")]
+
+
+def test_class_folders(tmp_path):
+    names = ["b/2.JPEG", "b/10.png", "a/z/deep.webp", "a/x.jpg", "B/1.bmp"]
+    for i, name in enumerate(names):
+        write(tmp_path / "train" / name, image(i))
+    write(tmp_path / "train" / "a" / "notes.txt", b"words")
+    write(tmp_path / "train" / "a" / "._x.jpg", b"resource fork")
+    write(tmp_path / "val" / "c" / "v.jpg", image(9))
+    images = {"val": str(tmp_path / "val"), "train": str(tmp_path / "train")}
+    listing = list_images(images)
+    assert columns(listing, "key", "label", "label_name", "split") == [
+        ("val/c/v", 3, "c", "val"),
+        ("train/B/1", 0, "B", "train"),
+        ("train/a/x", 1, "a", "train"),
+        ("train/a/z/deep", 1, "a", "train"),
+        ("train/b/10", 2, "b", "train"),
+        ("train/b/2", 2, "b", "train"),
+    ]
+    assert listing.classes == ["B", "a", "b", "c"]
+    assert listing.layouts == {"val": "classes", "train": "classes"}
+    assert listing.ignored == {".txt": 1, "hidden": 1}
+    assert read_all(images, listing) == [image(i) for i in (9, 4, 3, 2, 1, 0)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_order_never_depends_on_the_file_system(seed, tmp_path_factory):
+    root = tmp_path_factory.mktemp("order")
+    for name in ("b.1/y", "b/x-1", "b/x", "b/x.2", "a/É", "a/e", "a/Z", "b-/q"):
+        write(root / f"{name}.png")
+    real = os.scandir
+
+    class Shuffled:
+        def __init__(self, path):
+            with real(path) as entries:
+                self.entries = list(entries)
+            random.Random(f"{seed}{path}").shuffle(self.entries)
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *_):
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders.os, "scandir", Shuffled)
+        keys = [key for (key,) in columns(list_images({"t": str(root)}), "key")]
+    assert keys == sorted(keys, key=str.encode) and len(keys) == 8
+
+
+def test_flat_folder(tmp_path):
+    for name in ("b.png", "sub/a.png", "sub/deep/c.jpeg"):
+        write(tmp_path / name)
+    listing = list_images({"all": str(tmp_path)})
+    assert columns(listing, "key", "label", "label_name") == [
+        ("all/b", -1, ""),
+        ("all/sub/a", -1, ""),
+        ("all/sub/deep/c", -1, ""),
+    ]
+    assert listing.classes == [] and listing.layouts == {"all": "flat"}
+    with pytest.raises(ManifestError, match=r"b\.png"):
+        list_images({"all": str(tmp_path)}, "classes")
+
+
+def test_layout_flat_ignores_folder_names(tmp_path):
+    write(tmp_path / "dog" / "a.png")
+    assert columns(list_images({"t": str(tmp_path)}, "flat"), "key", "label") == [("t/dog/a", -1)]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["a/x.jpg", "a/x.png"], [r"a/x\.jpg", r"a/x\.png"]),
+        (["a/readme.txt"], ["class folder without images"]),
+        (["readme.txt"], ["no images", r"1 \.txt"]),
+        ([], ["no images"]),
+        (["a/x.jpg", "empty/.keep"], ["empty", "without images"]),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, files, words):
+    for name in files:
+        write(tmp_path / name)
+    with pytest.raises(ManifestError) as caught:
+        list_images({"train": str(tmp_path)})
+    for word in words:
+        assert caught.match(word)
+
+
+def test_symlinks_are_followed_and_loops_named(tmp_path):
+    write(tmp_path / "real" / "x.png")
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "a" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "real")  # the same folder twice is no loop
+    keys = columns(list_images({"t": str(tmp_path / "root")}), "key")
+    assert keys == [("t/a/linked/x",), ("t/b/x",)]
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "root" / "a")
+    with pytest.raises(ManifestError, match=r"back.*loop"):
+        list_images({"t": str(tmp_path / "root")})
+
+
+@pytest.mark.parametrize("target", [".", "..", "self"])
+def test_every_short_loop_is_named(tmp_path, target):
+    write(tmp_path / "root" / "a" / "x.png")
+    (tmp_path / "root" / "a" / "self").symlink_to(target)
+    with pytest.raises(ManifestError, match=r"self.*loop"):
+        list_images({"t": str(tmp_path / "root")})
+
+
+def test_unreadable_folder_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "x.png")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(folders.os, "scandir", scandir)
+    with pytest.raises(ManifestError, match=r"/a: folder cannot be read: Permission denied"):
+        list_images({"t": str(tmp_path)})
+
+
+def test_names_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    with open(os.fsencode(tmp_path) + b"/a/\xff.png", "wb") as file:
+        file.write(PNG)
+    with pytest.raises(ManifestError, match=r"xff\.png.*UTF-8"):
+        list_images({"t": str(tmp_path)})
+
+
+def test_missing_path_names_the_parameter(tmp_path):
+    with pytest.raises(ManifestError, match=r"manifest\.images\.train"):
+        list_images({"train": str(tmp_path / "nowhere")})
+
+
+def test_webdataset_tars(tmp_path):
+    write_tar(
+        tmp_path / "s-001.tar",
+        [("b.jpg", image(1)), ("b.cls", b"7"), ("a.seg.png", b"mask"), ("a.png", image(2)), ("a.cls", b" 0\n")],
+    )
+    write_tar(
+        tmp_path / "s-000.tar",
+        [
+            ("sub/n1.v2.txt", b"caption"),
+            ("sub/n1.json", b'{"label": 3}'),
+            ("sub/n1.WebP", image(3)),
+            ("bare.jpg", image(4)),
+            ("__meta__", b"{}"),
+            (".hidden.png", PNG),
+        ],
+    )
+    images = {"train": str(tmp_path / "s-{000..001}.tar")}
+    for pattern in (images["train"], str(tmp_path / "s-*.tar"), str(tmp_path)):
+        listing = list_images({"train": pattern})
+        assert columns(listing, "key", "label", "label_name", "source") == [
+            ("train/sub/n1", 3, "3", "s-000.tar"),
+            ("train/bare", -1, "", "s-000.tar"),
+            ("train/b", 7, "7", "s-001.tar"),
+            ("train/a", 0, "0", "s-001.tar"),
+        ]
+        assert read_all({"train": pattern}, listing) == [image(i) for i in (3, 4, 1, 2)]
+    assert listing.classes == ["0", "", "", "3", "", "", "", "7"]
+    with pytest.raises(ManifestError, match=r"s-002\.tar"):
+        list_images({"train": str(tmp_path / "s-{000..002}.tar")})
+
+
+def test_long_and_pax_names_have_the_right_offsets(tmp_path):
+    for number, kind in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
+        with tarfile.open(tmp_path / f"{number}.tar", "w", format=kind) as tar:
+            for i in range(5):
+                info = tarfile.TarInfo(f"{number}/{'long' * 40}ü{i}.png")
+                info.size = len(image(i))
+                tar.addfile(info, io.BytesIO(image(i)))
+    images = {"t": str(tmp_path)}
+    assert read_all(images, list_images(images)) == [image(i) for i in range(5)] * 2
+
+
+def linked(kind: bytes, name: str = "x.jpg") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "/etc/passwd"
+    return info
+
+
+@pytest.mark.parametrize(
+    ("member", "word"),
+    [
+        (("../x.jpg", PNG), "outside"),
+        (("a/../../x.jpg", PNG), "outside"),
+        (("/etc/x.jpg", PNG), "outside"),
+        (("..\\x.jpg", PNG), "outside"),
+        (("../notes.txt", b""), "outside"),
+        (linked(tarfile.SYMTYPE), "link"),
+        (linked(tarfile.LNKTYPE), "link"),
+        (linked(tarfile.CHRTYPE), "device"),
+        (linked(tarfile.FIFOTYPE), "device"),
+    ],
+)
+def test_unsafe_tar_members_are_refused(tmp_path, member, word):
+    write_tar(tmp_path / "in" / "t.tar", [("good.jpg", PNG), member])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ManifestError, match=rf"t\.tar.*{word}"):
+        list_images({"train": str(tmp_path / "in")})
+    assert sorted(tmp_path.rglob("*")) == before  # nothing written anywhere
+
+
+def test_damaged_tars_are_named_and_never_listed_short(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", [(f"{i}.png", image(i)) for i in range(4)]).read_bytes()
+    end = whole.rindex(b"3.png") + 512 + len(image(3))
+    cases = {
+        "cut inside an image": whole[: end - 20],
+        "cut after an image": whole[: -(-end // 512) * 512],
+        "cut inside a header": whole[: whole.index(b"2.png") + 100],
+        "damaged header": whole.replace(b"2.png", b"2.p\xffg"),
+        "text": b"hello " * 500,
+        "empty": b"",
+    }
+    for name, data in cases.items():
+        path = write(tmp_path / "in" / f"{name.replace(' ', '-')}.tar", data)
+        with pytest.raises(ManifestError, match=r"\.tar"):
+            list_images({"t": str(path)})
+    for kind in ("gz", "xz"):
+        path = write_tar(tmp_path / "z" / f"{kind}.tar", [("a.png", PNG)], kind)
+        with pytest.raises(ManifestError, match=r"decompress"):
+            list_images({"t": str(path)})
+
+
+@pytest.mark.parametrize(
+    ("tars", "words"),
+    [
+        ([[("a.jpg", PNG)], [("a.png", PNG)]], ["'a'", r"0\.tar", r"1\.tar"]),
+        ([[("a.jpg", PNG), ("a.jpg", PNG)]], [r"a\.jpg", "twice"]),
+        ([[("a.jpg", PNG), ("a.png", PNG)]], ["2 images"]),
+        ([[("a.jpg", PNG), ("a.cls", b"\xff\xfe")]], [r"a\.cls"]),
+        ([[("a.jpg", PNG), ("a.json", b"{")]], [r"a\.json"]),
+        ([[("a.jpg", PNG), ("a.json", b'{"label": 1.5}')]], [r"a\.json", "1.5"]),
+        ([[("a.txt", b"no image")]], ["no images", r"1 \.txt"]),
+    ],
+)
+def test_tars_that_are_refused(tmp_path, tars, words):
+    for i, members in enumerate(tars):
+        write_tar(tmp_path / f"{i}.tar", members)
+    with pytest.raises(ManifestError) as caught:
+        list_images({"train": str(tmp_path)})
+    for word in words:
+        assert caught.match(word)
+
+
+def test_parquet_as_on_the_hub(tmp_path):
+    names = ["tench", "goldfish", "shark"]
+    rows = [(image(i), f"n{i % 2}/p_{9 - i}.JPEG", i % 3) for i in range(5)]
+    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", rows[:3], names)
+    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", rows[3:], names)
+    images = {"train": str(tmp_path / "data" / "train-*.parquet")}
+    listing = list_images(images)
+    assert columns(listing, "key", "label", "label_name", "offset") == [
+        ("train/n0/p_9", 0, "tench", 0),
+        ("train/n1/p_8", 1, "goldfish", 1),
+        ("train/n0/p_7", 2, "shark", 2),
+        ("train/n1/p_6", 0, "tench", 0),
+        ("train/n0/p_5", 1, "goldfish", 1),
+    ]
+    assert listing.classes == names  # the order of the Hub, not the alphabet's
+    assert read_all(images, listing) == [image(i) for i in range(5)]
+
+
+def test_parquet_keys_fall_back_to_row_numbers(tmp_path):
+    for paths in ((None, "x.jpg"), ("same.jpg", "same.jpg")):
+        write_parquet(tmp_path / "t.parquet", [(PNG, paths[0], None), (PNG, paths[1], -1)])
+        listing = list_images({"test": str(tmp_path / "t.parquet")})
+        assert columns(listing, "key", "label") == [("test/t/00000000", -1), ("test/t/00000001", -1)]
+
+
+def test_parquet_that_is_refused(tmp_path):
+    path = write(tmp_path / "bad.parquet", b"PAR1 not really")
+    with pytest.raises(ManifestError, match=r"bad\.parquet.*sound"):
+        list_images({"t": str(path)})
+    pq.write_table(pa.table({"text": ["a"]}), path)
+    with pytest.raises(ManifestError, match=r"no column `image`.*text"):
+        list_images({"t": str(path)})
+    write_parquet(path, [(PNG, "a", 5)], ["only", "two"])
+    with pytest.raises(ManifestError, match=r"label 5.*2 classes"):
+        list_images({"t": str(path)})
+
+
+def test_labels_agree_between_layouts(tmp_path):
+    write_parquet(tmp_path / "p.parquet", [(PNG, "a.png", 0)], ["tench", "goldfish"])
+    write(tmp_path / "val" / "goldfish" / "x.png")
+    images = {"train": str(tmp_path / "p.parquet"), "val": str(tmp_path / "val")}
+    assert columns(list_images(images), "label", "label_name") == [(0, "tench"), (1, "goldfish")]
+    write(tmp_path / "val" / "whale" / "x.png")
+    with pytest.raises(ManifestError, match=r"split val: class 'whale'"):
+        list_images(images)
+    write_parquet(tmp_path / "q.parquet", [(PNG, "b.png", 0)], ["goldfish", "tench"])
+    with pytest.raises(ManifestError, match=r"split test.*agree"):
+        list_images({"train": images["train"], "test": str(tmp_path / "q.parquet")})
+
+
+def test_many_threads_read_the_right_bytes(tmp_path):
+    data = {i: image(i) for i in range(24)}
+    for tar in range(12):  # more tars than a thread keeps open
+        write_tar(tmp_path / "tars" / f"{tar:02d}.tar", [(f"{i}.png", data[i]) for i in range(2 * tar, 2 * tar + 2)])
+    write_parquet(tmp_path / "p.parquet", [(data[i], f"{i}.png", 0) for i in range(24)])
+    images = {"a": str(tmp_path / "tars"), "b": str(tmp_path / "p.parquet")}
+    rows = columns(list_images(images), "split", "source", "offset", "bytes")
+    reader, wrong = ByteReader(images), []
+
+    def work(seed):
+        order = list(enumerate(rows))
+        random.Random(seed).shuffle(order)
+        wrong.extend(i for i, row in order if reader.read(*row) != data[i % 24])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
