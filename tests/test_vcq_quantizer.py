@@ -99,12 +99,12 @@ def test_constant_schedule_is_plain_vq(l2):
     z = torch.randn(4, L, D, generator=rng(1), requires_grad=True)
     up = torch.randn(4, L, D, generator=rng(2))
     got = quantizer(z)
-    ((got.codes_BLD * up).sum() + got.loss).backward()
+    ((got.codes * up).sum() + got.loss).backward()
     z2, e2 = z.detach().clone().requires_grad_(), quantizer.codebook.detach().clone().requires_grad_()
     scale = (lambda x: F.normalize(x, dim=-1)) if l2 else (lambda x: x)
     codes, ids, loss = plain_vq(scale(z2), scale(e2), 0.25)
     ((codes * up).sum() + loss).backward()
-    assert torch.equal(got.ids_BL, ids)
+    assert torch.equal(got.ids, ids)
     torch.testing.assert_close(got.loss, loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(z.grad, z2.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(quantizer.codebook.grad, e2.grad, rtol=1e-5, atol=1e-6)
@@ -130,7 +130,7 @@ def test_gradients():
     z = torch.randn(3, L, D, generator=rng(1), requires_grad=True)
     up = torch.randn(3, L, D, generator=rng(2))
     out = quantizer(z)
-    (out.codes_BLD * up).sum().backward()
+    (out.codes * up).sum().backward()
     torch.testing.assert_close(z.grad, up)
     assert quantizer.codebook.grad is None  # nothing flows into the codes but through the codebook term
     z.grad = None
@@ -138,10 +138,20 @@ def test_gradients():
     out.loss.backward()
     assert z.grad is None or not z.grad.any()  # beta 0: no commitment; the codebook term gives the input nothing
     used = torch.zeros(K, dtype=torch.bool)
-    used[out.ids_BL.flatten()] = True
+    used[out.ids.flatten()] = True
     moved = quantizer.codebook.grad.abs().sum(1) > 0
     assert torch.equal(moved, used)
     assert not used.all()
+
+
+def test_strength_lets_the_input_through():
+    quantizer = make(beta=1.0, codebook_weight=0.0)
+    z = torch.randn(3, L, D, generator=rng(1))
+    open_, half, full = (quantizer(z, s) for s in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(open_.codes, quantizer.project(z))
+    torch.testing.assert_close(half.codes, (open_.codes + full.codes) / 2)
+    torch.testing.assert_close(full.codes, quantizer.lookup(full.ids))
+    assert [float(q.loss.detach() / full.loss.detach()) for q in (open_, half)] == [0.0, 0.5]
 
 
 def test_commitment_pulls_the_input_alone():
@@ -149,7 +159,7 @@ def test_commitment_pulls_the_input_alone():
     z = torch.randn(3, L, D, generator=rng(1), requires_grad=True)
     out = quantizer(z)
     out.loss.backward()
-    want = 2.0 * 2 * (z.detach() - quantizer.codebook.detach()[out.ids_BL]) / z.numel()
+    want = 2.0 * 2 * (z.detach() - quantizer.codebook.detach()[out.ids]) / z.numel()
     torch.testing.assert_close(z.grad, want)
     assert not quantizer.codebook.grad.any()
 
@@ -159,7 +169,7 @@ def test_quantizing_a_reachable_code_returns_it(l2):
     quantizer = make(l2=l2)
     ids_BL = torch.stack([torch.randint(0, k, (8,), generator=rng(k)) for k in quantizer.sizes], 1)
     out = quantizer(quantizer.lookup(ids_BL))
-    assert torch.equal(out.ids_BL, ids_BL)
+    assert torch.equal(out.ids, ids_BL)
     assert float(out.loss.detach()) < 1e-12
 
 
@@ -200,9 +210,9 @@ def test_autocast_and_tf32_do_not_reach_the_search():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(got.ids_BL, want.ids_BL)
-    assert got.codes_BLD.dtype == torch.float32
-    assert float(got.loss) == float(want.loss)
+    assert torch.equal(got.ids, want.ids)
+    assert got.codes.dtype == torch.float32
+    assert torch.equal(got.loss, want.loss)
 
 
 def test_groups_cut_the_positions_once():

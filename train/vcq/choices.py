@@ -1,7 +1,7 @@
 """The one place that says which side of the VCQ paper's contradictions, and which open choice, the code takes.
 
 Paper: "Taming the Entropy Cliff: Variable Codebook Size Quantization for Autoregressive Visual Generation",
-arXiv:2605.06207v1. D1-D13 are places where the paper contradicts itself or arithmetic; O1-O18 are left open by it.
+arXiv:2605.06207v1. D1-D13 are places where the paper contradicts itself or arithmetic; O1-O19 are left open by it.
 `python -m train.vcq.choices` prints the table.
 """
 
@@ -70,6 +70,8 @@ OPEN = (
            "i.i.d. noise shows the same cliff at the same place"),
     Choice("O18", "large tokenizer: 'LPIPS with ConvNeXt-S'", "MSE of logits at 224, after `warm_steps` of VGG-LPIPS",
            "AliTok"),
+    Choice("O19", "quantized from step 0", "`quantize_start`, `quantize_ramp`: 0 for the paper's presets",
+           "narrow models commit before their codes differ by image and never recover"),
 )
 # fmt: on
 

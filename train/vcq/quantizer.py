@@ -18,8 +18,8 @@ BLOCK = 1 << 26  # largest distance block held at once, in float32 elements (256
 class Quantized(NamedTuple):
     """What one pass through the quantizer gives."""
 
-    codes_BLD: Tensor  # value of the codes, gradient straight through to the input
-    ids_BL: Tensor  # int64, ids_BL[:, t] < K_t
+    codes: Tensor  # (B, L, D) float32, the chosen codes; the gradient goes straight through to the input
+    ids: Tensor  # (B, L) int64, ids[:, t] < K_t
     loss: Tensor  # codebook and commitment terms, weighted, a scalar
 
 
@@ -49,25 +49,30 @@ class VariableQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.empty(max(self.sizes), dim))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Codes even on the sphere (l2) or uniform in +-1/K (as VQ-VAE implementations do)."""
+    @torch.no_grad()
+    def reset_parameters(self, rng: torch.Generator | None = None) -> None:
+        """Codes even on the sphere (l2), or uniform in +-1/K as VQ-VAE implementations do, drawn from `rng`."""
         if self.l2:
-            nn.init.normal_(self.codebook)
-            with torch.no_grad():
-                self.codebook.copy_(F.normalize(self.codebook, dim=-1))
+            nn.init.normal_(self.codebook, generator=rng)
+            self.codebook.copy_(F.normalize(self.codebook, dim=-1))
         else:
-            nn.init.uniform_(self.codebook, -1 / len(self.codebook), 1 / len(self.codebook))
+            nn.init.uniform_(self.codebook, -1 / len(self.codebook), 1 / len(self.codebook), generator=rng)
 
-    def forward(self, z_BLD: Tensor) -> Quantized:
-        """(B, L, D) of any float type -> Quantized in float32; autocast is off inside."""
+    def forward(self, z_BLD: Tensor, strength: float = 1.0) -> Quantized:
+        """(B, L, D) of any float type -> Quantized in float32; autocast is off inside.
+
+        strength 1 is the paper's quantizer. Below 1 the codes stand that far between input and code and the commitment
+        term is scaled: a small model that is quantized from its first step commits before its codes differ by image.
+        """
         with torch.autocast(z_BLD.device.type, enabled=False):
             z_BLD = self.project(z_BLD)
             ids_BL = self.search(z_BLD)
             e_BLD = self.lookup(ids_BL)
             codebook_term = (e_BLD - z_BLD.detach()).square().mean()
             commitment = (z_BLD - e_BLD.detach()).square().mean()
-            codes_BLD = z_BLD + (e_BLD - z_BLD).detach()
-            return Quantized(codes_BLD, ids_BL, self.codebook_weight * codebook_term + self.beta * commitment)
+            codes_BLD = z_BLD + strength * (e_BLD - z_BLD).detach()
+            loss = self.codebook_weight * codebook_term + strength * self.beta * commitment
+            return Quantized(codes_BLD, ids_BL, loss)
 
     def project(self, z_BLD: Tensor) -> Tensor:
         """What is compared with the codes: float32, on the unit sphere when l2."""
@@ -89,8 +94,8 @@ class VariableQuantizer(nn.Module):
 def nearest_codes(z_BLD: Tensor, codes_KD: Tensor, sizes: tuple[int, ...], groups: int = 16) -> Tensor:
     """(B, L) int64: argmin over k < sizes[t] of |z(b, t) - codes_k|^2, ties to the lowest k.
 
-    Positions are cut into `groups` runs. A run is compared with the codes that any of its positions may use, so the work
-    is close to D * sum of K_t instead of D * L * K; only the strip between the run's smallest and largest K_t is masked.
+    Positions are cut into `groups` runs. A run is compared with the codes that any of its positions may use, so the
+    work is near D * sum of K_t, not D * L * K; only the strip between its smallest and largest K_t is masked.
     Float32 without TF32: bfloat16 inputs would change 3 to 7 % of the ids.
     """
     z_LBD = z_BLD.detach().float().transpose(0, 1).contiguous()
@@ -105,9 +110,7 @@ def nearest_codes(z_BLD: Tensor, codes_KD: Tensor, sizes: tuple[int, ...], group
             rows = max(1, BLOCK // ((stop - start) * high))
             for first in range(0, batch, rows):
                 z_SBD = z_LBD[start:stop, first : first + rows]
-                scores = torch.addmm(
-                    half_norms_K[:high], z_SBD.reshape(-1, z_SBD.shape[-1]), codes_KD[:high].T, alpha=-1
-                )
+                scores = torch.addmm(half_norms_K[:high], z_SBD.flatten(0, 1), codes_KD[:high].T, alpha=-1)
                 scores_SBK = scores.view(*z_SBD.shape[:2], high)
                 if low < high:
                     barred_SK = torch.arange(low, high, device=z_LBD.device) >= limit_S[:, None]
@@ -124,7 +127,7 @@ def position_groups(length: int, groups: int) -> Iterator[tuple[int, int]]:
 
 
 def search_flops(sizes: tuple[int, ...], dim: int, groups: int = 16) -> int:
-    """Multiply-adds times two that `nearest_codes` spends on one image: 2 d sum over runs of (positions * largest K_t)."""
+    """FLOPs of `nearest_codes` for one image: 2 d times the sum over runs of (positions * largest K_t)."""
     runs = position_groups(len(sizes), groups)
     return 2 * dim * sum((stop - start) * max(sizes[start:stop]) for start, stop in runs)
 

@@ -23,7 +23,7 @@ def codebook_sizes(kind: str, length: int = 256, k_min: int = 2, k_max: int = 16
         raise ValueError(f"codebook sizes need 1 <= k_min <= k_max, found k_min {k_min}, k_max {k_max}")
     if length < 1 or power <= 0:
         raise ValueError(f"a schedule needs length >= 1 and power > 0, found length {length}, power {power}")
-    u_L = torch.arange(length, dtype=torch.float64) / max(length - 1, 1)
+    u_L = torch.arange(length, dtype=torch.float64, device="cpu") / max(length - 1, 1)
     growth_L = {
         "constant": torch.ones_like(u_L),
         "linear": u_L,

@@ -12,7 +12,7 @@ from train.vcq.quantizer import VariableQuantizer
 
 
 class CodeUsage:
-    """Counts of code k at position t over a window that the caller opens with `clear`; (L, K) int32 on the ids' device."""
+    """Counts of code k at position t over a window that `clear` opens; (L, K) int32 on the device of the sizes."""
 
     def __init__(self, sizes_L: Tensor) -> None:
         self.sizes_L = sizes_L.detach()
@@ -51,7 +51,7 @@ class CodeUsage:
 
 
 def expected_hits(sizes_L: Tensor) -> Tensor:
-    """(K,) float64: hits of code k per image if each position used its codes evenly, sum over {t: K_t > k} of 1 / K_t."""
+    """(K,) float64: hits of code k per image under even use, the sum over {t: K_t > k} of 1 / K_t."""
     sizes_L = sizes_L.double()
     reachable_LK = torch.arange(int(sizes_L.max()), device=sizes_L.device) < sizes_L[:, None]
     return (reachable_LK / sizes_L[:, None]).sum(0)
@@ -60,8 +60,8 @@ def expected_hits(sizes_L: Tensor) -> Tensor:
 class CodeReset:
     """Re-seeds codes that were expected `patience` times since they last occurred; off unless a trainer asks for it.
 
-    The first `protected` codes serve every position and are never touched. A code is re-seeded from an encoder output at
-    a position that can reach it. The probability that a healthy, evenly used code is re-seeded is exp(-patience).
+    The first `protected` codes serve every position and are never touched. A code is re-seeded from an encoder output
+    at a position that can reach it. A healthy, evenly used code is re-seeded with probability exp(-patience).
     """
 
     def __init__(self, sizes_L: Tensor, protected: int = 16, patience: float = 20.0) -> None:
@@ -75,11 +75,9 @@ class CodeReset:
     def step(self, quantizer: VariableQuantizer, z_BLD: Tensor, ids_BL: Tensor, rng: torch.Generator) -> Tensor:
         """Count one batch, re-seed what died; (M,) int64 codes that were changed (their optimiser moments are stale).
 
-        z_BLD: encoder outputs that gave ids_BL. Over several ranks the missed counts are reduced and rank 0's codes win.
+        z_BLD: encoder outputs that gave ids_BL. Over several ranks the hits are summed and rank 0's codes win.
         """
-        hit_K = torch.zeros_like(self.rate_K).index_add_(
-            0, ids_BL.flatten(), torch.ones_like(ids_BL.flatten()).double()
-        )
+        hit_K = torch.bincount(ids_BL.flatten(), minlength=len(self.rate_K)).double()
         images = torch.tensor(float(len(ids_BL)), dtype=torch.float64, device=hit_K.device)
         spread = torch.distributed.is_available() and torch.distributed.is_initialized()
         if spread:

@@ -1,0 +1,233 @@
+"""Perceptual losses: LPIPS-VGG, logits of a ConvNeXt, or features of any local timm network; never silently none.
+
+Every loss takes images in [0, 1] and rescales them exactly once, inside. Weights come from files that the user names;
+one that is missing, damaged or of other bytes than promised is an error that says where it was looked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import WeightsError
+from pipeline.files import sha256_file
+from pipeline.safeload import load_tensors
+
+KINDS = ("lpips-vgg", "logits", "features")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VGG_SLICES = (4, 9, 16, 23, 30)  # torchvision's vgg16.features, cut after each last ReLU of a resolution
+
+
+@dataclass(frozen=True)
+class PerceptualSource:
+    """One network that may serve: its kind, the file of its weights, and which bytes that file must have."""
+
+    kind: str  # of KINDS
+    weights: str
+    sha256: str | None = None
+    model: str = "convnext_small"  # timm name, for logits and features
+    layers: int = 3  # for features: how many intermediate maps, the last ones
+
+
+class PerceptualLoss(nn.Module):
+    """forward(fake, real): (B, 3, H, W) each in [0, 1] -> scalar float32; the gradient reaches `fake` alone.
+
+    `name` says which network and which weights, for the logs. Parameters take no gradient; always in evaluation mode.
+    """
+
+    name: str
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        """Stays in evaluation mode whatever the trainer does."""
+        return super().train(False)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """What is compared, from images in [0, 1]."""
+        raise TypeError("a perceptual loss is one of KINDS")
+
+    def compare(self, fake: Tensor, real: Tensor, index: int) -> Tensor:
+        """Scalar distance of two maps of the same layer."""
+        return F.mse_loss(fake.float(), real.float())
+
+    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
+        with torch.no_grad():
+            theirs = self.maps(real)
+        ours = self.maps(fake)
+        pairs = zip(ours, theirs, strict=True)
+        return torch.stack([self.compare(mine, other, i) for i, (mine, other) in enumerate(pairs)]).sum()
+
+
+class LpipsVgg(PerceptualLoss):
+    """LPIPS v0.1 (arXiv:1801.03924): VGG-16 from `path` (torchvision layout), linear heads from the `lpips` package."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        tensors = _vgg_slices(path, load_tensors(path))
+        self.net = _import_lpips().LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        self.net.net.load_state_dict(tensors)
+        self.net.requires_grad_(False)
+        self.name = f"lpips-vgg:{path.name}"
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Five VGG maps of images brought to [-1, 1] here and nowhere else, each of unit length over channels."""
+        maps = self.net.net(self.net.scaling_layer(images * 2 - 1))
+        return [_unit(x.float()) for x in maps]
+
+    def compare(self, fake: Tensor, real: Tensor, index: int) -> Tensor:
+        """Squared difference weighed by the learned head, averaged over space and images."""
+        return self.net.lins[index]((fake - real).square()).mean()
+
+
+class Logits(PerceptualLoss):
+    """MSE of the class logits at 224 x 224 (AliTok's use of ConvNeXt-S), any timm classifier."""
+
+    def __init__(self, path: Path, model: str) -> None:
+        super().__init__()
+        self.net = _timm(path, model, classes=True)
+        self.name = f"logits-{model}:{path.name}"
+        self.prepare = _Prepare(self.net)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """(B, classes) logits."""
+        return [self.net(self.prepare(images))]
+
+
+class Features(PerceptualLoss):
+    """LPIPS's distance without learned heads, on the last intermediate maps of any timm network."""
+
+    def __init__(self, path: Path, model: str, layers: int) -> None:
+        super().__init__()
+        self.net = _timm(path, model, classes=False)
+        self.layers = layers
+        self.name = f"features-{model}:{path.name}"
+        self.prepare = _Prepare(self.net)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """(B, C, h, w) maps of unit length over channels."""
+        found = self.net.forward_intermediates(self.prepare(images), indices=self.layers, intermediates_only=True)
+        return [_unit(x.float()) for x in found]
+
+    def compare(self, fake: Tensor, real: Tensor, index: int) -> Tensor:
+        """Squared distance of unit vectors, averaged over space, images and layers."""
+        return (fake - real).square().sum(1).mean() / self.layers
+
+
+class _Prepare(nn.Module):
+    """Images in [0, 1] -> the network's input size (bilinear, antialias), its mean and deviation."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        given = getattr(net, "pretrained_cfg", {})
+        self.size = tuple(given.get("input_size", (3, 224, 224))[-2:])
+        embed = getattr(net, "patch_embed", None)
+        self.size = tuple(getattr(embed, "img_size", None) or self.size)
+        self.register_buffer("mean", torch.tensor(given.get("mean", IMAGENET_MEAN)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(given.get("std", IMAGENET_STD)).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = F.interpolate(images, size=self.size, mode="bilinear", antialias=True, align_corners=False)
+        return (images - self.mean) / self.std
+
+
+def load_perceptual(source: PerceptualSource, device: str | torch.device = "cpu") -> PerceptualLoss:
+    """Build one loss; WeightsError when its file is missing, has other bytes than promised, or does not fit."""
+    path = Path(source.weights)
+    if source.kind not in KINDS:
+        raise WeightsError(f"perceptual loss {source.kind!r} is unknown; known: {', '.join(KINDS)}")
+    if not path.is_file():
+        raise WeightsError(_missing(source))
+    found = sha256_file(path)
+    if source.sha256 and found != source.sha256.lower():
+        raise WeightsError(f"{path} has SHA-256 {found}, expected {source.sha256}; fetch it again")
+    loss = _build(source, path)
+    loss.name += f"@{found[:12]}"
+    return loss.to(device).eval()
+
+
+def choose_perceptual(sources: Sequence[PerceptualSource], device: str | torch.device = "cpu") -> PerceptualLoss:
+    """The first of `sources` whose weights are there; WeightsError lists them all when none is."""
+    for source in sources:
+        if Path(source.weights).is_file():
+            return load_perceptual(source, device)
+    listed = "\n".join(f"  {_missing(source)}" for source in sources) or "  no source is configured"
+    raise WeightsError(
+        f"no perceptual loss can be built:\n{listed}\nSet the perceptual weight to 0 to train without one"
+    )
+
+
+def _build(source: PerceptualSource, path: Path) -> PerceptualLoss:
+    if source.kind == "lpips-vgg":
+        return LpipsVgg(path)
+    return Logits(path, source.model) if source.kind == "logits" else Features(path, source.model, source.layers)
+
+
+def _missing(source: PerceptualSource) -> str:
+    wanted = {
+        "lpips-vgg": "VGG-16 in torchvision's layout (vgg16-397923af.pth)",
+        "logits": f"a timm state dict of {source.model} with its classifier",
+        "features": f"a timm state dict of {source.model}",
+    }[source.kind]
+    return f"{source.kind}: {source.weights} does not exist; it should hold {wanted}"
+
+
+def _import_lpips():
+    """The `lpips` package, which ships the learned heads."""
+    try:
+        import lpips
+    except ImportError:
+        raise WeightsError("kind lpips-vgg needs the `lpips` package (its linear heads): pip install lpips") from None
+    return lpips
+
+
+def _vgg_slices(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's `features.N.weight` -> lpips' `sliceS.N.weight`; WeightsError when the layout is another."""
+    renamed = {}
+    for key, value in tensors.items():
+        if key.startswith("features."):
+            layer = int(key.split(".")[1])
+            renamed[f"slice{1 + sum(layer >= cut for cut in VGG_SLICES)}.{key.removeprefix('features.')}"] = value
+    if len(renamed) != 26:
+        raise WeightsError(f"{path} is not torchvision's VGG-16: {len(renamed)} tensors under `features.`, expected 26")
+    return renamed
+
+
+def _timm(path: Path, model: str, classes: bool) -> nn.Module:
+    """A timm network with the weights of `path`; without its classifier where only features are used."""
+    import timm
+
+    tensors = load_tensors(path)
+    try:
+        if classes:
+            net = timm.create_model(model, num_classes=_classes(path, tensors))
+            net.load_state_dict(tensors)
+        else:
+            net = _headless(timm, model, tensors)
+    except RuntimeError as error:
+        raise WeightsError(f"{path} does not fit timm's {model}: {str(error).splitlines()[1:2] or error}") from None
+    return net.requires_grad_(False).eval()
+
+
+def _headless(timm, model: str, tensors: dict[str, Tensor]) -> nn.Module:
+    """The network at the image size that its position table was trained for, classifier left out."""
+    net = timm.create_model(model, num_classes=0)
+    kept = {key: value for key, value in tensors.items() if key in net.state_dict()}
+    if "pos_embed" in kept and kept["pos_embed"].shape != net.pos_embed.shape:
+        cells = kept["pos_embed"].shape[1] - net.num_prefix_tokens
+        net = timm.create_model(model, num_classes=0, img_size=round(cells**0.5) * net.patch_embed.patch_size[0])
+    net.load_state_dict(kept)
+    return net
+
+
+def _classes(path: Path, tensors: dict[str, Tensor]) -> int:
+    for key in ("head.fc.bias", "head.bias", "fc.bias", "classifier.bias"):
+        if key in tensors:
+            return len(tensors[key])
+    raise WeightsError(f"{path} has no classifier, kind `logits` compares its outputs; use kind `features`")
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Unit length over channels, with LPIPS's epsilon."""
+    return x / (x.square().sum(1, keepdim=True).add(1e-20).sqrt() + 1e-10)
