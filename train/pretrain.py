@@ -1,6 +1,7 @@
 """`semdict pretrain`: LEASE, Sorcen or MAGE on cached token shards, alone or under torchrun."""
 
 import argparse
+import hashlib
 import math
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ShardError, UsageError
 from pipeline.files import write_json
+from pipeline.safeload import load_array
 from train import dist
 from train.loader import Loader, ResidentLoader, recipe_of, table_from_shards
 from train.logging import RunLog
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", default="params.yaml", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
     parser.add_argument("--shards", type=Path, help="token shards (default shards/<preset>), or a folder of their tars")
+    parser.add_argument("--centroids", type=Path, help="(K, D) .npy for lease where the token set itself holds none")
     parser.add_argument("--out", type=Path, help="the complete run (default runs/<preset>/<objective>)")
     parser.add_argument("--reports", type=Path, help="metrics.json and plots (default reports/<preset>/<objective>)")
     parser.add_argument("--work", default="work", type=Path, help="where a run waits until it is complete")
@@ -72,29 +75,34 @@ class Corpus:
     centroids: np.ndarray | None
 
     @classmethod
-    def of(cls, path: Path, streaming: bool) -> "Corpus":
+    def of(cls, path: Path, streaming: bool, centroids: Path | None = None) -> "Corpus":
         """Read the metadata; ShardError where the cells are no square grid or positions differ in their codebooks."""
         if streaming:
-            from train.streaming import read_export
+            from train.streaming import read_about
 
-            meta, centroids = read_export(path)
+            meta, book = read_about(path), None
         else:
             from pipeline.shards import open_shards
 
             shards = open_shards(path)
-            meta, centroids = shards.meta, shards.centroids
-        grid, book = meta["grid"], meta["codebooks"]["gen"]
+            meta, book = shards.meta, shards.centroids
+        grid, gen = meta["grid"], meta["codebooks"]["gen"]
         if len(grid) != 2 or grid[0] != grid[1]:
             raise ShardError(f"{path} has the grid {grid}; these trainers need a square of cells")
-        if book["sizes"] is not None:
+        if gen["sizes"] is not None:
             raise ShardError(f"{path} has a codebook size per position; train on it with `semdict ar`")
-        return cls(path, meta, grid[0], book["size"], centroids)
+        if centroids is not None:
+            book = load_array(centroids)
+        words = meta["codebooks"].get("disc", {}).get("size")
+        if book is not None and len(book) != words:
+            raise ShardError(f"{centroids or path} has {len(book)} centroids, the tokens of {path} have {words} words")
+        return cls(path, meta, grid[0], gen["size"], book)
 
     @property
     def words(self) -> Tensor:
         """(K, D) float32 centroids; ShardError where the set has none."""
         if self.centroids is None:
-            raise ShardError(f"{self.path} holds no centroids, which lease needs; encode with a k-means dictionary")
+            raise ShardError(f"{self.path} holds no centroids, which lease needs; name them by --centroids FILE.npy")
         return torch.from_numpy(np.array(self.centroids, dtype=np.float32))
 
 
@@ -105,9 +113,11 @@ class Session:
         self.params, self.given, self.world, self.objective = params, params.pretrain, world, args.objective
         self.resume, preset, name = args.resume, params.preset, args.objective
         streaming = self.given.loader == "streaming"
-        self.corpus = Corpus.of(args.shards or Path("shards") / preset, streaming)
+        self.corpus = Corpus.of(args.shards or Path("shards") / preset, streaming, args.centroids)
         self.reports = args.reports or Path("reports") / preset / name
         settings = identity(name, self.given, recipe_of(self.corpus.meta))
+        if name == "lease":  # they may come from a file of their own
+            settings["centroids"] = hashlib.sha256(self.corpus.words.numpy().tobytes()).hexdigest()[:16]
         self.place = Place(f"pretrain-{name}", settings, args.out or Path("runs") / preset / name, args.work)
 
     def go(self) -> int:
@@ -162,21 +172,14 @@ class Session:
         metrics = {"final": means, "chance": self.chance(), "steps": steps, "images_left_out": self.left_out}
         if not world.first:
             return {"metrics": metrics}
-        about = {
-            "objective": self.objective,
-            "settings": self.place.settings,
-            "step": steps,
-            "corpus": self.corpus.meta,
-        }
-        save_pretrained(self.place.folder / MODEL, model, about)
+        about = {"objective": self.objective, "settings": self.place.settings, "corpus": self.corpus.meta}
+        save_pretrained(self.place.folder / MODEL, model, {**about, "step": steps})
         return self.place.complete({"metrics": metrics, "preset": self.params.preset})
 
     def plan(self, steps: int) -> Plan:
         """The loop's part of the settings."""
-        g = self.given
-        return Plan(
-            steps, g.seed, g.accumulate, g.precision, g.compile, g.save_every, g.keep, g.log_every, self.objective
-        )
+        names = ("seed", "accumulate", "precision", "compile", "save_every", "keep", "log_every")
+        return Plan(steps=steps, name=self.objective, **{name: getattr(self.given, name) for name in names})
 
     def run(self) -> Run:
         """The loop's folders."""
@@ -189,10 +192,9 @@ class Session:
         if given.loader == "streaming":
             from train.streaming import StreamingLoader
 
-            loader: Any = StreamingLoader(
-                self.corpus.path, given.batch, given.seed, world.rank, world.size, world.device
-            )
-            self.left_out = loader.left_out
+            place = (world.rank, world.size, world.device)
+            loader: Any = StreamingLoader(self.corpus.path, given.splits, given.batch, given.seed, *place)
+            self.left_out, self.classes = loader.left_out, 0
         else:
             table = table_from_shards(self.corpus.path, given.splits)
             loader = ResidentLoader(table, given.batch, given.seed, world.rank, world.size, world.device)
@@ -219,9 +221,7 @@ class Session:
         if not self.given.online_classifier:
             return objective
         if self.classes < 1:
-            raise UsageError(
-                "online_classifier needs labels, these shards have none; set pretrain.online_classifier=false"
-            )
+            raise UsageError("online_classifier needs labels and a resident loader; set it to false")
         return WithClassifier(objective, model, model.config.width, self.classes, self.given.seed)
 
     def after_step(self, model: nn.Module, objective: nn.Module) -> Callable[[Clock, RunLog | None], None]:
