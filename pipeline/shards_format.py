@@ -109,11 +109,15 @@ class Layout:
 
     @classmethod
     def fit(cls, rows: int, chunk_rows: int, shard_rows: int) -> "Layout":
-        """Never larger than the set; ShardError where a shard is no whole number of chunks."""
+        """At most these sizes; chunks of equal size, since rows that pad the last one cost bytes too.
+
+        ShardError where a shard is no whole number of chunks.
+        """
         if chunk_rows < 1 or shard_rows < 1 or shard_rows % chunk_rows:
             raise ShardError(f"shard_rows {shard_rows} is not a positive multiple of chunk_rows {chunk_rows}")
-        chunk = min(chunk_rows, rows)
-        return cls(rows, chunk, min(shard_rows, math.ceil(rows / chunk) * chunk))
+        chunks = math.ceil(rows / chunk_rows)
+        chunk = math.ceil(rows / chunks)
+        return cls(rows, chunk, chunk * min(chunks, shard_rows // chunk_rows))
 
     @property
     def shards(self) -> int:

@@ -98,7 +98,7 @@ class TokenShards:
             stored = {name: group[name] for name in (*self.spec.sizes, "label", "status", "complete")}
             tables = {name: group[f"{name}_ids"][:] for name in self.spec.sizes}
             done = stored["complete"][:]
-        except (KeyError, ValueError, RuntimeError, OSError, TypeError) as error:
+        except (KeyError, ValueError, RuntimeError, OSError, TypeError, AttributeError, IndexError) as error:
             raise ShardError(f"{self.path} is damaged: {error}; `semdict shards verify` says where") from error
         self._check(stored, done)
         self.gen = LazyArray("gen", stored["gen"], tables["gen"])

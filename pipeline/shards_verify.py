@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from pipeline.files import sha256_file
 from pipeline.shards_format import (
     CODEBOOKS,
     FILL,
+    INDEX,
     INDEX_COLUMNS,
     SUMS,
     TOKENS,
@@ -26,6 +29,8 @@ from pipeline.shards_format import (
 )
 from pipeline.shards_read import LazyArray, TokenShards, decode
 from pipeline.shards_write import ids_by_rank
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -54,21 +59,29 @@ def verify_shards(path: str | Path, workers: int = 0) -> Report:
     _require_shards(path)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         _check_files(report, pool)
-        try:
-            shards = TokenShards(path)
-        except ShardError as error:
-            report.problems.append(str(error))
+        shards = _attempt(report, TOKENS, lambda: TokenShards(path))
+        if shards is None:
             return report
         report.rows = len(shards)
-        _check_names(report, shards)
-        status = _check_rows(report, shards)
+        status = _attempt(report, "status", lambda: _check_rows(report, shards))
         if status is not None:
             report.bad_rows = int((status != 0).sum())
             for name in shards.spec.sizes:
-                _check_tokens(report, shards, name, status, pool)
-    _check_index(report, shards)
-    _check_books(report, shards)
+                _attempt(report, name, lambda name=name: _check_tokens(report, shards, name, status, pool))
+    for name, check in ((INDEX, _check_index), (CODEBOOKS, _check_books), (str(path), _check_names)):
+        _attempt(report, name, lambda check=check: check(report, shards))
     return report
+
+
+def _attempt(report: Report, name: str, check: Callable[[], T]) -> T | None:
+    """The check's result; whatever it raises is a finding, since damaged metadata fails in ways nobody can list."""
+    try:
+        return check()
+    except Exception as error:
+        report.problems.append(
+            f"{name}: cannot be checked ({str(error).splitlines()[0] if str(error) else repr(error)})"
+        )
+        return None
 
 
 def _require_shards(path: Path) -> None:
@@ -229,27 +242,21 @@ def _chunk_problems(shards: TokenShards, name: str, rows: slice, status: np.ndar
 
 def _check_index(report: Report, shards: TokenShards) -> None:
     """index.parquet decodes and has its columns and a row per image."""
-    try:
-        index = shards.index
-        missing = [name for name in INDEX_COLUMNS if name not in index.column_names]
-        if missing or index.num_rows != len(shards):
-            report.problems.append(f"index.parquet: {index.num_rows} rows of {len(shards)}, missing columns {missing}")
-    except Exception as error:  # pyarrow raises many kinds on damaged files
-        report.problems.append(f"index.parquet: cannot be read ({str(error).splitlines()[0]})")
+    index = shards.index
+    missing = [name for name in INDEX_COLUMNS if name not in index.column_names]
+    if missing or index.num_rows != len(shards):
+        report.problems.append(f"{INDEX}: {index.num_rows} rows of {len(shards)}, missing columns {missing}")
 
 
 def _check_books(report: Report, shards: TokenShards) -> None:
-    """Centroids and neighbour table have the shapes of the codebook, and the table follows from the centroids."""
-    try:
-        centroids, table = shards.centroids, shards.neighbours
-        if centroids is None:
-            return
-        if len(centroids) != shards.disc_size or table is None:
-            report.problems.append(f"{CODEBOOKS}: centroids are {centroids.shape}, the codebook has {shards.disc_size}")
-            return
-        ids, weights = table
-        fits = ids.shape == weights.shape and len(ids) == len(centroids) and (ids[:, 0] == np.arange(len(ids))).all()
-        if not fits or not np.allclose(np.asarray(weights).sum(axis=1), 1, atol=1e-5):
-            report.problems.append(f"{CODEBOOKS}: the neighbour table does not fit the centroids")
-    except ShardError as error:
-        report.problems.append(str(error))
+    """Centroids and neighbour table have the shapes of the codebook, self first, weights that sum to 1."""
+    centroids, table = shards.centroids, shards.neighbours
+    if centroids is None:
+        return
+    if len(centroids) != shards.disc_size or table is None:
+        report.problems.append(f"{CODEBOOKS}: centroids are {centroids.shape}, the codebook has {shards.disc_size}")
+        return
+    ids, weights = table
+    fits = ids.shape == weights.shape and len(ids) == len(centroids) and (ids[:, 0] == np.arange(len(ids))).all()
+    if not fits or not np.allclose(np.asarray(weights).sum(axis=1), 1, atol=1e-5):
+        report.problems.append(f"{CODEBOOKS}: the neighbour table does not fit the centroids")

@@ -191,7 +191,7 @@ def _create(folder: Path, spec: ShardSpec, layout: Layout, codec: str) -> dict[s
             fill_value=FILL,
             dimension_names=("row", "view", "position"),
             attributes={"ids": f"{name}_ids", "meaning": f"rank by frequency; {name}_ids[rank] is the id"},
-            **codecs(codec, layout.chunk_rows, spec.sizes[name]),
+            **codecs(codec),
             **whole,
         )
         arrays[f"{name}_ids"] = group.create_array(
@@ -206,23 +206,24 @@ def _create(folder: Path, spec: ShardSpec, layout: Layout, codec: str) -> dict[s
     return arrays
 
 
-def codecs(codec: str, chunk_rows: int, sizes: np.ndarray) -> dict[str, Any]:
+def codecs(codec: str) -> dict[str, Any]:
     """Arguments of zarr's create_array; sharding protects only its index, so each chunk ends in a crc32c of its own."""
-    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
     from zarr.codecs.numcodecs import PCodec
 
-    # where codebook sizes vary, neighbours in memory are the same position of other rows: alike in distribution
-    varying = len(set(sizes.tolist())) > 1
-    filters = [TransposeCodec(order=(1, 2, 0))] if varying else None
+    # No transpose codec in front of pcodec: numcodecs 0.16 then stores the order of memory, not of the axes.
     if codec == "pcodec":
-        pages = min(1 << 20, 16 * chunk_rows) if varying else 1 << 20
         serializer = PCodec(
-            level=8, mode_spec="classic", delta_spec="try_consecutive", delta_encoding_order=0, equal_pages_up_to=pages
+            level=8,
+            mode_spec="classic",
+            delta_spec="try_consecutive",
+            delta_encoding_order=0,
+            equal_pages_up_to=1 << 20,
         )
-        return {"filters": filters, "serializer": serializer, "compressors": [Crc32cCodec()]}
+        return {"serializer": serializer, "compressors": [Crc32cCodec()]}
     if codec == "blosc":
         blosc = BloscCodec(typesize=2, cname="zstd", clevel=5, shuffle="bitshuffle")
-        return {"filters": filters, "serializer": BytesCodec(), "compressors": [blosc, Crc32cCodec()]}
+        return {"serializer": BytesCodec(), "compressors": [blosc, Crc32cCodec()]}
     raise ShardError(f"codec {codec!r} is unknown: pcodec (smallest, default) or blosc (widest support)")
 
 

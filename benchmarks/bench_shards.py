@@ -1,0 +1,223 @@
+"""Token shards at ImageNet size: bytes against entropy; write, verify, load, peak memory; beside .pt and zstd -19.
+
+Example: python benchmarks/bench_shards.py --out benchmarks/results/shards.json      (--small for a quick look)
+Each timed part runs in a process of its own, so that its peak memory is its own.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+LENGTH = 256
+SIZES = {"gen": 1024, "disc": 16384}
+ROWS = 1 << 14  # rows of a raw file's piece
+
+
+def zipf_counts(size: int) -> np.ndarray:
+    """Probabilities of a Zipf-Mandelbrot law, flat at the head as codebook usage is: 1 / (rank + size / 8)."""
+    weight = 1 / (np.arange(size) + size / 8)
+    return weight / weight.sum()
+
+
+def make_raw(folder: Path, rows: int) -> None:
+    """gen.raw and disc.raw: uint16 (rows, L), ids shuffled so that the id says nothing of its frequency."""
+    rng = np.random.default_rng(0)
+    for name, size in SIZES.items():
+        # a table of 2^22 equally likely ids stands for the law: one draw is one look-up
+        table = np.repeat(rng.permutation(size).astype(np.uint16), np.round(zipf_counts(size) * (1 << 22)).astype(int))
+        with (folder / f"{name}.raw").open("wb") as file:
+            for start in range(0, rows, ROWS):
+                n = min(ROWS, rows - start)
+                table[rng.integers(0, len(table), n * LENGTH, dtype=np.uint32)].tofile(file)
+
+
+def raw_blocks(folder: Path, rows: int) -> Iterator:
+    """Blocks read from the raw files; nothing is mapped, so that peak memory is honest."""
+    from pipeline.shards import Block
+
+    with (folder / "gen.raw").open("rb") as gen, (folder / "disc.raw").open("rb") as disc:
+        for start in range(0, rows, ROWS):
+            n = min(ROWS, rows - start)
+            tokens = [np.fromfile(file, np.uint16, n * LENGTH).reshape(n, 1, LENGTH) for file in (gen, disc)]
+            label = (np.arange(start, start + n) % 1000).astype(np.int32)
+            yield Block(*tokens, label, np.zeros(n, np.uint8))
+
+
+def index_stream(rows: int):
+    """index.parquet as a stream of ImageNet-like keys."""
+    import pyarrow as pa
+
+    schema = pa.schema([(name, pa.string()) for name in ("key", "split", "label_name", "reason")])
+
+    def batches():
+        for start in range(0, rows, 1 << 16):
+            n = min(1 << 16, rows - start)
+            keys = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}" for i in range(start, start + n)]
+            yield pa.record_batch([keys, ["train"] * n, [""] * n, [""] * n], schema=schema)
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def part_write(folder: Path, rows: int) -> dict:
+    """Count and write; both walks over the blocks are in the time."""
+    from pipeline.shards import ShardSpec, write_shards
+
+    spec = ShardSpec(rows, [{"name": "centre"}], (16, 16), SIZES["gen"], SIZES["disc"], title="synthetic")
+    write_shards(folder / "shards", spec, lambda: raw_blocks(folder, rows), index_stream(rows))
+    return {}
+
+
+def part_verify(folder: Path, rows: int) -> dict:
+    from pipeline.shards import verify_shards
+
+    report = verify_shards(folder / "shards")
+    assert report.ok and report.rows == rows, report.problems
+    return {"files": report.files, "bytes": report.bytes}
+
+
+def part_load(folder: Path, rows: int) -> dict:
+    """What a trainer does at its start."""
+    from pipeline.shards import open_shards
+
+    loaded = open_shards(folder / "shards").load()
+    assert loaded.gen.shape == (rows, 1, LENGTH)
+    return {"token_bytes": loaded.gen.nbytes + loaded.disc.nbytes}
+
+
+def part_read_one_core(folder: Path, rows: int) -> dict:
+    """Original ids through the lazy arrays, one thread on one core."""
+    from pipeline.shards import open_shards
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    shards, done = open_shards(folder / "shards"), 0
+    started = time.perf_counter()
+    for array in (shards.gen, shards.disc):
+        for number in range(min(4, shards.layout.shards)):
+            done += array[shards.layout.shard(number)].nbytes
+    return {"mb_per_s": done / 1e6 / (time.perf_counter() - started)}
+
+
+def part_read_raw(folder: Path, rows: int) -> dict:
+    """The baseline of loading: the uncompressed ids, read into memory."""
+    kept = [np.fromfile(folder / f"{name}.raw", np.uint16) for name in SIZES]
+    return {"token_bytes": sum(part.nbytes for part in kept)}
+
+
+def part_pt(folder: Path, rows: int) -> dict:
+    """The authors' layout with int16 ids, the smallest that torch indexes with: write, then load."""
+    import torch
+
+    names = {"gen": "tokens_vqgan", "disc": "tokens_dino"}
+    tokens = {
+        names[name]: torch.from_numpy(np.fromfile(folder / f"{name}.raw", np.int16).reshape(rows, LENGTH))
+        for name in SIZES
+    }
+    started = time.perf_counter()
+    torch.save(tokens | {"labels": torch.zeros(rows, dtype=torch.int64)}, folder / "tokens.pt")
+    written = time.perf_counter()
+    del tokens
+    torch.load(folder / "tokens.pt", weights_only=True)
+    loaded = time.perf_counter()
+    size = (folder / "tokens.pt").stat().st_size
+    return {"write_s": written - started, "load_s": loaded - written, "bytes_int16": size, "bytes_int64": 4 * size}
+
+
+def part_zstd(folder: Path, rows: int) -> dict:
+    """zstd -19 of raw uint16, on the first rows only: it makes about 2 MB/s."""
+    from numcodecs import Zstd
+
+    packed = {}
+    for name in SIZES:
+        raw = np.fromfile(folder / f"{name}.raw", np.uint8, 2 * LENGTH * min(rows, ROWS))
+        packed[name] = 8 * len(Zstd(level=19).encode(raw)) / (raw.size / 2)
+    return {"bits_per_token": packed, "rows": min(rows, ROWS)}
+
+
+def child(part: str, folder: Path, rows: int) -> dict:
+    """Run one part in a fresh process; adds wall seconds, CPU seconds and peak MB of that process."""
+    command = [sys.executable, __file__, "--part", part, "--folder", str(folder), "--rows", str(rows)]
+    root = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root})
+    return json.loads(done.stdout)
+
+
+def run_part(part: str, folder: Path, rows: int) -> dict:
+    """The child's side."""
+    import pyarrow.parquet  # noqa: F401  imports are not what is measured
+    import zarr  # noqa: F401
+
+    started, cpu = time.perf_counter(), time.process_time()
+    found = globals()[f"part_{part}"](folder, rows)
+    found["seconds"], found["cpu_seconds"] = time.perf_counter() - started, time.process_time() - cpu
+    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return found
+
+
+def measure(folder: Path, rows: int) -> dict:
+    """Every part, and the ratios that the design asks for."""
+    from pipeline.shards_cli import summary
+
+    make_raw(folder, rows)
+    parts = ["write", "verify", "load", "read_one_core", "read_raw", "pt", "zstd"]
+    result = {"rows": rows, "cores": os.cpu_count()} | {part: child(part, folder, rows) for part in parts}
+    small = max(1, rows // 10)
+    tenth = folder / "tenth"
+    tenth.mkdir()
+    for name in SIZES:
+        np.fromfile(folder / f"{name}.raw", np.uint16, small * LENGTH).tofile(tenth / f"{name}.raw")
+    result["write_tenth"] = child("write", tenth, small)
+    books = summary(folder / "shards")["codebooks"]
+    result["codebooks"] = books
+    result["ratios"] = {
+        f"{name}_bytes_over_entropy": book["bits_per_token"] / book["order0_entropy_bits"]
+        for name, book in books.items()
+    } | {
+        f"{name}_zstd19_over_ours": result["zstd"]["bits_per_token"][name] / book["bits_per_token"]
+        for name, book in books.items()
+    }
+    result["ratios"] |= {
+        "pt_int64_bytes_over_ours": result["pt"]["bytes_int64"] / result["verify"]["bytes"],
+        "write_peak_over_tenth": result["write"]["peak_mb"] / result["write_tenth"]["peak_mb"],
+    }
+    load = result["load"]
+    result["load_mb_per_s"] = load["token_bytes"] / 1e6 / load["seconds"]
+    result["load_mb_per_s_per_core"] = load["token_bytes"] / 1e6 / load["cpu_seconds"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="20,000 rows")
+    parser.add_argument("--out", type=Path, default=Path("reports/bench/shards.json"))
+    parser.add_argument("--rows", type=int, default=1_281_167)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=None, help="where to put about 5 GB for a while")
+    args = parser.parse_args()
+    if args.part:
+        print(json.dumps(run_part(args.part, args.folder, args.rows)))
+        return
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    rows = 20_000 if args.small else args.rows
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        result = measure(folder, rows)
+    finally:
+        shutil.rmtree(folder)
+    from pipeline.files import write_json
+
+    write_json(args.out, result)
+    print(json.dumps(result, indent=1, sort_keys=True))
+
+
+if __name__ == "__main__":
+    main()
