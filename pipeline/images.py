@@ -38,9 +38,7 @@ __all__ = [
     "resolve_decoder",
 ]
 
-# Pillow itself refuses more than twice its own threshold, so a higher limit than this cannot be honoured.
-MAX_PIXELS = 178_956_970
-MAX_PIXELS_CEILING = 2 * MAX_PIXELS
+MAX_PIXELS = 178_956_970  # Pillow's own warning threshold; it refuses more than twice that, whatever is asked for
 MAX_ASPECT = 1000  # a longer strip would be resized to hundreds of megabytes before it is cropped
 DECODERS = ("auto", "simplejpeg", "pillow")
 
