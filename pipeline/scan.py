@@ -102,7 +102,7 @@ def _scan_rows(
     done: list[tuple[int, tuple]] = []
     unreadable: list[tuple[int, tuple]] = []
     saved = time.monotonic()
-    with tqdm(total=len(todo), unit="img", desc="manifest", smoothing=0.05, file=sys.stderr) as bar:
+    with tqdm(total=len(todo), unit="img", desc="manifest", mininterval=0.5, smoothing=0.05, file=sys.stderr) as bar:
         try:
             for batch in _examined(listing, todo, reader, max_pixels, workers):
                 for row, result in batch:
