@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import crops, encode_job, features, flow, images, kmeans, nearest, tokenizer, vqgan, vqgan_nets, work
+from pipeline import crops, device, encode_job, features, flow, images, kmeans, nearest, tokenizer, vqgan, vqgan_nets
+from pipeline.device import resolve_device
 from pipeline.encode_job import EncodeJob
 from pipeline.errors import ManifestError
 from pipeline.files import sha256_file, write_json
@@ -16,9 +17,10 @@ from pipeline.probe import probe
 from pipeline.publish import Publication, encode_and_publish
 from pipeline.schema import Params
 from pipeline.shards import ShardSpec
-from pipeline.tokenizer import PairSpec, PairTokenizer, resolve_device
-from pipeline.work import ChunkStore, code_identity, fingerprint, lock, sigterm_interrupts
+from pipeline.tokenizer import PairSpec, PairTokenizer
+from pipeline.work import WORK, ChunkStore, code_identity, fingerprint, lock, sigterm_interrupts
 
+SHAPING = (crops, device, encode_job, features, flow, images, kmeans, nearest, tokenizer, vqgan, vqgan_nets)
 EXAMPLE = """example:
   semdict encode                                        what `dvc repro encode` runs
   semdict encode --scheduler local-2                    two processes on this machine
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--centroids", type=Path, help="default: data/<preset>/centroids.npy")
     parser.add_argument("--out", type=Path, help="default: shards/<preset>")
     parser.add_argument("--reports", type=Path, help="default: reports/<preset>")
-    parser.add_argument("--work", type=Path, default=work.WORK, help="where unfinished chunks wait (default: work)")
+    parser.add_argument("--work", type=Path, default=WORK, help="where unfinished chunks wait (default: work)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,7 +69,8 @@ def encode(
     recipe = make_recipe(settings, pair, centroids)
     job = make_job(settings, manifest, manifest_path, spec, pair, recipe)
     store = ChunkStore(root, f"encode-{settings.preset}", job.fingerprint)
-    metrics = {"probe": probe(job, pair, manifest, settings.vqgan, settings.encode, reports)}
+    words = pair.centroids.cpu().numpy()
+    metrics = {"probe": probe(job, pair, manifest, settings.vqgan, settings.encode, reports, words)}
     metrics["images"] = encode_and_publish(
         Publication(
             job=job,
@@ -78,7 +81,7 @@ def encode(
             chunk=settings.encode.chunk,
             max_bad_fraction=settings.manifest.max_bad_fraction,
             storage=settings.shards,
-            centroids=pair.centroids.cpu().numpy(),
+            centroids=words,
         ),
         scheduler,
     )
@@ -125,7 +128,7 @@ def make_job(
         chunk=chosen.chunk,
         max_pixels=chosen.max_pixels,
         device=pair.device.type,
-        code=code_identity(crops, encode_job, features, flow, images, kmeans, nearest, tokenizer, vqgan, vqgan_nets),
+        code=code_identity(*SHAPING),
     )
     crop_recipe = flow.CropRecipe(
         crop=chosen.crop,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from pipeline.device import to_device
 from pipeline.flow import Batch, CropRecipe, stream_batches
 from pipeline.manifest import Manifest, load_manifest
 from pipeline.sources import Reader
-from pipeline.tokenizer import Tokenizer, TokenizerSpec, to_device
+from pipeline.tokenizer import Tokenizer, TokenizerSpec
 from pipeline.work import Advance, Chunk
 
 FILL = 65535  # stands where a row has no tokens; never a word

@@ -34,6 +34,23 @@ def reconstruct(tokenizer: Tokenizer, gen: np.ndarray, batch: int) -> np.ndarray
     return np.concatenate(parts)
 
 
+def word_colours(centroids: np.ndarray) -> np.ndarray:
+    """(K, D) words -> (K, 3) uint8: their three main directions as red, green, blue, so that like words look alike."""
+    centred = centroids.astype(np.float64) - centroids.mean(axis=0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    places = centred @ directions[:3].T
+    places = np.pad(places, ((0, 0), (0, 3 - places.shape[1])))
+    low, high = np.percentile(places, [2, 98], axis=0)
+    return (np.clip((places - low) / np.maximum(high - low, 1e-12), 0, 1) * 255).astype(np.uint8)
+
+
+def word_maps(words: np.ndarray, colours: np.ndarray, side: int = 256) -> np.ndarray:
+    """(n, L) word ids on a square grid -> (n, side, side, 3) uint8, one coloured block per cell."""
+    grid = math.isqrt(words.shape[1])
+    blocks = colours[words].reshape(len(words), grid, grid, 3)
+    return blocks.repeat(side // grid, axis=1).repeat(side // grid, axis=2)
+
+
 def save_grid(path: Path, rows: list[np.ndarray], labels: list[str], columns: int = 8, cell: int = 128) -> None:
     """A PNG of image rows stacked in bands: `rows[k]` (n, H, W, 3) uint8 carries `labels[k]` at its left."""
     from PIL import Image, ImageDraw, ImageFont

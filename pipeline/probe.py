@@ -6,19 +6,26 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pipeline.device import to_device
 from pipeline.encode_job import EncodeJob
 from pipeline.errors import SemdictError
 from pipeline.files import write_json
 from pipeline.flow import load_crop
 from pipeline.images import BadImage
 from pipeline.manifest import Manifest
-from pipeline.preview import psnr, reconstruct, save_grid
+from pipeline.preview import psnr, reconstruct, save_grid, word_colours, word_maps
 from pipeline.schema import Encode, Vqgan
-from pipeline.tokenizer import Tokenizer, to_device
+from pipeline.tokenizer import Tokenizer
 
 
 def probe(
-    job: EncodeJob, tokenizer: Tokenizer, manifest: Manifest, vqgan: Vqgan, encode: Encode, reports: Path
+    job: EncodeJob,
+    tokenizer: Tokenizer,
+    manifest: Manifest,
+    vqgan: Vqgan,
+    encode: Encode,
+    reports: Path,
+    words: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Keep the reconstruction grid and its PSNR, count tokens that differ from float32; SemdictError under the floor.
 
@@ -31,7 +38,11 @@ def probe(
     shown = min(vqgan.psnr_images, len(pixels))
     copies = reconstruct(tokenizer, used["gen"][:shown], encode.batch)
     decibels = psnr(pixels[:shown], copies)
-    save_grid(reports / "reconstructions.png", [pixels[:shown], copies], ["original", "from tokens"])
+    rows, labels = [pixels[:shown], copies], ["original", "generative\nback to pixels"]
+    if words is not None:
+        rows.append(word_maps(used["disc"][:shown], word_colours(words)))
+        labels.append("discriminative\nwords as colours")
+    save_grid(reports / "reconstructions.png", rows, labels)
     report = {
         "images": len(pixels),
         "psnr_mean": round(float(decibels.mean()), 3),

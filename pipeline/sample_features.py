@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline import features, flow, images, tokenizer, work
-from pipeline.errors import ManifestError, SemdictError
+from pipeline import crops, device, features, flow, images, nearest, work
+from pipeline.device import reduced_precision, resolve_device, to_device
+from pipeline.errors import ManifestError
 from pipeline.features import load_features
 from pipeline.files import publish_dir, remove, replace_dir, sha256_file, write_json
 from pipeline.images import expand_views
@@ -20,7 +21,6 @@ from pipeline.manifest import Manifest, load_manifest
 from pipeline.params import add_params_arguments, params_of
 from pipeline.schema import Params
 from pipeline.sources import Reader
-from pipeline.tokenizer import reduced_precision, resolve_device, to_device
 from pipeline.work import Advance, Chunk, ChunkStore, code_identity, fingerprint, lock, run_chunks, sigterm_interrupts
 
 EXAMPLE = """example:
@@ -177,7 +177,7 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         max_pixels=settings.encode.max_pixels,
         seed=0,
     )
-    device = resolve_device(chosen.device)
+    where = resolve_device(chosen.device)
     name = fingerprint(
         manifest=manifest.sha256,
         sample=chosen.model_dump(exclude={"device"}),
@@ -185,8 +185,8 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         weights=sha256_file(weights) if weights else None,
         crop=settings.encode.crop,
         decoder=images.decoder_identity(settings.encode.decoder),
-        device=device.partition(":")[0],
-        code=code_identity(features, flow, images, tokenizer, sys.modules[__name__]),
+        device=where.partition(":")[0],
+        code=code_identity(crops, device, features, flow, images, nearest, sys.modules[__name__]),
     )
     return SampleJob(
         fingerprint=name,
@@ -198,7 +198,7 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         weights=str(Path(weights).resolve()) if weights else None,
         layer=settings.features.layer,
         image_size=settings.features.image_size,
-        device=device,
+        device=where,
         precision=chosen.precision,
         points=chosen.points,
         seed=chosen.seed,

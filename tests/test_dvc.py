@@ -1,5 +1,6 @@
 """The pipeline as DVC sees it: whole graph, nothing done twice, tokens that travel to a second clone."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from pipeline.shards import verify_shards
+from semdict.cli import COMMANDS
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,3 +108,40 @@ def test_another_preset_shows_the_whole_graph_and_never_the_demo(tmp_path, prese
     output = call(folder, "dvc", "repro", "--dry", "--allow-missing")
     assert set(STAGES) <= set(ran(output)) or "vcq" in preset
     assert "demo" not in output
+
+
+# Rooms that check, name or store things, or read bytes that the manifest's SHA-256 pins: they do not shape a result.
+DOORS = {"errors", "files", "params", "schema", "work", "safeload", "reader", "shards", "shards_read", "shards_verify"}
+DOORS |= {"preview", "manifest", "scan", "sources", "listing", "folders", "tars", "parquets"}
+
+
+def imported(path: Path) -> set[Path]:
+    """The project's modules that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            base = ROOT / node.module.replace(".", "/")
+            found |= {base.with_suffix(".py"), *((base / alias.name).with_suffix(".py") for alias in node.names)}
+    return {p for p in found if p.is_file() and p.is_relative_to(ROOT)}
+
+
+def reached(path: Path) -> set[str]:
+    """Names of every module that a stage's code can reach, itself included."""
+    seen, waiting = set(), [path]
+    while waiting:
+        if (here := waiting.pop()) not in seen:
+            seen.add(here)
+            waiting += imported(here)
+    return {str(p.relative_to(ROOT)) for p in seen}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_all_code_that_shapes_its_result(stage):
+    """A module that a stage reaches is one of its deps, or one of the rooms that shape nothing."""
+    definition = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]
+    module = COMMANDS[definition["cmd"].split()[1]][0].replace(".", "/") + ".py"
+    shaping = {name for name in reached(ROOT / module) if Path(name).stem not in DOORS or name == module}
+    watched = {dep for dep in definition["deps"] if dep.endswith(".py")}
+    unused = {"manifest": {"crops"}}.get(stage, set())
+    assert {name for name in shaping if Path(name).stem not in unused} <= watched
+    assert all((ROOT / dep).is_file() for dep in watched)
