@@ -244,9 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes, 0 = one per core")
     args = parser.parse_args(argv)
     done = write_images(args.out, args.seed, args.train, args.val, args.workers)
-    print(
-        f"{args.out}: {done['images']} images of {done['classes']} classes, {done['bytes'] / 1e6:.1f} MB, seed {args.seed}"
-    )
+    what = f"{done['images']} images of {done['classes']} classes, {done['bytes'] / 1e6:.1f} MB, seed {args.seed}"
+    print(f"{args.out}: {what}")
     return 0
 
 

@@ -1,0 +1,41 @@
+"""The demo's image folder as tensors, cropped as the pipeline crops."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import SemdictError
+from pipeline.images import crop_views, decode, expand_views
+
+
+def load_split(folder: str | Path) -> tuple[Tensor, Tensor, list[str]]:
+    """A class-folder tree -> (images (N, 3, 256, 256) uint8, labels (N,) int64, class names), in path order.
+
+    SemdictError when the folder holds no images.
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob("*/*.jpg"))
+    if not paths:
+        raise SemdictError(f"{folder} holds no <class>/*.jpg; `python -m demo.images --out {folder.parent}` draws them")
+    names = sorted({path.parent.name for path in paths})
+    images = np.stack([_crop(path) for path in paths])
+    labels = torch.tensor([names.index(path.parent.name) for path in paths])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels, names
+
+
+def _crop(path: Path) -> np.ndarray:
+    views, _ = crop_views(decode(path.read_bytes()), "resize-256", expand_views(["centre"]), path.stem, 0)
+    return views[0]
+
+
+def as_float(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 -> float32 in [0, 1], channels last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """(B,) dB between images (B, 3, H, W) in [0, 1]; the second is clipped to that range."""
+    error = (images - others.clamp(0, 1)).square().mean(dim=(1, 2, 3))
+    return -10 * error.clamp_min(1e-10).log10()
