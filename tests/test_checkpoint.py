@@ -93,6 +93,7 @@ def test_a_file_of_another_kind_is_named(tmp_path):
         checkpoint.load(tmp_path / "m.pt", "f", {})
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
     """Kill -9 at the moment the file is written, and at the moment the pointer is: the previous one stays good."""
     checkpoint.save(tmp_path, 1, state(), keep=1)

@@ -1,0 +1,218 @@
+"""`semdict pretrain` as a user runs it: from shards to a published run, killed, shared among processes, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+
+from pipeline.convert import export
+from pipeline.shards import Block, ShardSpec, write_shards
+from semdict.cli import main
+from train.logging import read_log
+from train.pretrained import load_pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ROWS, CODES, WORDS, WIDTH = 50, 16, 12, 6
+
+
+def write_tokens(path: Path, seed: int = 0) -> None:
+    """Learnable tokens: an image repeats a few codes of its class, and a code's word follows from the code."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 4, ROWS).astype(np.int32)
+    gen = (label[:, None, None] * 4 + rng.integers(0, 2, (ROWS, 2, 16))).astype(np.uint16)
+    disc = (gen * 3 % WORDS).astype(np.uint16)
+    status = np.zeros(ROWS, np.uint8)
+    status[7], gen[7], disc[7] = 3, 65535, 65535
+    index = pa.table({"key": [str(n) for n in range(ROWS)], "split": ["train"] * ROWS,
+                      "label_name": [""] * ROWS, "reason": [""] * ROWS})  # fmt: skip
+    spec = ShardSpec(ROWS, [{"name": "a"}, {"name": "b"}], (4, 4), CODES, WORDS, {"seed": seed}, "f")
+    centroids = rng.normal(size=(WORDS, WIDTH)).astype(np.float32)
+    write_shards(path, spec, [Block(gen, disc, label, status)], index, centroids=centroids)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "set"
+    write_tokens(path)
+    return path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, shards) -> Path:
+    """A folder with params.yaml, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    tree = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text())
+    tree["pretrain"] = {
+        "size": "tiny", "width": 32, "decoder_width": 32, "depth": 1, "decoder_depth": 1, "heads": 2,
+        "decoder_heads": 2, "epochs": 4, "warmup_epochs": 1, "batch": 12, "base_lr": 0.1, "dropout": 0.0,
+        "precision": "float32", "device": "cpu", "log_every": 1, "save_every": 3, "tensorboard": False,
+        "sorcen": {"projector": [16, 8], "predictor": [8, 8], "echo_warmup_epochs": 2},
+    }  # fmt: skip
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path
+
+
+def pretrain(shards: Path, objective: str, *options: str) -> int:
+    return main(["pretrain", "--objective", objective, "--shards", str(shards), *options])
+
+
+def start(shards: Path, objective: str, *options: str, processes: int = 1) -> subprocess.Popen:
+    runner = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    command = [sys.executable, *runner, "-m", "train.pretrain", "--objective", objective, "--shards", str(shards)]
+    return subprocess.Popen([*command, *options], env=ENV, stderr=subprocess.PIPE, text=True)
+
+
+def curve(path: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in read_log(path / "log.jsonl")]
+
+
+@pytest.mark.parametrize("objective", ["mage", "lease", "sorcen"])
+def test_a_run_is_published_and_left_alone(place, shards, objective, capsys):
+    assert pretrain(shards, objective) == 0
+    out, reports = place / "runs" / "demo" / objective, place / "reports" / "demo" / objective
+    metrics, losses = json.loads((reports / "metrics.json").read_text()), curve(out, "reconstruction")
+    assert len(losses) == 16 and metrics["steps"] == 16 and metrics["images_left_out"] == 1
+    assert metrics["chance"]["reconstruction"] == pytest.approx(np.log(CODES))
+    assert metrics["final"]["reconstruction"] == pytest.approx(np.mean(losses[-4:])) and losses[-1] < losses[0] - 0.3
+    assert (reports / "plots" / "reconstruction.tsv").read_text().startswith("step\treconstruction\n1\t")
+    model, about = load_pretrained(out)
+    assert about["objective"] == objective and model.family == objective
+    assert model.features(torch.zeros(2, 16, dtype=torch.long)).shape == (2, 32)
+    assert not (out / "checkpoints").exists() and sorted(p.name for p in (place / "work").iterdir()) == ["locks"]
+    before = (out / "model.pt").stat().st_mtime_ns
+    assert (
+        pretrain(shards, objective, "--resume", "--set", "pretrain.log_every=5") == 0
+    )  # how often to log is no recipe
+    assert (out / "model.pt").stat().st_mtime_ns == before and "nothing to do" in capsys.readouterr().err
+    assert pretrain(shards, objective) == 2 and "already complete" in capsys.readouterr().err
+    assert pretrain(shards, objective, "--resume", "--set", "pretrain.epochs=5") == 2
+    assert "epochs: 4 -> 5" in capsys.readouterr().err
+
+
+def test_tokens_of_another_recipe_are_another_run(place, shards, capsys):
+    assert pretrain(shards, "mage") == 0
+    write_tokens(place / "other", seed=1)
+    assert pretrain(place / "other", "mage", "--resume") == 2
+    assert "recipe: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_is_bit_exact(place, shards, objective="sorcen"):
+    """Sorcen has the most to restore: an averaged teacher, running statistics, and dropout."""
+    options = ("--set", "pretrain.epochs=20", "--set", "pretrain.dropout=0.1")
+    process = start(shards, objective, *options)
+    deadline = time.monotonic() + 120
+    while not list(place.glob("work/pretrain-*/checkpoints/step-00000006.pt")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (place / "runs").exists() and len(list(place.glob("work/pretrain-*"))) == 1
+    assert pretrain(shards, objective, *options, "--resume") == 0
+    assert pretrain(shards, objective, *options, "--out", "whole", "--reports", "r") == 0
+    broken, whole = (
+        load_pretrained(path)[0].state_dict() for path in (place / "runs/demo" / objective, place / "whole")
+    )
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert curve(place / "whole") == curve(place / "runs/demo" / objective)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["lease", "sorcen"])
+def test_two_processes_reproduce_the_curve(place, shards, objective):
+    """Same global batch: BatchNorm, InfoNCE and uniformity see the rows of both."""
+    assert pretrain(shards, objective) == 0
+    process = start(shards, objective, "--out", "two", "--reports", "r", processes=2)
+    assert process.wait(180) == 0, process.stderr.read()
+    for name in read_log(place / "two" / "log.jsonl")[0].keys() - {"step", "speed", "lr", "grad_norm"}:
+        found, expected = curve(place / "two", name), curve(place / "runs/demo" / objective, name)
+        assert found == pytest.approx(expected, rel=2e-3), name
+        assert found[:4] == pytest.approx(expected[:4], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_when_nothing_is_visible(place, shards):
+    """A mask ratio of 1 leaves the contrast without rows: the other gradients must still be exchanged."""
+    masks = ("--set", "pretrain.mask.min=1.0", "--set", "pretrain.epochs=1")
+    process = start(shards, "lease", *masks, "--out", "two", processes=2)
+    assert process.wait(180) == 0, process.stderr.read()
+    assert curve(place / "two", "contrast_encoder") == [0.0] * 4
+
+
+def test_streaming_trains_from_tars(place, shards, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.export_webdataset.BLOCK_ROWS", 8)
+        export(shards, place / "tars", "webdataset")
+    options = ("--set", "pretrain.loader=streaming", "--set", "pretrain.epochs=1")
+    assert pretrain(place / "tars", "lease", *options) == 1 and "--centroids" in capsys.readouterr().err
+    assert pretrain(place / "tars", "lease", *options, "--centroids", str(shards / "codebooks/centroids.npy")) == 0
+    assert len(curve(place / "runs/demo/lease")) == 4
+    np.save(place / "wrong.npy", np.ones((5, WIDTH), np.float32))
+    assert pretrain(place / "tars", "lease", *options, "--centroids", "wrong.npy", "--out", "x") == 1
+    assert "5 centroids" in capsys.readouterr().err
+
+
+def test_the_online_classifier_changes_nothing_but_its_own(place, shards):
+    """Clipping off: its gradient must not reach the encoder, and its labels are learnt."""
+    free = ("--set", "pretrain.clip=0", "--set", "pretrain.epochs=8")
+    assert pretrain(shards, "sorcen", *free) == 0
+    assert pretrain(shards, "sorcen", *free, "--set", "pretrain.online_classifier=true", "--out", "online") == 0
+    plain, online = (load_pretrained(place / p)[0].state_dict() for p in ("runs/demo/sorcen", "online"))
+    assert plain.keys() == online.keys() and all(torch.equal(plain[name], online[name]) for name in plain)
+    accuracy = curve(place / "online", "online_accuracy")
+    assert np.mean(accuracy[:2]) < 0.45 and np.mean(accuracy[-4:]) > 0.6
+
+
+def test_pictures_are_drawn(place, shards):
+    from PIL import Image
+
+    from pipeline.vqgan import Vqgan, save_vqgan
+    from pipeline.vqgan_nets import VqganConfig
+
+    torch.manual_seed(0)
+    config = VqganConfig(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=8, codes=CODES, dim=8)
+    save_vqgan(Vqgan(config).eval(), place / "vqgan.ckpt")
+    watch = ("--set", "vqgan.weights=vqgan.ckpt", "--set", "pretrain.picture_every=2", "--set", "pretrain.pictures=3")
+    assert pretrain(shards, "mage", "--set", "pretrain.epochs=1", *watch) == 0
+    assert pretrain(shards, "mage", "--set", "pretrain.epochs=1", "--out", "plain") == 0
+    pictures = sorted((place / "runs/demo/mage/pictures").iterdir())
+    assert [p.name for p in pictures] == ["step-00000002.png", "step-00000004.png"]
+    assert np.asarray(Image.open(pictures[0])).std() > 5
+    seen, unseen = (load_pretrained(place / p)[0].state_dict() for p in ("runs/demo/mage", "plain"))
+    assert all(torch.equal(seen[name], unseen[name]) for name in seen)  # watching does not change the run
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (("--set", "pretrain.epoch=3"), 2, "did you mean pretrain.epochs"),
+        (("--set", "pretrain.warmup_epochs=9"), 2, "more than epochs 4"),
+        (("--set", "pretrain.lambda=-1"), 2, "pretrain.lambda"),
+        (("--set", "pretrain.batch=100"), 2, "larger than the token set"),
+        (("--set", "pretrain.accumulate=5"), 2, "multiple of accumulate 5"),
+        (("--set", "pretrain.splits=[test]"), 1, "no split 'test'"),
+        (("--set", "pretrain.picture_every=1"), 1, "does not exist"),
+        (("--set", "pretrain.lease.neighbours=12"), 2, "12 neighbours do not exist"),
+    ],
+)
+def test_mistakes_are_named(place, shards, capsys, options, status, words):
+    assert pretrain(shards, "lease", *options) == status
+    assert words in capsys.readouterr().err
+    assert not (place / "runs").exists()
+
+
+def test_a_folder_without_shards_is_named(place, capsys):
+    assert pretrain(place / "nowhere", "mage") == 2
+    assert "nowhere" in capsys.readouterr().err
