@@ -67,7 +67,7 @@ def test_small_blocks_give_the_same_ids(monkeypatch):
     quantizer = make()
     z_BLD = quantizer.project(torch.randn(9, L, D, generator=rng(1)))
     want = quantizer.search(z_BLD)
-    monkeypatch.setattr(module, "BLOCK", 500)
+    monkeypatch.setitem(module.BLOCK, "cpu", 500)
     assert torch.equal(quantizer.search(z_BLD), want)
 
 

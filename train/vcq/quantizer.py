@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 1 << 26  # largest distance block held at once, in float32 elements (256 MiB)
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # largest distance block at once, in float32 elements: cache, memory
 
 
 class Quantized(NamedTuple):
@@ -107,7 +107,7 @@ def nearest_codes(z_BLD: Tensor, codes_KD: Tensor, sizes: tuple[int, ...], group
         for start, stop in position_groups(length, groups):
             limit_S = torch.tensor(sizes[start:stop], device=z_LBD.device)
             low, high = min(sizes[start:stop]), max(sizes[start:stop])
-            rows = max(1, BLOCK // ((stop - start) * high))
+            rows = max(1, BLOCK.get(z_LBD.device.type, 1 << 26) // ((stop - start) * high))
             for first in range(0, batch, rows):
                 z_SBD = z_LBD[start:stop, first : first + rows]
                 scores = torch.addmm(half_norms_K[:high], z_SBD.flatten(0, 1), codes_KD[:high].T, alpha=-1)
