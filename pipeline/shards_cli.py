@@ -50,9 +50,11 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(path: Path) -> dict[str, Any]:
     """What `info --json` prints. Bits per token count the file bytes of an array, against its order-0 entropy."""
+    import pyarrow.parquet as pq
+
     from pipeline.entropy import order0_entropy
     from pipeline.shards import open_shards
-    from pipeline.shards_format import TOKENS
+    from pipeline.shards_format import INDEX, TOKENS
 
     shards = open_shards(path)
     status = shards.status[:]
@@ -72,7 +74,8 @@ def summary(path: Path) -> dict[str, Any]:
             "bits_per_token": round(8 * stored / tokens, 4) if tokens else None,
             "order0_entropy_bits": round(order0_entropy(count), 4),
         }
-    splits = {str(item["values"]): item["counts"] for item in shards.index["split"].value_counts().to_pylist()}
+    column = pq.read_table(path / INDEX, columns=["split"])["split"]
+    splits = {str(item["values"]): item["counts"] for item in column.value_counts().to_pylist()}
     kept = ("format", "version", "title", "licence", "source", "fingerprint", "recipe", "libraries", "codec")
     every = [file for file in path.rglob("*") if file.is_file()]
     return {

@@ -46,6 +46,8 @@ class LazyArray:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> np.ndarray:
+        if isinstance(key, np.ndarray) and key.dtype == bool and key.ndim == 1:
+            key = np.flatnonzero(key)  # a mask of rows
         values = np.asarray(decode(self.name, self.stored, key))
         return values if self.table is None else look_up(self.table, values)
 

@@ -109,6 +109,30 @@ def test_round_trip(tmp_path, rows, views, grid, disc_size, bad, chunk, per_shar
         assert np.array_equal(loaded.disc, block.disc[good])
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        3,
+        -1,
+        (4, 0),
+        ...,
+        slice(None, None, 7),
+        (slice(0, 9), 0, 5),
+        [9, 2],
+        np.array([30, 2, 2]),
+        np.arange(50) % 3 == 0,
+    ],
+    ids=str,
+)
+def test_lazy_arrays_slice_as_numpy_does(tmp_path, key):
+    spec, block = make_set()
+    shards = open_shards(write(tmp_path / "s", spec, block))
+    for name in ("gen", "disc"):
+        found, want = getattr(shards, name)[key], getattr(block, name)[key]
+        assert found.dtype == np.uint16 and np.array_equal(found, want)
+    assert np.array_equal(np.asarray(shards.label), block.label)
+
+
 def test_plain_zarr_needs_one_look_up(tmp_path):
     """The five lines of shards/README.md, with zarr alone."""
     import zarr
