@@ -107,8 +107,8 @@ def make_recipe(settings: Params, pair: PairTokenizer, centroids: Path) -> dict[
     """What a token set carries about how it was made; trainers and probes compare it."""
     chosen = settings.encode
     return {
-        "crop": crop_identity(chosen.crop, expand_views(list(chosen.views)), chosen.seed),
-        "decoder": decoder_identity(chosen.decoder),
+        "crop": crop_identity(settings.pixels.crop, expand_views(list(chosen.views)), chosen.seed),
+        "decoder": decoder_identity(settings.pixels.decoder),
         "input_range": [0, 1],
         "precision": chosen.precision,
         "gen": pair.vqgan.identity,
@@ -126,15 +126,15 @@ def make_job(
         recipe=recipe,
         batch=chosen.batch,
         chunk=chosen.chunk,
-        max_pixels=chosen.max_pixels,
+        max_pixels=settings.pixels.max_pixels,
         device=pair.device.type,
         code=code_identity(*SHAPING),
     )
     crop_recipe = flow.CropRecipe(
-        crop=chosen.crop,
+        crop=settings.pixels.crop,
         views=tuple(expand_views(list(chosen.views))),
-        decoder=chosen.decoder,
-        max_pixels=chosen.max_pixels,
+        decoder=settings.pixels.decoder,
+        max_pixels=settings.pixels.max_pixels,
         seed=chosen.seed,
     )
     return EncodeJob(

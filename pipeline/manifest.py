@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
             args.out or Path("data") / preset / "manifest.parquet",
             metrics=args.metrics or Path("reports") / preset / "manifest.json",
             cache=args.work / "manifest-cache" / preset,
-            max_pixels=settings.encode.max_pixels,
+            max_pixels=settings.pixels.max_pixels,
         )
     return 0
 

@@ -171,10 +171,10 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
     """The picklable job and its fingerprint."""
     chosen, weights = settings.sample_features, settings.features.weights
     recipe = flow.CropRecipe(
-        crop=settings.encode.crop,
+        crop=settings.pixels.crop,
         views=tuple(expand_views(["centre"])),
-        decoder=settings.encode.decoder,
-        max_pixels=settings.encode.max_pixels,
+        decoder=settings.pixels.decoder,
+        max_pixels=settings.pixels.max_pixels,
         seed=0,
     )
     where = resolve_device(chosen.device)
@@ -183,8 +183,8 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         sample=chosen.model_dump(exclude={"device"}),
         features=settings.features.model_dump(),
         weights=sha256_file(weights) if weights else None,
-        crop=settings.encode.crop,
-        decoder=images.decoder_identity(settings.encode.decoder),
+        crop=crops.crop_identity(settings.pixels.crop, list(recipe.views), recipe.seed),
+        decoder=images.decoder_identity(settings.pixels.decoder),
         device=where.partition(":")[0],
         code=code_identity(crops, device, features, flow, images, nearest, sys.modules[__name__]),
     )

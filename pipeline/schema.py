@@ -40,6 +40,14 @@ class Manifest(Section):
     max_bad_fraction: Share = 0.01
 
 
+class Pixels(Section):
+    """How a file becomes pixels: the same for every stage that looks at images."""
+
+    crop: Literal["resize-256", "adm-256", "resize-292"] = "resize-256"
+    decoder: Literal["auto", "simplejpeg", "pillow"] = "auto"
+    max_pixels: Positive = 178_956_970  # a larger image is quarantined unread
+
+
 class Vqgan(Section):
     """The generative tokenizer."""
 
@@ -78,18 +86,13 @@ class Kmeans(Section):
     engine: Literal["auto", "faiss", "torch"] = "auto"
     max_points_per_centroid: Positive = 256
     centroids: str | None = None  # an existing (K, D) .npy instead of clustering
-    neighbours: Positive = 5
-    tau: Annotated[float, Field(gt=0)] = 0.1
     device: Device = "auto"
 
 
 class Encode(Section):
     """Every image to both words of every grid cell."""
 
-    crop: Literal["resize-256", "adm-256", "resize-292"] = "resize-256"
     views: list[Annotated[str, Field(pattern=r"^(centre|flip|ten-crop|random-[1-9]\d*)$")]] = ["centre"]
-    decoder: Literal["auto", "simplejpeg", "pillow"] = "auto"
-    max_pixels: Positive = 178_956_970
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     precision_images: Positive = 64  # compared with float32 when the precision is lower
     batch: Positive = 32
@@ -206,6 +209,7 @@ class Params(Section):
     preset: Name
     inputs: Inputs
     manifest: Manifest
+    pixels: Pixels = Pixels()
     vqgan: Vqgan
     features: Features
     sample_features: SampleFeatures = SampleFeatures()

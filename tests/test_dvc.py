@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.shards import verify_shards
+from pipeline.shards import open_shards, verify_shards
 from semdict.cli import COMMANDS
 from tests import tiny
 
@@ -108,6 +108,29 @@ def test_another_preset_shows_the_whole_graph_and_never_the_demo(tmp_path, prese
     output = call(folder, "dvc", "repro", "--dry", "--allow-missing")
     assert set(STAGES) <= set(ran(output)) or "vcq" in preset
     assert "demo" not in output
+
+
+@pytest.mark.slow
+def test_the_imagenet_preset_runs_to_the_end_on_photographs(tmp_path, photographs):
+    """Its own graph and sections; only paths, widths and counts are scaled down."""
+    folder = project(tmp_path / "project")
+    tiny.make_vqgan(tmp_path / "vqgan.ckpt")
+    tiny.make_teacher(tmp_path / "teacher.pth")
+    tree = yaml.safe_load((ROOT / "presets" / "in1k.yaml").read_text())
+    tree["manifest"]["images"] = {"train": str(photographs)}
+    tree["inputs"]["features"] = tree["features"]["weights"] = str(tmp_path / "teacher.pth")
+    tree["features"] |= {"model": tiny.TEACHER, "layer": -2}
+    tree["vqgan"] |= {"weights": str(tmp_path / "vqgan.ckpt"), "psnr_floor": 0.0, "psnr_images": 4}
+    tree["sample_features"] |= {"points": 4096, "batch": 16}
+    tree["kmeans"]["k"] = 32
+    tree["encode"] |= {"batch": 16, "precision": "float32"}
+    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
+    call(folder, "dvc", "repro", "-q", *STAGES)
+    shards = open_shards(folder / "shards" / "in1k")
+    assert verify_shards(folder / "shards" / "in1k").ok
+    assert len(shards) == len(list(photographs.rglob("*.JPEG"))) > 100
+    assert (shards.status[:] == 0).all()
+    assert sorted(set(shards.index.column("label_name").to_pylist())) == sorted(p.name for p in photographs.iterdir())
 
 
 # Rooms that check, name or store things, or read bytes that the manifest's SHA-256 pins: they do not shape a result.

@@ -147,13 +147,14 @@ def _run_and_watch(nursery: Nursery, args: str, root: Path, seen: dict[str, int]
 
 
 def test_stale_partial_output_of_other_parameters_is_never_mixed_in(copy, nursery, undisturbed):
-    tiny.write_params(copy, encode={"chunk": 1, "batch": 1, "workers": 1, "crop": "resize-292"})
+    small = {"chunk": 1, "batch": 1, "workers": 1}
+    tiny.write_params(copy, encode=small, pixels={"crop": "resize-292"})
     start = time.monotonic()
     while not list((copy / "work").glob("encode-*/chunk-*.npz")) and time.monotonic() - start < 60:
         nursery.run("encode", kill_after=0.6)
     stale = list((copy / "work").glob("encode-*/chunk-*.npz"))
     assert stale
-    tiny.write_params(copy, encode={"chunk": 1, "batch": 1, "workers": 1})
+    tiny.write_params(copy, encode=small)
     assert nursery.run("encode") == 0
     assert tiny.digest(copy / "shards" / "tiny") == undisturbed
 

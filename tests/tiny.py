@@ -59,6 +59,7 @@ def params(root: Path) -> dict:
         "preset": "tiny",
         "inputs": {"images": "presets/none", "features": str(root / "teacher.pth"), "centroids": "presets/none"},
         "manifest": {"images": {"train": str(root / "images" / "train")}},
+        "pixels": {"crop": "resize-256"},
         "vqgan": {"weights": str(root / "vqgan.ckpt"), "psnr_floor": 0.0, "psnr_images": 2},
         "features": {"model": TEACHER, "weights": str(root / "teacher.pth")},
         "sample_features": {"points": 800, "batch": 4, "chunk": 4},
