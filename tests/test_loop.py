@@ -227,6 +227,6 @@ def test_lars_against_its_equation():
 def test_training_needs_torch_only():
     """None in sys.modules makes an import fail."""
     names = ["zarr", "dvc", "dask", "distributed", "faiss", "webdataset", "pyarrow", "pydantic", "yaml", "tensorboard"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({names})); import train.loop, train.pretrain"
+    code = f"import sys; sys.modules.update(dict.fromkeys({names})); import train.loop, train.pretrain, train.streaming"
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

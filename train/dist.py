@@ -12,6 +12,7 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from pipeline.device import resolve_device
 from pipeline.errors import UsageError
 
 
@@ -51,10 +52,7 @@ def joined(device: str = "auto") -> Iterator[World]:
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
     """auto = this rank's GPU if there is one, else the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {device} was asked for, but this PyTorch sees no GPU; use --set pretrain.device=cpu")
+    device = resolve_device(device)
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UsageError(f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} visible")

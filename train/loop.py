@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.device import DTYPES
 from pipeline.errors import InterruptedRun, SemdictError, UsageError
 from pipeline.files import write_json
 from train import checkpoint, dist, draws
@@ -26,7 +27,6 @@ from train.loader import Batch, Loader
 from train.logging import Progress, RunLog, read_log
 from train.optim import Schedule
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MASKS, DROPOUT = 11, 12  # streams of a run's seed
 
 
