@@ -15,6 +15,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "encode": ("pipeline.encode", "turn every image into generative and discriminative tokens"),
     "shards": ("pipeline.shards_cli", "info, verify, import, export of token shards"),
     "pretrain": ("train.pretrain", "train lease, sorcen or mage on token shards"),
+    "vcq": ("train.vcq.cli", "1-D tokenizer with a growing codebook: train, encode"),
+    "ar": ("train.ar.cli", "autoregressive model on its tokens: train, sample"),
     "check": ("pipeline.check", "validate params.yaml and say what it would do"),
 }
 

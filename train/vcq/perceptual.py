@@ -28,7 +28,7 @@ class PerceptualSource:
     kind: str  # of KINDS
     weights: str
     sha256: str | None = None
-    model: str = "convnext_small"  # timm name, for logits and features
+    model: str = "convnext_small"  # timm name or vit:patch=..., for logits and features
     layers: int = 3  # for features: how many intermediate maps, the last ones
 
 
@@ -198,6 +198,10 @@ def _timm(path: Path, model: str, classes: bool) -> nn.Module:
     """A timm network with the weights of `path`; without its classifier where only features are used."""
     import timm
 
+    from pipeline.features import SPEC, load_features
+
+    if model.startswith(SPEC):  # a ViT without a registered name, such as a teacher trained here
+        return load_features(model, weights=str(path)).vit.requires_grad_(False).eval()
     tensors = load_tensors(path)
     try:
         if classes:

@@ -1,0 +1,73 @@
+"""Draw images: codes from the autoregressive model, pixels from the tokenizer; PNG grid and an npz for evaluation."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.errors import UsageError
+from pipeline.files import publish_dir, write_json
+from train.ar.files import load_ar
+from train.ar.guidance import Guidance
+from train.ar.sample import sample
+from train.ar.train import check_tokenizer
+from train.dist import pick_device
+from train.vcq.tokenizer import load_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model and tokenizer; how to draw stands in params.yaml, section ar_sample."""
+    parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+    parser.add_argument("--model", type=Path, help="run of `semdict ar train` (default runs/<preset>/ar)")
+    parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
+    parser.add_argument("--out", type=Path, help="default: runs/<preset>/ar-samples")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels, tokens), grid.png and sampling.json."""
+    from pipeline.params import load_params
+    from pipeline.preview import save_grid
+
+    params = load_params(args.params, args.set)
+    given, runs = params.ar_sample, Path("runs") / params.preset
+    device = pick_device(given.device)
+    model, about = load_ar(args.model or runs / "ar", device)
+    path = args.tokenizer or runs / "vcq"
+    tokenizer = load_tokenizer(path / "tokenizer.pt" if path.is_dir() else path, device)
+    check_tokenizer(about["tokens"], tokenizer.identity, path)
+    if tokenizer.quantizer.sizes != model.config.sizes:
+        raise UsageError(f"{path} has other codebook sizes than the model was trained with")
+    names = about.get("classes") or []
+    labels = wanted_labels(given.classes, given.per_class, model.null_class)
+    guidance = Guidance(given.scale, given.power, given.start, given.mode)
+    images, tokens = [], []
+    for start in range(0, len(labels), given.batch):
+        part = torch.tensor(labels[start : start + given.batch], device=device)
+        numbers = list(range(start, start + len(part)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bfloat16"):
+            ids_BL = sample(model, part, numbers, given.seed, given.temperature, guidance)
+            pixels = tokenizer.decode(ids_BL)
+        images.append(to_uint8(pixels))
+        tokens.append(ids_BL.cpu().numpy().astype(np.uint16))
+    images_NHWC = np.concatenate(images)
+    with publish_dir(args.out or runs / "ar-samples") as folder:
+        np.savez(folder / "samples.npz", arr_0=images_NHWC, arr_1=np.array(labels), tokens=np.concatenate(tokens))
+        shown = [images_NHWC[i] for i in np.linspace(0, len(labels) - 1, min(64, len(labels))).astype(int)]
+        save_grid(folder / "grid.png", [np.stack(shown)], ["samples"])
+        write_json(folder / "sampling.json", {**given.model_dump(), "images": len(labels), "class_names": names})
+    return 0
+
+
+def wanted_labels(classes: list[int], per_class: int, null_class: int) -> list[int]:
+    """`per_class` times each class asked for (all by default), class by class; UsageError for a wrong one."""
+    for label in classes:
+        if not 0 <= label <= null_class:
+            raise UsageError(f"ar_sample.classes: {label} is not in [0, {null_class}] ({null_class} = no class)")
+    return [label for label in classes or range(null_class) for _ in range(per_class)]
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, rounded half up."""
+    return (images.float().clamp(0, 1) * 255 + 0.5).floor().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,145 @@
+"""Encode images with a trained 1-D tokenizer into token shards, by the same machinery as the paired dictionaries."""
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UsageError
+from train.loop import DTYPES
+from train.vcq.tokenizer import Tokenizer1d, load_tokenizer
+
+
+@dataclass(frozen=True)
+class VcqSpec:
+    """A tokenizer file and the device to open it on; picklable, for worker processes."""
+
+    path: str
+    device: str
+
+    def open(self) -> "VcqTokenizer":
+        """Read the weights; WeightsError says what is wrong with them."""
+        return VcqTokenizer(load_tokenizer(self.path, self.device), torch.device(self.device))
+
+
+@dataclass
+class VcqTokenizer:
+    """A loaded tokenizer as the encode machinery wants it: one stream, `gen`."""
+
+    model: Tokenizer1d
+    device: torch.device
+
+    @torch.inference_mode()
+    def tokens(self, images: Tensor, precision: str = "float32") -> dict[str, Tensor]:
+        """(B, 3, 256, 256) in [0, 1] -> {"gen": (B, L) int64}; the code search is float32 at any precision."""
+        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "float32"):
+            return {"gen": self.model.encode(images)}
+
+    @torch.inference_mode()
+    def decode(self, gen: Tensor) -> Tensor:
+        """(B, L) ids -> (B, 3, 256, 256) in [0, 1]."""
+        return self.model.decode(gen)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which tokenizer and manifest; views, batch and chunks stand in params.yaml, section encode."""
+    parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+    parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
+    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest.parquet")
+    parser.add_argument("--out", type=Path, help="default: shards/<preset>-vcq")
+    parser.add_argument("--reports", type=Path, help="default: reports/<preset>/vcq-encode")
+    parser.add_argument("--work", type=Path, default="work", help="where unfinished chunks wait (default: work)")
+    parser.add_argument("--scheduler", help="in-process | local-N | tcp://host:port (default: params.yaml)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode what is missing, publish, report; 0 when the shard directory stands whole."""
+    from pipeline.params import load_params
+    from pipeline.work import lock, sigterm_interrupts
+
+    params = load_params(args.params, args.set)
+    path = args.tokenizer or Path("runs") / params.preset / "vcq"
+    with lock(f"vcq-encode-{params.preset}", args.work), sigterm_interrupts():
+        _encode(params, args, path / "tokenizer.pt" if path.is_dir() else path)
+    return 0
+
+
+def _encode(params, args: argparse.Namespace, path: Path) -> None:
+    from pipeline.files import write_json
+    from pipeline.manifest import load_manifest
+    from pipeline.probe import probe
+    from pipeline.publish import Publication, encode_and_publish
+    from pipeline.schema import Vqgan
+    from pipeline.work import ChunkStore
+    from train.dist import pick_device
+
+    chosen, preset = params.encode, params.preset
+    manifest_path = args.manifest or Path("data") / preset / "manifest.parquet"
+    manifest = load_manifest(manifest_path)
+    spec = VcqSpec(str(path.resolve()), str(pick_device(chosen.device)))
+    tokenizer = spec.open()
+    job, shards = _job(params, manifest, manifest_path, spec, tokenizer.model)
+    reports = args.reports or Path("reports") / preset / "vcq-encode"
+    store = ChunkStore(args.work, f"vcq-encode-{preset}", job.fingerprint)
+    floor = Vqgan(weights=str(path), psnr_floor=params.vqgan.psnr_floor, psnr_images=params.vqgan.psnr_images)
+    metrics = {"probe": probe(job, tokenizer, manifest, floor, chosen, reports)}
+    publication = Publication(
+        job=job,
+        manifest=manifest,
+        store=store,
+        spec=shards,
+        out=args.out or Path("shards") / f"{preset}-vcq",
+        chunk=chosen.chunk,
+        max_bad_fraction=params.manifest.max_bad_fraction,
+        storage=params.shards,
+    )
+    metrics["images"] = encode_and_publish(publication, args.scheduler or chosen.scheduler)
+    write_json(reports / "encode.json", metrics)
+    store.sweep()
+
+
+def _job(params, manifest, manifest_path: Path, spec: VcqSpec, model: Tokenizer1d):
+    """The picklable job and the description of its shards."""
+    from pipeline import crops, encode_job, flow, images
+    from pipeline.encode_job import EncodeJob
+    from pipeline.images import crop_identity, decoder_identity, expand_views
+    from pipeline.shards import ShardSpec
+    from pipeline.work import code_identity, fingerprint
+    from train.vcq import quantizer, tokenizer
+
+    chosen, pixels, views = params.encode, params.pixels, tuple(expand_views(list(params.encode.views)))
+    if model.config.image_size != crops.SIZE:
+        raise UsageError(f"{spec.path} works on {model.config.image_size} pixels, crops have {crops.SIZE}")
+    recipe = {
+        "crop": crop_identity(pixels.crop, list(views), chosen.seed),
+        "decoder": decoder_identity(pixels.decoder),
+        "input_range": [0, 1],
+        "precision": chosen.precision,
+        "gen": model.identity,
+    }
+    name = fingerprint(
+        manifest=manifest.sha256, recipe=recipe, batch=chosen.batch, chunk=chosen.chunk, max_pixels=pixels.max_pixels,
+        device=spec.device, code=code_identity(crops, encode_job, flow, images, quantizer, tokenizer),
+    )  # fmt: skip
+    where = tuple((split, str(Path(pattern).absolute())) for split, pattern in params.manifest.images.items())
+    cut = flow.CropRecipe(pixels.crop, views, pixels.decoder, pixels.max_pixels, chosen.seed)
+    job = EncodeJob(
+        name, str(Path(manifest_path).resolve()), where, cut, spec, ("gen",), model.config.tokens, chosen.batch,
+        chosen.workers, chosen.precision,
+    )  # fmt: skip
+    shards = ShardSpec(
+        rows=len(manifest),
+        views=[{**asdict(view), "name": view.name} for view in views],
+        grid=(model.config.tokens,),
+        gen_sizes=list(model.quantizer.sizes),
+        disc_size=None,
+        recipe=recipe,
+        fingerprint=name,
+        title=f"{params.shards.title} (VCQ)",
+        licence=params.shards.licence,
+        source=params.shards.source,
+    )
+    return job, shards

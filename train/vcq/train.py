@@ -1,0 +1,235 @@
+"""Train the 1-D tokenizer and its discriminator on the images of a manifest, alone or under torchrun."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.files import write_json
+from train import dist
+from train.ema import Ema
+from train.loader import Batch
+from train.logging import RunLog
+from train.loop import DTYPES, Clock, Phase, Plan, Run, fit
+from train.optim import adamw
+from train.run import Place
+from train.stage import add_run_arguments, run_stage, say
+from train.vcq.adversary import PatchGan
+from train.vcq.images import ImageLoader, as_images
+from train.vcq.objective import LossWeights, TokenizerObjective
+from train.vcq.perceptual import PerceptualSource, choose_perceptual, load_perceptual
+from train.vcq.rate import ramp, warmup_hold_linear
+from train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig, save_tokenizer
+from train.vcq.usage import CodeUsage
+
+if TYPE_CHECKING:
+    from pipeline.schema import Params, Vcq
+
+VERSION = 1  # raised when the same settings would train something else
+FREE = {
+    "device",
+    "compile",
+    "save_every",
+    "keep",
+    "log_every",
+    "tensorboard",
+    "workers",
+    "usage_images",
+    "measured_images",
+}
+TOKENIZER, RAW = "tokenizer.pt", "tokenizer-raw.pt"  # averaged weights, and those of the last step
+SHAPE = ("image_size", "patch", "tokens", "latent_queries", "schedule", "k_min", "power", "dim", "l2", "beta",
+         "codebook_weight")  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images, and where the run goes; everything else stands in params.yaml, section vcq."""
+    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest.parquet")
+    add_run_arguments(parser, "vcq")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or say that there is nothing to do."""
+    from pipeline.params import load_params
+
+    params = load_params(args.params, args.set)
+    with dist.joined(params.vcq.device) as world:
+        session = Session(params, world, args)
+        run_stage(session.place, world, args.resume, session.reports, session.train)
+    return 0
+
+
+def config_of(given: "Vcq") -> TokenizerConfig:
+    """The size's shape with what params.yaml changes."""
+    base = PRESETS[given.size]
+    changes: dict[str, Any] = {name: getattr(given, name) for name in SHAPE}
+    changes |= {name: tuple(getattr(given, name)) for name in ("encoder", "decoder") if getattr(given, name)}
+    return replace(base, **changes, k_max=given.k_max or base.k_max)
+
+
+class Turns:
+    """Both objectives of a step: the tokenizer's, which leaves its pictures in the batch, and the discriminator's."""
+
+    def __init__(
+        self, objective: TokenizerObjective, critic: PatchGan, usage: CodeUsage, start: int, over: int
+    ) -> None:
+        self.objective, self.critic, self.usage = objective, critic, usage
+        self.start, self.over = start, over  # of quantization
+
+    def tokenizer(
+        self, model: nn.Module, batch: Batch, rng: torch.Generator, clock: Clock
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Generator loss; leaves "fake" in the batch and counts the codes."""
+        out = model(batch["images"], ramp(clock.step, self.start, self.over))
+        batch["fake"] = out.images.detach()
+        self.usage.add(out.ids)
+        return self.objective.generator(out, batch["images"], self.critic, clock.step, rng)
+
+    def discriminator(
+        self, model: nn.Module, batch: Batch, rng: torch.Generator, clock: Clock
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hinge loss on the same pictures."""
+        return self.objective.discriminator(batch["fake"], batch["images"], model, clock.step, rng)
+
+
+class Session:
+    """One call of the command."""
+
+    def __init__(self, params: "Params", world: dist.World, args: argparse.Namespace) -> None:
+        from pipeline.manifest import load_manifest
+
+        self.params, self.given, self.world = params, params.vcq, world
+        self.manifest = load_manifest(args.manifest or Path("data") / params.preset / "manifest.parquet")
+        self.objective = build_objective(params.vcq, world.device)
+        self.reports = args.reports or Path("reports") / params.preset / "vcq"
+        settings = identity(params.vcq, self.manifest.sha256[:16], self.objective)
+        self.place = Place("vcq-train", settings, args.out or Path("runs") / params.preset / "vcq", args.work)
+
+    def train(self) -> dict[str, Any]:
+        """Fit both networks, write averaged and raw tokenizer, measure both on held-out images."""
+        given, world, place = self.given, self.world, self.place
+        loader = self.loader(given.splits, given.batch, world.rank, world.size)
+        model = Tokenizer1d(config_of(given), given.seed).to(world.device)
+        critic = PatchGan(given.discriminator_channels, seed=given.seed).to(world.device)
+        average = Ema(model, ["encoder", "quantizer", "decoder"])
+        usage = CodeUsage(model.codebook_sizes)
+        say(world, place, f"perceptual loss: {self.objective.describe()['perceptual']}")
+        kept = {"model": model, "critic": critic, "average": average}
+        run = Run(place.folder, place.settings, place.fingerprint, self.reports, given.tensorboard)
+        hooks = [self.averaging(average, model), self.counting(usage)]
+        try:
+            phases = self.phases(model, critic, usage)
+            means = fit(phases, loader, self.plan(), run, world, kept, hooks, resume=True)
+        finally:
+            loader.close()
+        metrics = {"final": means, "steps": given.steps, "images_replaced": len(loader.replaced)}
+        metrics |= {"parameters": sum(p.numel() for p in model.parameters()), **self.objective.describe()}
+        return metrics | (self.finish(model, average) if world.first else {})
+
+    def phases(self, model: Tokenizer1d, critic: PatchGan, usage: CodeUsage) -> list[Phase]:
+        """The tokenizer's turn and, from its start on, the discriminator's."""
+        given = self.given
+        turns = Turns(self.objective, critic, usage, given.quantize_start, given.quantize_ramp)
+        rate = warmup_hold_linear(given.lr, given.final_lr, given.warmup, given.hold, given.steps)
+        made = [(model, turns.tokenizer, 0)]
+        if given.adversarial_weight:
+            made.append((critic, turns.discriminator, given.discriminator_start))
+        names = ("tokenizer", "discriminator")
+        return [
+            Phase(name, net, turn, adamw(net, tuple(given.betas), given.weight_decay), rate, given.clip, start)
+            for name, (net, turn, start) in zip(names, made, strict=False)
+        ]
+
+    def plan(self) -> Plan:
+        """The loop's part of the settings."""
+        names = ("steps", "seed", "accumulate", "precision", "compile", "save_every", "keep", "log_every")
+        return Plan(name="vcq", **{name: getattr(self.given, name) for name in names})
+
+    def loader(self, splits: list[str], batch: int, rank: int = 0, world: int = 1) -> ImageLoader:
+        """Images of some splits."""
+        given, images = self.given, dict(self.params.manifest.images)
+        pixels = self.params.pixels
+        place = (rank, world, self.world.device, given.workers, pixels.decoder, pixels.max_pixels)
+        return ImageLoader(self.manifest, images, splits, given.image_size, batch, given.seed, *place)
+
+    def averaging(self, average: Ema, model: nn.Module):
+        """A short run is averaged over less: the decay grows to `ema` as (1 + step) / (10 + step)."""
+        return lambda clock, _log: average.update(model, min(self.given.ema, (1 + clock.step) / (10 + clock.step)))
+
+    def counting(self, usage: CodeUsage):
+        """Write usage.json, mean and per position, each time the window is full, and open a new one."""
+        batch = self.given.batch // self.world.size
+        every = max(1, self.given.usage_images // batch)
+
+        def hook(clock: Clock, log: RunLog | None) -> None:
+            if (clock.step + 1) % every and clock.step + 1 < self.given.steps:
+                return
+            if log is not None:
+                utilisation_L, used_L = usage.per_position()
+                curves = {"utilisation": utilisation_L.tolist(), "used": used_L.tolist()}
+                write_json(self.place.folder / "usage.json", {"step": clock.step + 1, **usage.summary(), "at": curves})
+            usage.clear()
+
+        return hook
+
+    def finish(self, model: Tokenizer1d, average: Ema) -> dict[str, Any]:
+        """Write both tokenizers and a grid of held-out reconstructions; PSNR in dB of each."""
+        from pipeline.preview import psnr, save_grid
+
+        given, folder = self.given, self.place.folder
+        loader = self.loader(given.held_out or given.splits, 1)
+        pixels = loader.fixed(given.measured_images)
+        loader.close()
+        save_tokenizer(folder / RAW, model, {"settings": self.place.settings})
+        found, rows = {"psnr_raw": float(psnr(pixels, self.reconstruct(model, pixels)).mean())}, [pixels]
+        for name, part in average.parts.items():
+            getattr(model, name).load_state_dict(part.state_dict())
+        save_tokenizer(folder / TOKENIZER, model, {"settings": self.place.settings})
+        rows.append(self.reconstruct(model, pixels))
+        found["psnr"] = float(psnr(*rows).mean())
+        save_grid(folder / "reconstructions.png", rows, ["original", "tokens\nback to pixels"])
+        return {**found, "measured_images": len(pixels)}
+
+    @torch.no_grad()
+    def reconstruct(self, model: Tokenizer1d, pixels_NHWC: np.ndarray) -> np.ndarray:
+        """(N, H, W, 3) uint8 through tokens and back."""
+        model.eval()
+        kind, precision, parts = self.world.device.type, self.given.precision, []
+        for start in range(0, len(pixels_NHWC), 32):
+            images = as_images(pixels_NHWC[start : start + 32], self.world.device)
+            with torch.autocast(kind, DTYPES[precision], enabled=precision != "float32"):
+                back = model.decode(model.encode(images))
+            parts.append((back.float() * 255 + 0.5).floor().byte().permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(parts)
+
+
+def build_objective(given: "Vcq", device: torch.device) -> TokenizerObjective:
+    """Losses with their weights; WeightsError when a perceptual loss is wanted and no network is there."""
+    weights = LossWeights(
+        given.l1_weight, given.perceptual_weight, given.adversarial_weight, given.discriminator_weight,
+        given.augment, given.discriminator_start, given.discriminator_ramp,
+    )  # fmt: skip
+    perceptual = None
+    if given.perceptual_weight:
+        perceptual = choose_perceptual([PerceptualSource(**source.model_dump()) for source in given.perceptual], device)
+    warm = None
+    if given.warm_steps and given.warm_perceptual:
+        warm = load_perceptual(PerceptualSource(**given.warm_perceptual.model_dump()), device)
+    return TokenizerObjective(weights, perceptual, warm, given.warm_steps)
+
+
+def identity(given: "Vcq", images: str, objective: TokenizerObjective) -> dict[str, Any]:
+    """All that shapes the result: the section without what only concerns watching, the images, the networks used."""
+    chosen = {name: value for name, value in given.model_dump().items() if name not in FREE}
+    return {"version": VERSION, "images": images, **chosen, "networks": objective.describe()}
+
+
+if __name__ == "__main__":
+    from semdict.cli import main
+
+    sys.exit(main(["vcq", "train", *sys.argv[1:]]))
