@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.layers import KERNELS, pos2d, table_std
+from train.layers import KERNELS, Recompute, pos2d, table_std
 from train.masking import draw_masks
 from train.model import SIZES, MaskedTokenTransformer, ModelConfig, model_config
 from train.vocab import LEASE, MAGE, lean
@@ -207,6 +207,29 @@ def test_dropout_acts_in_training_only_and_in_every_place(kernel):
         for name in silence:
             block.get_submodule(name).p = 0.0
         assert not torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "plain"])
+def test_recomputation_changes_no_bit(kernel):
+    """Loss and gradients with and without it, dropout on; and what is kept between the passes shrinks."""
+    config = tiny(dropout=0.3, kernel=kernel)
+    tokens, masked, keep = batch(config)
+    found, kept = [], []
+    for on in (False, True, None):
+        model = MaskedTokenTransformer(config)
+        for layer in model.modules():
+            if isinstance(layer, Recompute):
+                layer.recompute = on
+        torch.manual_seed(3)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            loss = model.token_logits(model.decode(model.encode(tokens, masked, keep), masked, keep)).square().mean()
+        loss.backward()
+        kept.append(sum(sizes))
+        found.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}})
+    for other in found[1:]:
+        assert other.keys() == found[0].keys() and all(torch.equal(other[n], v) for n, v in found[0].items())
+    assert kept[1] == kept[2] < 0.75 * kept[0]
 
 
 def test_position_table_matches_cell_by_cell():

@@ -1,8 +1,11 @@
 """Attention, MLP, transformer block and the fixed position table; shapes: B batch, N rows, E width, H heads."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-6  # of the embedding, block and final norms
 
@@ -16,7 +19,24 @@ def plain_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, dropout_p: f
 KERNELS = {"sdpa": F.scaled_dot_product_attention, "plain": plain_attention}
 
 
-class Attention(nn.Module):
+class Recompute(nn.Module):
+    """Base of layers that can forget what is cheap to make again, and make it again for the backward pass.
+
+    recompute: True, False, or None = on a CPU, where attention under dropout writes its probabilities out and memory is
+    what a step lacks; it costs a few per cent of time there and gives the same bits, dropout included.
+    """
+
+    recompute: bool | None = None
+
+    def remade(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """part(x), of which only x is kept for the backward pass where recomputation is on."""
+        wanted = x.device.type == "cpu" if self.recompute is None else self.recompute
+        if wanted and self.training and torch.is_grad_enabled():
+            return checkpoint(part, x, use_reentrant=False)
+        return part(x)
+
+
+class Attention(Recompute):
     """Multi-head self-attention over all rows, no mask; `qkv` is one linear ordered [q | k | v]."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0, kernel: str = "sdpa") -> None:
@@ -29,13 +49,17 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x_BNE: Tensor) -> Tensor:
-        B, N, E = x_BNE.shape
-        q, k, v = self.qkv(x_BNE).view(B, N, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)
+        return self.drop(self.remade(self.attend, self.qkv(x_BNE)))
+
+    def attend(self, qkv_BN3E: Tensor) -> Tensor:
+        """Attention and output projection of (B, N, 3E) queries, keys and values, (B, N, E)."""
+        B, N, E = *qkv_BN3E.shape[:2], qkv_BN3E.shape[2] // 3
+        q, k, v = qkv_BN3E.view(B, N, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)
         out = KERNELS[self.kernel](q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.drop(self.proj(out.transpose(1, 2).reshape(B, N, E)))
+        return self.proj(out.transpose(1, 2).reshape(B, N, E))
 
 
-class Mlp(nn.Module):
+class Mlp(Recompute):
     """fc2(GELU(fc1(x))), exact GELU, dropout after both linears."""
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
@@ -45,7 +69,8 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x_BNE: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x_BNE)))))
+        # the product of fc2 is not repeated: only its input is needed, and recomputation stops there
+        return self.drop(self.remade(lambda h: self.fc2(self.drop(F.gelu(h))), self.fc1(x_BNE)))
 
 
 class Block(nn.Module):

@@ -1,0 +1,238 @@
+"""One training step: LEASE, Sorcen and MAGE on cached tokens, MAGE with its VQGAN online, and a straightforward LEASE.
+
+Example: python benchmarks/bench_step.py --out benchmarks/results/step.json    (--small for a quick look)
+         python benchmarks/bench_step.py --device cuda --batch 64 --out benchmarks/results/step-gpu.json
+A step is masks, forward, backward and AdamW. On a GPU in bfloat16 autocast, with model FLOP utilisation; needs torch
+and timm only. Times come from one process in turns, memory from a process per version.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import memory
+from benchmarks.report import arguments, machine, publish
+from benchmarks.straight_lease import StraightLease
+from benchmarks.timing import in_turns
+from train.masking import draw_masks
+from train.model import SIZES, MaskedTokenTransformer, model_config
+from train.objectives import Lease, Mage, Masking, Sorcen
+from train.vocab import LEASE
+
+RATIO = 0.695  # about the mean of the truncated normal; one value, so that every step is alike
+WORDS, WIDTH = 16384, 1024
+VERSIONS = ("lease", "straight_lease", "sorcen", "mage", "mage_online_vqgan")
+PARTS = {  # the package's names -> the straightforward version's
+    "token_emb.word.": "word.",
+    "token_emb.position.": "position.",
+    "token_emb.norm.": "embed_norm.",
+    "decoder_blocks.": "decoder.",
+    "token_head.fc.": "head_fc.",
+    "token_head.norm.": "head_norm.",
+    "token_head.bias": "head_bias",
+    "proj_to_dino.": "to_words.",
+    "dec_to_dino.": "decoder_to_words.",
+    "": "",
+}
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16
+
+
+class Steps:
+    """What a version needs to run steps: its data, modules and optimiser are made once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device, self.batch = args.device, args.batch
+        self.size = "tiny" if args.small else args.size
+        self.words = (512, 64) if args.small else (WORDS, WIDTH)
+        self.dropout, self.compile = args.dropout, args.compile
+        self.trained = 0  # parameters of the version made last
+        rng = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(0, 1024, (self.batch, 256), generator=rng).to(self.device)
+        self.disc = torch.randint(0, self.words[0], (self.batch, 256), generator=rng).to(self.device)
+        self.centroids = torch.nn.functional.normalize(torch.randn(*self.words, generator=rng), dim=1)
+        self.masking = Masking(mode=RATIO, std=1e-6, low=RATIO - 1e-6, high=RATIO + 1e-6)
+        self.rng = torch.Generator(device=self.device).manual_seed(1)
+
+    def make(self, version: str) -> Callable[[], float]:
+        """A function that does one step and returns its loss."""
+        return self.straight() if version == "straight_lease" else self.ours(version)
+
+    def ours(self, version: str) -> Callable[[], float]:
+        """The package's objectives; MAGE online first turns pictures into tokens, as its published training does."""
+        family = version.partition("_")[0]
+        words = self.words[1] if family == "lease" else 0
+        config = model_config(family, self.size, words=words, dropout=self.dropout)
+        model = MaskedTokenTransformer(config).to(self.device)
+        if self.compile:
+            model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
+        objective = {
+            "lease": lambda: Lease(self.centroids, masking=self.masking),
+            "sorcen": lambda: Sorcen(model, echo_warmup=0, masking=self.masking),
+            "mage": lambda: Mage(masking=self.masking),
+        }[family]().to(self.device)
+        tokenizer = self.tokenizer() if version.endswith("vqgan") else None
+        optimiser = self.optimiser(model)
+
+        def step() -> float:
+            tokens = tokenizer() if tokenizer else self.tokens
+            with self.precision():
+                loss, _ = objective(model, {"gen": tokens, "disc": self.disc}, self.rng, epoch=50.0)
+            self.move(loss, optimiser)
+            objective.after_step(model, 50.0, 400.0)
+            return loss.item()
+
+        return step
+
+    def straight(self) -> Callable[[], float]:
+        """The baseline: same masks, same precision, same optimiser."""
+        model = StraightLease(SIZES[self.size], self.centroids, self.dropout).to(self.device)
+        optimiser = self.optimiser(model)
+
+        def step() -> float:
+            keep, masked, _ = draw_masks(self.batch, 256, RATIO, self.rng)
+            with self.precision():
+                loss = model(self.tokens, self.disc, masked, keep)
+            self.move(loss, optimiser)
+            return loss.item()
+
+        return step
+
+    def tokenizer(self) -> Callable[[], torch.Tensor]:
+        """MAGE's VQGAN at its released size (narrow with --small) with random weights, on random pictures."""
+        from pipeline.vqgan import Vqgan
+        from pipeline.vqgan_nets import VqganConfig
+
+        narrow = {"stem": 32, "widths": (32, 32, 64, 64, 128), "blocks": 1, "decoder_blocks": 1}
+        net = Vqgan(VqganConfig(**narrow) if self.size == "tiny" else VqganConfig()).to(self.device).eval()
+        pictures = torch.rand(self.batch, 3, 256, 256, generator=torch.Generator().manual_seed(2)).to(self.device)
+
+        def encode() -> torch.Tensor:
+            with torch.no_grad(), self.precision():
+                return net.encode(pictures)
+
+        return encode
+
+    def optimiser(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        fused = self.device.startswith("cuda")
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=fused)
+
+    def precision(self) -> torch.autocast:
+        """bfloat16 on a GPU, float32 on a CPU."""
+        return torch.autocast("cuda" if self.device.startswith("cuda") else "cpu", torch.bfloat16, self.device != "cpu")
+
+    def move(self, loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> None:
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+
+def lease_flops(size: dict[str, int], words: int, width: int) -> float:
+    """FLOPs that one image needs in a LEASE step: encoder (129 rows), decoder (257) and heads, forward and back."""
+
+    def blocks(rows: int, e: int, depth: int) -> float:
+        return depth * (24 * rows * e * e + 4 * rows * rows * e)
+
+    masked = round(RATIO * 256)
+    visible = 256 - masked
+    e, f = size["width"], size["decoder_width"]
+    forward = blocks(129, e, size["depth"]) + 2 * 129 * e * f + blocks(257, f, size["decoder_depth"])
+    # the dictionary and the word table take no gradient: one product back instead of two
+    heads = masked * (3 * 2 * f * e + 2 * 2 * e * 1024) + visible * (3 * 2 * e * width + 2 * 2 * width * words)
+    return 3 * forward + heads
+
+
+def child(version: str, args: argparse.Namespace) -> None:
+    """Three steps in a fresh process: how far memory rises above the imports, and what of it weights and AdamW hold."""
+    steps = Steps(args)
+
+    def work() -> None:
+        step = steps.make(version)
+        for _ in range(3):
+            step()
+
+    peak = memory.extra_bytes(work, args.device)
+    state = 3 * 4 * steps.trained
+    print(json.dumps({"peak_bytes": peak, "state_bytes": state, "step_bytes": peak - state}))
+
+
+def in_own_process(version: str, given: list[str]) -> dict[str, int]:
+    command = [sys.executable, __file__, *given, "--child", version]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def check_equal() -> None:
+    """With the same weights and masks both LEASEs give one loss: what is timed is the same thing."""
+    size = SIZES["tiny"]
+    centroids = torch.nn.functional.normalize(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    straight = StraightLease(size, centroids).eval()
+    model = MaskedTokenTransformer(
+        model_config("lease", "tiny", vocab=LEASE, decoder_rows=385, words=16, decoder_words=16)
+    ).eval()
+    state = straight.state_dict()
+    names = {n: next(t + n[len(o) :] for o, t in PARTS.items() if n.startswith(o)) for n in model.state_dict()}
+    model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
+    rng = torch.Generator().manual_seed(3)
+    tokens, words = (torch.randint(0, high, (2, 256), generator=rng) for high in (1024, 64))
+    keep, masked, _ = draw_masks(2, 256, RATIO, rng)
+    ours, _ = Lease(centroids).losses(model, Lease.given_masks(model, tokens, masked, keep), words)
+    if abs(ours.item() - straight(tokens, words, masked, keep).item()) > 1e-4:
+        raise SystemExit("the straightforward LEASE computes another loss than the package's")
+
+
+def measure(args: argparse.Namespace, given: list[str]) -> dict:
+    """Seconds and bytes of every version, and the ratios that matter."""
+    wanted = args.versions.split(",")
+    steps = Steps(args)
+    bytes_ = {v: in_own_process(v, given) for v in wanted}
+    time = in_turns({v: steps.make(v) for v in wanted}, args.repeats, args.device)
+    figures = {
+        "machine": machine(args.device),
+        "threads": torch.get_num_threads(),
+        "setting": {"size": steps.size, "batch": args.batch, "dropout": args.dropout, "mask_ratio": RATIO},
+        "seconds": time,
+        "images_per_second": {v: args.batch / t for v, t in time.items()},
+        "memory": bytes_,
+    }
+    if {"lease", "straight_lease"} <= set(wanted):
+        ours, theirs = bytes_["lease"], bytes_["straight_lease"]
+        figures["lease_against_straight"] = {
+            "times_faster": time["straight_lease"] / time["lease"],
+            **{key.replace("_bytes", "_memory"): ours[key] / theirs[key] for key in ours},
+        }
+    if "mage_online_vqgan" in time:
+        figures["step_time_over_lease"] = {v: time[v] / time["lease"] for v in wanted}
+    flops = lease_flops(SIZES[steps.size], *steps.words)
+    figures["lease_flops_per_image"] = flops
+    if peak := next((p for name, p in PEAK_TFLOPS.items() if name in figures["machine"]["device"]), None):
+        figures["lease_mfu"] = flops * args.batch / time["lease"] / (peak * 1e12)
+    return figures
+
+
+def main() -> None:
+    parser = arguments(__doc__, "step")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", default="vit_base", choices=tuple(SIZES))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--versions", default=",".join(VERSIONS), help="comma-separated, lease among them")
+    parser.add_argument("--child", choices=VERSIONS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child, args)
+        return
+    check_equal()
+    publish(args.out, measure(args, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Peak memory of a piece of work, above what was held before it: resident size on a CPU, allocated bytes on a GPU."""
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAMPLE_SECONDS = 0.002  # where the kernel does not let the peak be reset
+
+
+def extra_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
+    """Bytes by which memory rose at its highest while `work` ran."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before = status("VmRSS")
+    if reset_peak():
+        work()
+        return status("VmHWM") - before
+    return _sampled(work) - before
+
+
+def status(field: str) -> int:
+    """A size that Linux tells of this process, in bytes: VmRSS now, VmHWM at its highest."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}: these benchmarks need Linux")
+
+
+def reset_peak() -> bool:
+    """Set VmHWM back to what is held now; False where that is not permitted or does nothing."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return status("VmHWM") <= status("VmRSS") * 1.05
+
+
+def _sampled(work: Callable[[], Any]) -> int:
+    """Highest of many looks at the resident size while `work` runs."""
+    highest, done = [status("VmRSS")], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            highest.append(max(highest.pop(), status("VmRSS")))
+            time.sleep(SAMPLE_SECONDS)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return highest[0]
