@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 INSTALLED := $(VENV)/installed-$(EXTRA)
 TESTING := $(VENV)/installed-$(EXTRA)-test
 
-.PHONY: help demo test lint format preset check demo-weights clean
+.PHONY: help demo test lint format preset graph check demo-weights clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,6 +47,9 @@ preset: ## make preset NAME=in1k: put presets/NAME.yaml in force (your params.ya
 	@test -f 'presets/$(NAME).yaml' || { echo "no preset '$(NAME)'; there are: $$(cd presets && ls *.yaml | sed 's/.yaml//' | xargs)"; exit 2; }
 	@if [ -f params.yaml ] && ! cmp -s params.yaml 'presets/$(NAME).yaml'; then cp params.yaml params.yaml.before; fi
 	cp 'presets/$(NAME).yaml' params.yaml
+
+graph: $(INSTALLED) ## show every stage that the preset would run, in order
+	dvc repro --dry --force
 
 check: $(INSTALLED) ## validate params.yaml and name missing inputs
 	semdict check
