@@ -33,7 +33,7 @@ demo: $(INSTALLED) ## run the offline demo to verified token shards and trained 
 	@echo 'tokens: shards/demo   runs: runs/demo   metrics, plots, pictures: reports/demo'
 
 test: $(TESTING) ## run the tests
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 lint: $(TESTING) ## check style and format
 	ruff check .
