@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import SemdictError
+from pipeline.files import sha256_file, write_aside
 from pipeline.images import crop_views, decode, expand_views
+
+IMAGES = Path("demo/assets/images")  # where `python -m demo.images` draws
+SHIPPED = Path(__file__).parent / "weights"  # made by `make demo-weights`
+SUMS = "SHA256SUMS"  # in the format of sha256sum
 
 
 def load_split(folder: str | Path) -> tuple[Tensor, Tensor, list[str]]:
@@ -39,3 +44,20 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
     """(B,) dB between images (B, 3, H, W) in [0, 1]; the second is clipped to that range."""
     error = (images - others.clamp(0, 1)).square().mean(dim=(1, 2, 3))
     return -10 * error.clamp_min(1e-10).log10()
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name -> hex SHA-256, as the folder's SHA256SUMS says; empty where there is none."""
+    if not (folder / SUMS).is_file():
+        return {}
+    lines = (folder / SUMS).read_text().splitlines()
+    return {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+
+
+def note_sum(path: Path) -> None:
+    """Where `path` is a shipped file, put its SHA-256 into SHA256SUMS."""
+    if path.parent.resolve() != SHIPPED.resolve():
+        return
+    sums = {**read_sums(path.parent), path.name: sha256_file(path)}
+    with write_aside(path.parent / SUMS) as aside:
+        aside.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))

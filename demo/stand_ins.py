@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 
 from demo import train_teacher, train_vqgan
-from demo.data import load_split
+from demo.data import IMAGES, SHIPPED, load_split, read_sums
 from demo.images import CLASSES
 from pipeline.errors import SemdictError, WeightsError
 from pipeline.files import sha256_file, write_aside, write_json
 from pipeline.safeload import load_tensors
 
-SHIPPED = Path(__file__).parent / "weights"  # made by `make demo-weights`
 TRAINERS = {"vqgan": train_vqgan, "teacher": train_teacher}
-SAMPLE = 48  # images of the val split that a stand-in is measured on
+SAMPLE = 32  # images of the val split that a stand-in is measured on
 
 
 def place(kind: str, weights: str, images: Path, out: Path, seed: int) -> dict:
@@ -48,8 +47,7 @@ def place(kind: str, weights: str, images: Path, out: Path, seed: int) -> dict:
 
 def copy_shipped(source: Path, out: Path) -> None:
     """Copy a shipped file whose SHA-256 is the one in SHA256SUMS; WeightsError when it is not."""
-    lines = (source.parent / "SHA256SUMS").read_text().splitlines()
-    wanted = dict(reversed(line.split(maxsplit=1)) for line in lines)
+    wanted = read_sums(source.parent)
     if source.name not in wanted or not source.is_file():
         raise WeightsError(f"{source} is not among the shipped weights: {', '.join(wanted)}")
     if (found := sha256_file(source)) != wanted[source.name]:
@@ -79,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.stand_ins", description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=TRAINERS)
     parser.add_argument("--weights", choices=["shipped", "train"], default="shipped")
-    parser.add_argument("--images", type=Path, required=True, help="folder that `python -m demo.images` wrote")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder that `python -m demo.images` wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     args = parser.parse_args(argv)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo.data import as_float, load_split, psnr
+from demo.data import IMAGES, SHIPPED, as_float, load_split, note_sum, psnr
 from pipeline.files import write_aside, write_json
 from pipeline.nearest import nearest
 from pipeline.vqgan import Vqgan, load_vqgan
@@ -283,8 +283,8 @@ def save_grid(model: Vqgan, images: Tensor, path: str | Path, columns: int = 8) 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.train_vqgan", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, required=True, help="folder that `python -m demo.images` wrote")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write, e.g. demo/assets/vqgan.ckpt")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder that `python -m demo.images` wrote")
+    parser.add_argument("--out", type=Path, default=SHIPPED / "vqgan.ckpt", help="checkpoint to write")
     parser.add_argument("--grid", type=Path, help="PNG of originals and reconstructions to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="length of the training, 1 = as shipped")
@@ -293,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     images, _, _ = load_split(args.images / "train")
     model, curve = train(images, Plan().scaled(args.scale), args.seed)
     save_half(model, args.out)
+    note_sum(args.out)
     report(args.out, args.images, args.grid, {"curve": curve, "seconds": round(time.monotonic() - started)})
     return 0
 
