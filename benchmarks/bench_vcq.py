@@ -29,6 +29,12 @@ from train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig
 K = 16384
 
 
+def timed(versions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+    """Best seconds by version: processor time on a CPU, which other work disturbs least, wall time on a GPU."""
+    wall, processor = in_turns(versions, repeats, device)
+    return wall if device.startswith("cuda") else processor
+
+
 def one_shot(z_BLD: torch.Tensor, codes_KD: torch.Tensor, sizes_L: torch.Tensor | None) -> torch.Tensor:
     """Uniform VQ as usually written: the whole (B L, K) distance matrix, masked where `sizes_L` says so."""
     with full_precision(z_BLD.device):
@@ -52,7 +58,7 @@ def bench_search(device: str, small: bool, repeats: int) -> dict[str, Any]:
     versions["naive_mask_cosine"] = lambda: one_shot(z_BLD, codes_KD, sizes["cosine"])
     for kind in KINDS:
         versions[f"grouped_{kind}"] = lambda kind=kind: nearest_codes(z_BLD, codes_KD, plain[kind])
-    times = in_turns(versions, repeats, device)
+    times = timed(versions, repeats, device)
     flops = {kind: search_flops(plain[kind], dim) / search_flops(plain["constant"], dim) for kind in KINDS}
     ratios = {name: t / times["uniform"] for name, t in times.items()}
     return {"batch": batch, "k": k, "dim": dim, "seconds": times, "ratio_to_uniform": ratios, "flop_ratio": flops}
@@ -71,7 +77,7 @@ def bench_decode(device: str, small: bool, repeats: int) -> dict[str, Any]:
         with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=gpu):
             sample(model, labels, images, guidance=Guidance(3.0), cache=cache)
 
-    times = in_turns({"cached": lambda: draw(True), "uncached": lambda: draw(False)}, repeats, device)
+    times = timed({"cached": lambda: draw(True), "uncached": lambda: draw(False)}, repeats, device)
     rates = {name: batch / t for name, t in times.items()}
     shape = {"depth": config.depth, "width": config.width, "length": length, "codes": k, "batch": batch}
     return {**shape, "images_per_second": rates, "cached_over_uncached": rates["cached"] / rates["uncached"]}
@@ -81,7 +87,7 @@ def mfu(run: Callable[[], Any], repeats: int, device: str, batch: int, peak: flo
     """Images per second, counted TFLOP of a step, and the share of `peak` TFLOP/s that it reaches (0 = unknown)."""
     with FlopCounterMode(display=False) as counter:
         run()
-    seconds = in_turns({"step": run}, repeats, device)["step"]
+    seconds = timed({"step": run}, repeats, device)["step"]
     tflop = counter.get_total_flops() / 1e12
     figures = {"seconds": seconds, "images_per_second": batch / seconds, "tflop_per_step": tflop}
     return figures | ({"mfu": tflop / seconds / peak} if peak else {})
@@ -113,7 +119,7 @@ def bench_tokenizer(device: str, small: bool, repeats: int, peak: float) -> dict
 
     whole = mfu(step, repeats, device, batch, peak)
     z_BLD = model.quantizer.project(torch.randn(batch, config.tokens, config.dim, device=device))
-    search = in_turns({"s": lambda: model.quantizer.search(z_BLD)}, repeats, device)["s"]
+    search = timed({"s": lambda: model.quantizer.search(z_BLD)}, repeats, device)["s"]
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, "batch": batch, **whole, "search_share_of_step": search / whole["seconds"]}
 
@@ -135,7 +141,7 @@ def bench_ar_step(device: str, small: bool, repeats: int, peak: float) -> dict[s
         loss.backward()
 
     figures = mfu(lambda: step(True), repeats, device, batch, peak)
-    times = in_turns({"grouped": lambda: step(True), "whole_logits": lambda: step(False)}, repeats, device)
+    times = timed({"grouped": lambda: step(True), "whole_logits": lambda: step(False)}, repeats, device)
     return {"batch": batch, **figures, "grouped_over_whole": times["grouped"] / times["whole_logits"]}
 
 

@@ -1,0 +1,133 @@
+"""Tokenizer and AR model from the command line, on twelve drawn images: train, encode, train, sample, resume."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pipeline.errors import UsageError
+from pipeline.manifest import load_manifest
+from pipeline.shards import open_shards, verify_shards
+from semdict.cli import main
+from tests.tiny import TEACHER, make_images, make_teacher
+from train.ar.files import load_ar
+from train.vcq.images import ImageLoader
+from train.vcq.tokenizer import load_tokenizer
+
+VCQ = {
+    "size": "tiny", "image_size": 256, "patch": 64, "tokens": 16, "encoder": [1, 32, 2], "decoder": [1, 32, 2],
+    "steps": 6, "batch": 4, "warmup": 2, "hold": 3,
+    "discriminator_start": 3, "discriminator_ramp": 0, "discriminator_channels": 8, "precision": "float32",
+    "save_every": 2, "log_every": 1, "held_out": [], "measured_images": 4, "tensorboard": False, "workers": 1,
+}  # fmt: skip
+AR = {
+    "size": "tiny", "steps": 6, "batch": 4, "warmup": 2, "hold": 3, "precision": "float32", "save_every": 2,
+    "log_every": 1, "held_out": [], "tensorboard": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Images, a random network for the perceptual loss, params.yaml; the manifest is made."""
+    root = tmp_path_factory.mktemp("vcq")
+    make_images(root / "images")
+    make_teacher(root / "net.pth")
+    source = {"kind": "features", "weights": str(root / "net.pth"), "model": TEACHER, "layers": 1}
+    tree = {
+        "preset": "tiny",
+        "inputs": {"images": "presets/none", "features": "presets/none", "centroids": "presets/none"},
+        "manifest": {"images": {"train": str(root / "images" / "train")}, "workers": 1},
+        "vqgan": {"weights": "none", "psnr_floor": 0.0, "psnr_images": 4},
+        "features": {"model": TEACHER},
+        "kmeans": {"k": 2},
+        "encode": {"batch": 4, "chunk": 4, "workers": 1, "views": ["centre", "flip"], "precision_images": 4},
+        "vcq": {**VCQ, "perceptual": [source]},
+        "ar": AR,
+        "ar_sample": {"per_class": 2, "scale": 2.0, "batch": 3},
+    }
+    (root / "params.yaml").write_text(yaml.safe_dump(tree))
+    return root
+
+
+def command(root, *words, expect=0):
+    status = main([*words, "--params", str(root / "params.yaml"), "--work", str(root / "work")])
+    assert status == expect
+
+
+@pytest.mark.slow
+def test_from_images_to_samples(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    command(world, "manifest")
+    command(world, "vcq", "train")
+    card = json.loads((world / "runs/tiny/vcq/run.json").read_text())
+    assert card["metrics"]["perceptual"].startswith("features-")
+    assert card["metrics"]["psnr"] > 3
+    assert {"l1", "vq", "perceptual", "adversarial"} <= card["metrics"]["final"].keys()
+    assert any(name.startswith("discriminator_") for name in card["metrics"]["final"])
+    assert (world / "runs/tiny/vcq/reconstructions.png").stat().st_size > 1000
+    usage = json.loads((world / "runs/tiny/vcq/usage.json").read_text())
+    assert len(usage["at"]["used"]) == 16
+
+    command(world, "vcq", "encode")
+    shards = open_shards(world / "shards/tiny-vcq")
+    tokenizer = load_tokenizer(world / "runs/tiny/vcq/tokenizer.pt")
+    assert shards.gen_sizes.tolist() == list(tokenizer.quantizer.sizes)
+    tokens = shards.gen[:]
+    assert tokens.shape == (12, 2, 16)
+    assert bool((tokens < shards.gen_sizes).all())
+    assert verify_shards(world / "shards/tiny-vcq").ok
+
+    command(world, "ar", "train")
+    model, about = load_ar(world / "runs/tiny/ar")
+    assert model.config.sizes == tokenizer.quantizer.sizes
+    assert model.null_class == 3
+    assert about["tokens"]["gen"]["sha256"] == tokenizer.identity["sha256"]
+    nll = json.loads((world / "runs/tiny/ar/nll.json").read_text())
+    assert len(nll["bits"]["train"]) == 16
+    assert sum(nll["bits"]["train"]) < sum(np.log2(nll["sizes"])) + 1
+
+    assert main(["ar", "sample", "--params", str(world / "params.yaml")]) == 0
+    drawn = np.load(world / "runs/tiny/ar-samples/samples.npz")
+    assert drawn["arr_0"].shape == (6, 256, 256, 3)
+    assert drawn["arr_1"].tolist() == [0, 0, 1, 1, 2, 2]
+    command(world, "vcq", "train", "--resume")
+    assert "nothing to do" in capsys.readouterr().err
+    command(world, "vcq", "train", expect=2)
+
+
+def test_image_loader_resumes_and_shares_rows(world, monkeypatch):
+    monkeypatch.chdir(world)
+    if not (world / "data/tiny/manifest.parquet").exists():
+        command(world, "manifest")
+    manifest = load_manifest(world / "data/tiny/manifest.parquet")
+    images = {"train": str(world / "images" / "train")}
+
+    def loader(**place):
+        return ImageLoader(manifest, images, ["train"], 32, 4, seed=3, workers=1, **place)
+
+    whole = loader()
+    batches = [next(whole) for _ in range(5)]  # 3 steps an epoch: into the second
+    assert batches[0]["images"].shape == (4, 3, 32, 32)
+    assert 0 <= float(batches[0]["images"].min()) < float(batches[0]["images"].max()) <= 1
+    first_epoch = torch.cat([batch["row"] for batch in batches[:3]])
+    assert sorted(first_epoch.tolist()) == list(range(12))
+
+    early, later = loader(), loader()
+    for _ in range(3):
+        next(early)
+    later.load_state_dict(early.state_dict())
+    for want in batches[3:]:
+        got = next(later)
+        assert torch.equal(got["row"], want["row"])
+        assert torch.equal(got["images"], want["images"])
+
+    halves = [next(loader(rank=rank, world=2)) for rank in range(2)]
+    assert torch.equal(torch.cat([half["images"] for half in halves]), batches[0]["images"])
+    again = {int(row): image for batch in batches[3:] for row, image in zip(batch["row"], batch["images"], strict=True)}
+    shown = {int(row): image for batch in batches[:3] for row, image in zip(batch["row"], batch["images"], strict=True)}
+    assert any(not torch.equal(again[row], shown[row]) for row in again)  # another crop in another epoch
+    assert loader().fixed(5).shape == (5, 32, 32, 3)
+    with pytest.raises(UsageError, match="larger than the splits"):
+        ImageLoader(manifest, images, ["train"], 32, 13, seed=0)
