@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import crops, device, encode_job, features, flow, images, kmeans, nearest, tokenizer, vqgan, vqgan_nets
-from pipeline.device import resolve_device
+from pipeline.device import keep_freed_memory, resolve_device
 from pipeline.encode_job import EncodeJob
 from pipeline.errors import ManifestError
 from pipeline.files import sha256_file, write_json
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Encode what is missing, publish, report; 0 when the shard directory stands whole."""
     settings = params_of(args)
     preset = settings.preset
+    keep_freed_memory()
     with lock(f"encode-{preset}", args.work), sigterm_interrupts():
         encode(
             settings,

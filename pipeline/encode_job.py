@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from pipeline.device import to_device
+from pipeline.device import keep_freed_memory, to_device
 from pipeline.flow import Batch, CropRecipe, stream_batches
 from pipeline.manifest import Manifest, load_manifest
 from pipeline.sources import Reader
@@ -34,6 +34,7 @@ class EncodeJob:
 
     def open(self) -> "EncodeWorker":
         """Load the manifest, the image reader and the models in this process."""
+        keep_freed_memory()
         manifest = load_manifest(self.manifest)
         return EncodeWorker(self, manifest, manifest.reader(dict(self.images)), self.spec.open())
 

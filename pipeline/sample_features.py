@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline import crops, device, features, flow, images, nearest, work
-from pipeline.device import reduced_precision, resolve_device, to_device
+from pipeline.device import keep_freed_memory, reduced_precision, resolve_device, to_device
 from pipeline.errors import ManifestError
 from pipeline.features import load_features
 from pipeline.files import publish_dir, remove, replace_dir, sha256_file, write_json
@@ -87,6 +87,7 @@ class SampleJob:
 
     def open(self) -> "SampleWorker":
         """Load manifest, reader and teacher in this process."""
+        keep_freed_memory()
         manifest = load_manifest(self.manifest)
         teacher = load_features(
             self.model, weights=self.weights, layer=self.layer, device=self.device, image_size=self.image_size

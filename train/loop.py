@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.device import DTYPES
+from pipeline.device import DTYPES, keep_freed_memory
 from pipeline.errors import InterruptedRun, SemdictError, UsageError
 from pipeline.files import write_json
 from train import checkpoint, dist, draws
@@ -123,6 +123,7 @@ def fit(
     Raises InterruptedRun after SIGTERM or SIGINT (a checkpoint is written first), SemdictError on a non-finite loss.
     The global torch generator is re-seeded before every forward pass.
     """
+    keep_freed_memory()
     return _Fit(phases, loader, plan, run, world, kept, after_step).go(resume)
 
 
