@@ -17,8 +17,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks instead of handing each back to the kernel; elsewhere nothing happens.
 
-    On a CPU every activation is a fresh block of tens of megabytes, and the page faults of mapping it again took 30 % of
-    a VQGAN forward (0.219 -> 0.147 s an image, one thread).
+    On a CPU every activation is a fresh block of tens of megabytes, and the page faults of mapping it again took 30 %
+    of a VQGAN forward (0.219 -> 0.147 s an image, one thread).
     """
     trim_threshold, mmap_threshold = -1, -3  # names of <malloc.h>
     try:
