@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pipeline.manifest import load_manifest
 from report import arguments, machine, publish, seconds
 
 from pipeline.encode_job import EncodeJob
 from pipeline.flow import CropRecipe
 from pipeline.images import expand_views
+from pipeline.manifest import load_manifest
 from pipeline.tokenizer import PairSpec
 from pipeline.work import split_rows
 from semdict.cli import main as semdict

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.crops import crop_views, expand_views
-from pipeline.features import PatchFeatures, build_vit, load_features
 from pipeline.device import to_device
+from pipeline.features import PatchFeatures, build_vit, load_features
 from pipeline.tokenizer import PairTokenizer
 from pipeline.vqgan import Vqgan, load_vqgan, save_vqgan
 from pipeline.vqgan_nets import VqganConfig

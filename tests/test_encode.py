@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipeline.manifest import load_manifest
 
 from pipeline.features import load_features
+from pipeline.manifest import load_manifest
 from pipeline.shards import open_shards, verify_shards
 from pipeline.vqgan import load_vqgan
 from tests import tiny
