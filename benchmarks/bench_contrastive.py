@@ -87,15 +87,17 @@ def measure(small: bool, device: str, repeats: int) -> dict:
     """All versions, and ours against each."""
     given = problem(small, device)
     N, K, D = SIZES["small" if small else "full"]
-    time = in_turns({v: lambda v=v: step(v, given) for v in VERSIONS}, repeats, device)
+    time, processor = in_turns({v: lambda v=v: step(v, given) for v in VERSIONS}, repeats, device)
     extra = {v: in_own_process(v, small, device) for v in VERSIONS}
     return {
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "size": {"N": N, "K": K, "D": D},
         "seconds": time,
+        "processor_seconds": processor,
         "extra_bytes": extra,
         "times_faster_than": {v: time[v] / time["ours"] for v in VERSIONS[1:]},
+        "times_less_processor_time_than": {v: processor[v] / processor["ours"] for v in VERSIONS[1:]},
         "memory_of": {v: extra["ours"] / extra[v] for v in VERSIONS[1:]},
     }
 

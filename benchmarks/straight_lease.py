@@ -2,17 +2,37 @@
 
 It keeps the published vocabulary of 17,030 rows, embeds all 257 ids before half are dropped, projects every position
 onto every row of the vocabulary, looks for every row's neighbours in each step, writes out every (N, K) logit, and
-evaluates the decoder's dictionary head to multiply it by zero. Blocks and attention are the package's own.
+evaluates the decoder's dictionary head to multiply it by zero. Its blocks are plain torch: fast attention, nn.Dropout.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.layers import EPS, Block, init_weights, pos2d
+from train.layers import EPS, init_weights, pos2d
 from train.vocab import LEASE
 
 CODES, CELLS = LEASE.codes, 256
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with torch's own attention and dropout; parameters named as the package's."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, E = x.shape
+        q, k, v = self.attn["qkv"](self.norm1(x)).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        x = x + self.drop(self.attn["proj"](mixed.transpose(1, 2).reshape(B, N, E)))
+        hidden = self.drop(F.gelu(self.mlp["fc1"](self.norm2(x))))
+        return x + self.drop(self.mlp["fc2"](hidden))
 
 
 class StraightLease(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.layers import KERNELS, Recompute, pos2d, table_std
+from train.layers import KERNELS, Recompute, dropout, pos2d, table_std
 from train.masking import draw_masks
 from train.model import SIZES, MaskedTokenTransformer, ModelConfig, model_config
 from train.vocab import LEASE, MAGE, lean
@@ -207,6 +207,26 @@ def test_dropout_acts_in_training_only_and_in_every_place(kernel):
         for name in silence:
             block.get_submodule(name).p = 0.0
         assert not torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    x = torch.rand(401, 257, dtype=torch.float32).add_(1).requires_grad_()
+    torch.manual_seed(0)
+    y = dropout(x, p)
+    y.sum().backward()
+    kept = y != 0
+    n, share = x.numel(), kept.float().mean().item()
+    assert abs(share - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
+    torch.testing.assert_close(y[kept], (x / (1 - p))[kept], rtol=2e-5, atol=0)
+    assert torch.equal(x.grad != 0, kept) and torch.allclose(x.grad[kept], torch.tensor(1 / (1 - p)), rtol=2e-5)
+    # neighbours come from one draw of 64 bits: they must not go together
+    for shift in range(1, 5):
+        together = (kept.flatten()[shift:] & kept.flatten()[:-shift]).float().mean().item()
+        assert abs(together - (1 - p) ** 2) < 0.006
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, p), y) and not torch.equal(dropout(x, p), y)
+    assert dropout(x, 0.0) is x
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "plain"])

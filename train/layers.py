@@ -10,13 +10,59 @@ from torch.utils.checkpoint import checkpoint
 EPS = 1e-6  # of the embedding, block and final norms
 
 
+class _CpuDropout(torch.autograd.Function):
+    """Dropout whose mask costs 16 random bits per number: three times faster on a CPU than one Bernoulli draw each."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        dropped = round(p * 65536)  # of 65,536 equally likely values; the scale is that of the rounded share
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        keep = (bits[: x.numel()] >= dropped - 32768).view(x.shape)
+        ctx.save_for_backward(keep)
+        ctx.scale = 65536 / (65536 - dropped)
+        return torch.where(keep, x * ctx.scale, 0.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, outer):
+        (keep,) = ctx.saved_tensors
+        return torch.where(keep, outer * ctx.scale, 0.0), None
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """x with every number zeroed with probability p, the rest divided by 1 - p; from torch's global generator."""
+    if p == 0:
+        return x
+    if x.device.type == "cpu" and p < 1 and not torch.compiler.is_compiling():
+        return _CpuDropout.apply(x, p)
+    return F.dropout(x, p)
+
+
+class Dropout(nn.Module):
+    """`dropout` in training, nothing in evaluation."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training else x
+
+
 def plain_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, dropout_p: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with the probabilities written out, what the fast kernels must equal."""
-    scores = q_BHND @ k_BHND.mT / q_BHND.shape[-1] ** 0.5
-    return F.dropout(scores.softmax(-1), dropout_p) @ v_BHND
+    scores = (q_BHND * q_BHND.shape[-1] ** -0.5) @ k_BHND.mT
+    return dropout(scores.softmax(-1), dropout_p) @ v_BHND
 
 
-KERNELS = {"sdpa": F.scaled_dot_product_attention, "plain": plain_attention}
+def fast_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """scaled_dot_product_attention; on a CPU it would write the probabilities out under dropout, so we do, cheaper."""
+    if dropout_p and q_BHND.device.type == "cpu":
+        return plain_attention(q_BHND, k_BHND, v_BHND, dropout_p)
+    return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, dropout_p=dropout_p)
+
+
+KERNELS = {"sdpa": fast_attention, "plain": plain_attention}
 
 
 class Recompute(nn.Module):
@@ -46,7 +92,7 @@ class Attention(Recompute):
         self.heads, self.dropout, self.kernel = heads, dropout, kernel
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x_BNE: Tensor) -> Tensor:
         return self.drop(self.remade(self.attend, self.qkv(x_BNE)))
@@ -66,7 +112,7 @@ class Mlp(Recompute):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x_BNE: Tensor) -> Tensor:
         # the product of fc2 is not repeated: only its input is needed, and recomputation stops there

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.layers import EPS, Block, init_weights, pos2d, projection_head
+from train.layers import EPS, Block, Dropout, init_weights, pos2d, projection_head
 from train.vocab import Vocab, lean
 
 HEAD_EPS = 1e-5  # the token head's norm differs from all others in the published models
@@ -106,7 +106,7 @@ class TokenEmbedding(nn.Module):
         self.word = nn.Embedding(rows, width)
         self.position = nn.Embedding(positions, width)
         self.norm = nn.LayerNorm(width, eps=EPS)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, ids_BN: Tensor, index_BN: Tensor) -> Tensor:
         return self.drop(self.norm(self.word(ids_BN) + self.position(index_BN)))
