@@ -66,8 +66,8 @@ def _measure_vqgan(path: Path, images: torch.Tensor, labels: torch.Tensor) -> di
 def _measure_teacher(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict:
     model = train_teacher.build().eval()
     model.load_state_dict(load_tensors(path))
-    found = {"model": train_teacher.MODEL, "accuracy": round(train_teacher.accuracy(model, images, labels), 4)}
-    return {**found, "images": len(images)}
+    found = train_teacher.accuracy(model, images, labels)
+    return {"model": train_teacher.MODEL, **found, "images": len(images)}
 
 
 MEASURES = {"vqgan": _measure_vqgan, "teacher": _measure_teacher}

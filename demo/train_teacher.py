@@ -190,13 +190,19 @@ def train(images: Tensor, shares: Tensor, labels: Tensor, plan: Plan, seed: int)
     return model.requires_grad_(False).eval(), curve
 
 
-def accuracy(model: VisionTransformer, images: Tensor, labels: Tensor, batch: int = 32) -> float:
-    """Share of images (N, 3, 256, 256) uint8 whose class the head names, at 224 pixels as the pipeline resizes."""
-    right = 0
-    for part, of_part in zip(images.split(batch), labels.split(batch), strict=True):
+def accuracy(model: VisionTransformer, images: Tensor, labels: Tensor, batch: int = 32) -> dict[str, float]:
+    """Shares of images (N, 3, 256, 256) uint8 whose class, texture and shape the head names; labels index CLASSES."""
+    guesses = []
+    for part in images.split(batch):  # to 224 pixels as the pipeline resizes
         small = F.interpolate(as_float(part), (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
-        right += (model.head(forward(model, small)[:, 0]).argmax(1) == of_part).sum().item()
-    return right / len(labels)
+        guesses.append(model.head(forward(model, small)[:, 0]).argmax(1))
+    guess = torch.cat(guesses)
+    right = {
+        "accuracy": guess == labels,
+        "texture_accuracy": guess // len(SHAPES) == labels // len(SHAPES),
+        "shape_accuracy": guess % len(SHAPES) == labels % len(SHAPES),
+    }
+    return {name: round(hits.float().mean().item(), 4) for name, hits in right.items()}
 
 
 def save(model: VisionTransformer, path: str | Path) -> None:
@@ -224,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     truth = torch.tensor([CLASSES.index(name) for name in names])[truth]
     found = {
         "model": MODEL,
-        "accuracy": round(accuracy(model, held_out, truth), 4),
+        **accuracy(model, held_out, truth),
         "images": len(held_out),
         "seconds": round(time.monotonic() - started),
         "curve": curve,
