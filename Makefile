@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 INSTALLED := $(VENV)/installed-$(EXTRA)
 TESTING := $(VENV)/installed-$(EXTRA)-test
 
-.PHONY: help demo test lint format preset graph check demo-weights clean
+.PHONY: help demo test lint format preset graph check demo-weights figures clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -56,8 +56,11 @@ check: $(INSTALLED) ## validate params.yaml and name missing inputs
 
 demo-weights: $(INSTALLED) ## train the demo's VQGAN and teacher again (the shipped ones were made by this)
 	python -m demo.images --out demo/assets/images
-	python -m demo.train_vqgan
+	python -m demo.train_vqgan --grid docs/figures/demo_reconstructions.png
 	python -m demo.train_teacher
+
+figures: ## cut the README's picture from the demo's reports
+	python -m demo.figures
 
 clean: ## remove everything that commands made, the environment included
 	rm -rf $(VENV) work data runs reports shards/demo demo/assets *.egg-info
