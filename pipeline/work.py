@@ -205,7 +205,7 @@ def _run_on_dask(
     ):
         _say_who_works(client, scheduler)
         futures = {client.submit(_compute_one, job, store, c, pure=False, retries=3): c for c in missing}
-        for future in as_completed(futures):
+        for future in as_completed(futures, loop=client.loop):
             chunk = futures[future]
             report = future.result()
             if not store.path(chunk).exists():
