@@ -56,7 +56,7 @@ for line in sys.stdin:
 
 
 class Nursery:
-    """Starts `semdict ...` in `root`; `run(args, kill_after)` returns the exit code, negative when killed."""
+    """Starts `semdict ...` in `root`; exit codes are negative for a killed run."""
 
     def __init__(self, root: Path):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -70,15 +70,24 @@ class Nursery:
             stderr=subprocess.DEVNULL,
         )
 
-    def run(self, args: str, kill_after: float | None = None) -> int:
+    def start(self, args: str) -> int:
+        """The process id of a run that has just begun."""
         self.process.stdin.write(args + "\n")
         self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with suppress(ProcessLookupError):  # it was faster than we
-                os.kill(pid, signal.SIGKILL)
         return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        """Its exit code."""
+        return int(self.process.stdout.readline())
+
+    def kill(self, pid: int) -> int:
+        with suppress(ProcessLookupError):  # it was faster than we
+            os.kill(pid, signal.SIGKILL)
+        return self.wait()
+
+    def run(self, args: str) -> int:
+        self.start(args)
+        return self.wait()
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -92,36 +101,33 @@ def nursery(copy):
     child.close()
 
 
+def progress(root: Path) -> int:
+    """How far an encode run has come: finished chunks, and one more once it writes the shards."""
+    chunks = len(list((root / "work").glob("encode-*/chunk-??????.npz")))
+    return chunks + bool(list((root / "work").glob("encode-*/shards*")))
+
+
 @pytest.mark.slow
 def test_killed_at_random_points_the_bytes_are_those_of_an_undisturbed_run(copy, nursery, undisturbed):
-    start = time.monotonic()
-    assert nursery.run("encode") == 0
-    whole = time.monotonic() - start
-    rng, killed, rounds = random.Random(0), 0, 0
-    while killed < KILLS and rounds < KILLS:
-        rounds += 1
+    """Each run is killed a random moment after a random further step: start-up, chunks, assembling, publishing."""
+    rng, killed = random.Random(0), 0
+    while killed < KILLS:
         shutil.rmtree(copy / "shards", ignore_errors=True)
-        delays = [rng.uniform(0.02, 0.7) * whole for _ in range(6)]
-        killed += [nursery.run("encode", kill_after=delay) for delay in delays].count(-signal.SIGKILL)
+        for _ in range(8):
+            pid, target = nursery.start("encode"), min(progress(copy) + rng.randrange(4), 13)
+            while progress(copy) < target and Path(f"/proc/{pid}").exists():
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.05))
+            killed += nursery.kill(pid) == -signal.SIGKILL
         assert nursery.run("encode") == 0
         assert tiny.digest(copy / "shards" / "tiny") == undisturbed
-    assert killed >= KILLS
     assert not list((copy / "work").glob("encode-*")), "the work folder is swept once the shards stand"
 
 
 def test_chunks_finished_before_a_kill_are_not_computed_again(copy, nursery, undisturbed):
     """Kill once half of the chunks are there, remember their files' identities, finish: the same files were used."""
-    nursery.process.stdin.write("encode\n")
-    nursery.process.stdin.flush()
-    pid = int(nursery.process.stdout.readline())
-    deadline = time.monotonic() + 120
-    while len(done := list((copy / "work").glob("encode-*/chunk-*.npz"))) < 6 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    nursery.process.stdout.readline()
+    done = killed_at(copy, nursery, 6)
     assert 6 <= len(done) < 12
-    for path in done:  # a recomputed chunk would replace the marked file; a damaged mark would change the bytes
-        path.chmod(0o444)
     stamps = {path.name: path.stat().st_ino for path in done}
     seen = {}
     code = _run_and_watch(nursery, "encode", copy, seen)
@@ -130,30 +136,31 @@ def test_chunks_finished_before_a_kill_are_not_computed_again(copy, nursery, und
     assert tiny.digest(copy / "shards" / "tiny") == undisturbed
 
 
+def killed_at(root: Path, nursery: Nursery, chunks: int) -> list[Path]:
+    """Kill an encode run as soon as it has finished `chunks` chunks; the chunks that stand."""
+    pid = nursery.start("encode")
+    while progress(root) < chunks and Path(f"/proc/{pid}").exists():
+        time.sleep(0.001)
+    nursery.kill(pid)
+    return list((root / "work").glob("encode-*/chunk-??????.npz"))
+
+
 def _run_and_watch(nursery: Nursery, args: str, root: Path, seen: dict[str, int]) -> int:
     """Run to the end while noting the last inode of every chunk file."""
-    nursery.process.stdin.write(args + "\n")
-    nursery.process.stdin.flush()
-    pid = int(nursery.process.stdout.readline())
+    pid = nursery.start(args)
     while True:
-        for path in (root / "work").glob("encode-*/chunk-*.npz"):
-            try:
+        for path in (root / "work").glob("encode-*/chunk-??????.npz"):
+            with suppress(FileNotFoundError):
                 seen[path.name] = path.stat().st_ino
-            except FileNotFoundError:
-                continue
         if not Path(f"/proc/{pid}").exists():
-            return int(nursery.process.stdout.readline())
+            return nursery.wait()
         time.sleep(0.002)
 
 
 def test_stale_partial_output_of_other_parameters_is_never_mixed_in(copy, nursery, undisturbed):
     small = {"chunk": 1, "batch": 1, "workers": 1}
     tiny.write_params(copy, encode=small, pixels={"crop": "resize-292"})
-    start = time.monotonic()
-    while not list((copy / "work").glob("encode-*/chunk-*.npz")) and time.monotonic() - start < 60:
-        nursery.run("encode", kill_after=0.6)
-    stale = list((copy / "work").glob("encode-*/chunk-*.npz"))
-    assert stale
+    assert killed_at(copy, nursery, 2), "there must be something stale"
     tiny.write_params(copy, encode=small)
     assert nursery.run("encode") == 0
     assert tiny.digest(copy / "shards" / "tiny") == undisturbed
@@ -163,7 +170,7 @@ def test_stale_partial_output_of_other_parameters_is_never_mixed_in(copy, nurser
 def test_other_weights_start_anew(copy, nursery, undisturbed, weights):
     make = tiny.make_vqgan if weights == "vqgan.ckpt" else tiny.make_teacher
     make(copy / weights, seed=1)
-    nursery.run("encode", kill_after=1.0)
+    assert killed_at(copy, nursery, 2)
     make(copy / weights, seed=0)
     assert nursery.run("encode") == 0
     assert tiny.digest(copy / "shards" / "tiny") == undisturbed
@@ -194,7 +201,9 @@ def test_the_second_of_two_runs_is_told(copy):
     with subprocess.Popen(command, cwd=copy, env=env, stderr=subprocess.DEVNULL) as first:
         while not (copy / "work" / "locks" / "encode-tiny.lock").exists():
             time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # it would be done before the second has started
         second = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False)
+        first.send_signal(signal.SIGCONT)
         assert first.wait() == 0
     assert second.returncode == 1
     assert f'"pid": {first.pid}' in second.stderr
