@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 from pipeline.errors import SemdictError
@@ -55,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     except SemdictError as error:
         print(f"semdict {args.command}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `semdict ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:  # a full disk, a missing right: what is finished is kept
         print(f"semdict {args.command}: {error}; mend it and run the same command again", file=sys.stderr)
         return 1
