@@ -1,0 +1,48 @@
+"""What params.yaml may hold: one validated section per stage, each key with its type, range and meaning."""
+
+from pydantic import model_validator
+
+from pipeline.schema.base import Name, Section
+from pipeline.schema.pretrain import Pretrain
+from pipeline.schema.tokens import (
+    NONE,
+    Encode,
+    Features,
+    Inputs,
+    Kmeans,
+    Manifest,
+    Pixels,
+    SampleFeatures,
+    Shards,
+    Vqgan,
+)
+from pipeline.schema.vcq import Ar, ArSample, Vcq
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    preset: Name
+    inputs: Inputs
+    manifest: Manifest
+    pixels: Pixels = Pixels()
+    vqgan: Vqgan
+    features: Features
+    sample_features: SampleFeatures = SampleFeatures()
+    kmeans: Kmeans
+    encode: Encode = Encode()
+    shards: Shards = Shards()
+    pretrain: Pretrain = Pretrain()
+    vcq: Vcq = Vcq()
+    ar: Ar = Ar()
+    ar_sample: ArSample = ArSample()
+
+    @model_validator(mode="after")
+    def _watched(self) -> "Params":
+        pairs = {"features": self.features.weights, "centroids": self.kmeans.centroids}
+        for name, path in pairs.items():
+            watched = getattr(self.inputs, name)
+            if watched != (path or NONE):
+                key = "features.weights" if name == "features" else "kmeans.centroids"
+                raise ValueError(f"inputs.{name} is {watched}, {key} is {path}: set inputs.{name}: {path or NONE}")
+        return self
