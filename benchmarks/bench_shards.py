@@ -95,8 +95,11 @@ def part_load(folder: Path, rows: int) -> dict:
 
 
 def part_read_one_core(folder: Path, rows: int) -> dict:
-    """Original ids through the lazy arrays, one thread on one core."""
+    """Original ids through the lazy arrays, one thread on one core, the allocator set as our commands set it."""
+    from pipeline.memory import keep_freed_memory
     from pipeline.shards import open_shards
+
+    keep_freed_memory()
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     shards, done = open_shards(folder / "shards"), 0

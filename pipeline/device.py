@@ -1,6 +1,5 @@
 """Where the models run and how exactly: device names, precision, and bytes on their way to the device."""
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,21 +11,6 @@ from pipeline.errors import UsageError
 from pipeline.nearest import exact_float32
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks instead of handing each back to the kernel; elsewhere nothing happens.
-
-    On a CPU every activation is a fresh block of tens of megabytes, and the page faults of mapping it again took 30 %
-    of a VQGAN forward (0.219 -> 0.147 s an image, one thread).
-    """
-    trim_threshold, mmap_threshold = -1, -3  # names of <malloc.h>
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library: its allocator has its own rules
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def resolve_device(name: str) -> str:

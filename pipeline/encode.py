@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import crops, device, encode_job, features, flow, images, kmeans, nearest, tokenizer, vqgan, vqgan_nets
-from pipeline.device import keep_freed_memory, resolve_device
+from pipeline.device import resolve_device
 from pipeline.encode_job import EncodeJob
 from pipeline.errors import ManifestError
 from pipeline.files import sha256_file, write_json
 from pipeline.images import crop_identity, decoder_identity, expand_views
 from pipeline.manifest import Manifest, load_manifest
+from pipeline.memory import keep_freed_memory
 from pipeline.params import add_params_arguments, params_of
 from pipeline.probe import probe
 from pipeline.publish import Publication, encode_and_publish

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from pipeline.device import keep_freed_memory, to_device
+from pipeline.device import to_device
 from pipeline.flow import Batch, CropRecipe, stream_batches
 from pipeline.manifest import Manifest, load_manifest
+from pipeline.memory import keep_freed_memory
 from pipeline.sources import Reader
 from pipeline.tokenizer import Tokenizer, TokenizerSpec
 from pipeline.work import Advance, Chunk

@@ -12,12 +12,13 @@ import torch
 from tqdm import tqdm
 
 from pipeline import crops, device, features, flow, images, nearest, work
-from pipeline.device import keep_freed_memory, reduced_precision, resolve_device, to_device
+from pipeline.device import reduced_precision, resolve_device, to_device
 from pipeline.errors import ManifestError
 from pipeline.features import load_features
 from pipeline.files import publish_dir, remove, replace_dir, sha256_file, write_json
 from pipeline.images import expand_views
 from pipeline.manifest import Manifest, load_manifest
+from pipeline.memory import keep_freed_memory
 from pipeline.params import add_params_arguments, params_of
 from pipeline.schema import Params
 from pipeline.sources import Reader

@@ -143,7 +143,7 @@ def test_the_imagenet_preset_runs_to_the_end_on_photographs(tmp_path, photograph
 
 # Rooms that check, name or store things, or read bytes that the manifest's SHA-256 pins: they do not shape a result.
 DOORS = {"errors", "files", "params", "schema", "work", "safeload", "reader", "shards", "shards_read", "shards_verify"}
-DOORS |= {"preview", "manifest", "scan", "sources", "listing", "folders", "tars", "parquets"}
+DOORS |= {"memory", "preview", "manifest", "scan", "sources", "listing", "folders", "tars", "parquets"}
 
 
 def imported(path: Path) -> set[Path]:

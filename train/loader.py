@@ -87,6 +87,13 @@ def recipe_of(meta: dict[str, Any]) -> str:
     return sha256_json(parts)[:16]
 
 
+def even_share(batch: int, world: int) -> int:
+    """Rows of each rank in a global batch; UsageError when they cannot be equal."""
+    if batch % world:
+        raise UsageError(f"a global batch of {batch} cannot be shared evenly by {world} processes")
+    return batch // world
+
+
 def _joined(arrays: list[np.ndarray | None]) -> np.ndarray | None:
     if arrays[0] is None:
         return None
@@ -111,8 +118,7 @@ class ResidentLoader:
         world: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        if batch % world:
-            raise UsageError(f"a global batch of {batch} cannot be shared evenly by {world} processes")
+        self._share = even_share(batch, world)
         if batch > len(table.at):
             raise UsageError(f"batch {batch} is larger than the token set ({len(table.at)} usable rows)")
         self.table, self.batch, self.seed = table, batch, seed
@@ -136,9 +142,8 @@ class ResidentLoader:
 
     def __next__(self) -> Batch:
         epoch, within = divmod(self._step, self.steps_per_epoch)
-        share = self.batch // self.world
-        start = within * self.batch + self.rank * share
-        chosen = self.order(epoch)[start : start + share]
+        start = within * self.batch + self.rank * self._share
+        chosen = self.order(epoch)[start : start + self._share]
         self._step += 1
         views = draws.choices(self.table.row[chosen], self.views, self.seed, VIEW, epoch) if self.views > 1 else None
         return self.take(chosen, views)

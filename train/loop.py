@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.device import DTYPES, keep_freed_memory
+from pipeline.device import DTYPES
 from pipeline.errors import InterruptedRun, SemdictError, UsageError
 from pipeline.files import write_json
+from pipeline.memory import keep_freed_memory
 from train import checkpoint, dist, draws
 from train.loader import Batch, Loader
 from train.logging import Progress, RunLog, read_log

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.errors import ShardError, UsageError
 from train import draws
-from train.loader import VIEW, Batch, recipe_of
+from train.loader import VIEW, Batch, even_share, recipe_of
 
 WINDOW = 64  # blocks shuffled together: 65,536 rows of 1 KiB by default
 BLOCKS, WITHIN = 3, 4  # streams of one seed, beside those of train.loader
@@ -113,18 +113,17 @@ class StreamingLoader:
         device: torch.device | str = "cpu",
         window: int = WINDOW,
     ) -> None:
-        if batch % world:
-            raise UsageError(f"a global batch of {batch} cannot be shared evenly by {world} processes")
+        self._share = even_share(batch, world)
         self.about = read_about(folder)
         self.blocks = find_blocks(folder, self.about, splits)
         self.batch, self.seed, self.rank, self.world, self.window = batch, seed, rank, world, window
         self.device, self.recipe = torch.device(device), recipe_of(self.about)
         self.views = len(self.about["views"])
-        self.steps_per_epoch = self._fewest_rows() // (batch // world)
+        self.steps_per_epoch = self._fewest_rows() // self._share
         if not self.steps_per_epoch:
             raise UsageError(
                 f"{folder}: {len(self.blocks)} blocks, {sum(b.rows for b in self.blocks)} rows are too few for {world} "
-                f"processes with {batch // world} rows each a step; use fewer processes, a smaller batch, "
+                f"processes with {self._share} rows each a step; use fewer processes, a smaller batch, "
                 "or pretrain.loader=resident"
             )
         self._step, self._epoch = 0, -1
@@ -147,8 +146,7 @@ class StreamingLoader:
     def __next__(self) -> Batch:
         epoch, within = divmod(self._step, self.steps_per_epoch)
         self._open(epoch)
-        share = self.batch // self.world
-        parts = list(self._parts(within * share, (within + 1) * share))
+        parts = list(self._parts(within * self._share, (within + 1) * self._share))
         self._step += 1
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         views = draws.choices(columns["row"], self.views, self.seed, VIEW, epoch)
