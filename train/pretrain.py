@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ShardError, UsageError
-from pipeline.files import write_json
 from pipeline.safeload import load_array
 from train import dist
 from train.loader import Loader, ResidentLoader, recipe_of, table_from_shards
@@ -25,7 +24,8 @@ from train.objectives import Lease, Mage, Masking, Sorcen
 from train.online import WithClassifier
 from train.optim import adamw, scaled_lr, warmup_cosine
 from train.pretrained import MODEL, save_pretrained
-from train.run import Place, held
+from train.run import Place
+from train.stage import add_run_arguments, run_stage, say
 
 if TYPE_CHECKING:
     from pipeline.schema import Params, Pretrain
@@ -45,14 +45,9 @@ FREE = {"device", "compile", "save_every", "keep", "log_every", "picture_every",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to train, on what, and where it goes; everything else stands in params.yaml."""
     parser.add_argument("--objective", choices=FAMILIES, required=True)
-    parser.add_argument("--params", default="params.yaml", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
     parser.add_argument("--shards", type=Path, help="token shards (default shards/<preset>), or a folder of their tars")
     parser.add_argument("--centroids", type=Path, help="(K, D) .npy for lease where the token set itself holds none")
-    parser.add_argument("--out", type=Path, help="the complete run (default runs/<preset>/<objective>)")
-    parser.add_argument("--reports", type=Path, help="metrics.json and plots (default reports/<preset>/<objective>)")
-    parser.add_argument("--work", default="work", type=Path, help="where a run waits until it is complete")
-    parser.add_argument("--resume", action="store_true", help="continue a killed run; keep a complete one as it is")
+    add_run_arguments(parser, "<objective>")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,39 +117,11 @@ class Session:
 
     def go(self) -> int:
         """0 when the run is complete, now or before."""
-        place, world = self.place, self.world
-        if place.published(self.resume) is not None:
-            self.say(f"{place.out} is complete with these settings; nothing to do")
-            return 0
-        with held(place, world, self.resume):
-            card = place.card(place.folder)
-            if card is None:
-                self.tell_what_waits()
-                card = self.train()
-            if world.first:
-                write_json(self.reports / "metrics.json", card["metrics"])
-                place.publish()
-            dist.barrier()
-        self.say(f"{place.out} is complete: " + ", ".join(f"{k} {v:.4f}" for k, v in card["metrics"]["final"].items()))
+        run_stage(self.place, self.world, self.resume, self.reports, self.train)
         return 0
 
-    def say(self, text: str) -> None:
-        """One line, from rank 0."""
-        if self.world.first:
-            print(f"pretrain {self.objective}: {text}", file=sys.stderr)
-
-    def tell_what_waits(self) -> None:
-        """Whether this continues something; other settings' work is named, never mixed in."""
-        others = self.place.unfinished_others()
-        if (self.place.folder / "checkpoints").exists():
-            self.say(f"continuing in {self.place.folder}")
-        elif self.resume and others:
-            self.say(
-                f"nothing to continue with these settings, starting anew; unfinished, of others: {', '.join(others)}"
-            )
-
     def train(self) -> dict[str, Any]:
-        """Build everything, fit, and write the model and the run's card."""
+        """Build everything, fit and write the model; returns the run's numbers."""
         given, world = self.given, self.world
         loader = self.loader()
         model = self.model().to(world.device)
@@ -170,11 +137,10 @@ class Session:
         parts = {"model": model, "objective": objective}
         means = fit([phase], loader, self.plan(steps), self.run(), world, parts, hooks, resume=True)
         metrics = {"final": means, "chance": self.chance(), "steps": steps, "images_left_out": self.left_out}
-        if not world.first:
-            return {"metrics": metrics}
-        about = {"objective": self.objective, "settings": self.place.settings, "corpus": self.corpus.meta}
-        save_pretrained(self.place.folder / MODEL, model, {**about, "step": steps})
-        return self.place.complete({"metrics": metrics, "preset": self.params.preset})
+        if world.first:
+            about = {"objective": self.objective, "settings": self.place.settings, "corpus": self.corpus.meta}
+            save_pretrained(self.place.folder / MODEL, model, {**about, "step": steps})
+        return metrics
 
     def plan(self, steps: int) -> Plan:
         """The loop's part of the settings."""
@@ -199,7 +165,8 @@ class Session:
             table = table_from_shards(self.corpus.path, given.splits)
             loader = ResidentLoader(table, given.batch, given.seed, world.rank, world.size, world.device)
             self.left_out, self.classes = table.left_out, int(table.label.max()) + 1
-        self.say(f"{loader.steps_per_epoch} steps an epoch of {given.batch} images, {self.left_out} rows left out")
+        counts = f"{loader.steps_per_epoch} steps an epoch of {given.batch} images, {self.left_out} rows left out"
+        say(world, self.place, counts)
         return loader
 
     def model(self) -> MaskedTokenTransformer:

@@ -37,7 +37,9 @@ def run_stage(
         card = place.card(place.folder)
         if card is None:
             others = place.unfinished_others()
-            if resume and others and not (place.folder / "checkpoints").exists():
+            if (place.folder / "checkpoints").exists():
+                say(world, place, f"continuing in {place.folder}")
+            elif resume and others:
                 say(world, place, f"starting anew; unfinished, of other settings: {', '.join(others)}")
             metrics = train()
             card = place.complete({"metrics": metrics}) if world.first else {"metrics": metrics}
@@ -45,7 +47,8 @@ def run_stage(
             write_json(reports / "metrics.json", card["metrics"])
             place.publish()
         dist.barrier()
-    say(world, place, f"{place.out} is complete")
+    final = ", ".join(f"{name} {value:.4f}" for name, value in card["metrics"].get("final", {}).items())
+    say(world, place, f"{place.out} is complete{': ' + final if final else ''}")
     return card
 
 
