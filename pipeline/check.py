@@ -3,22 +3,29 @@
 import argparse
 from pathlib import Path
 
+import yaml
+
 from pipeline.params import add_params_arguments, params_of
 from pipeline.schema import Params
 
 EXAMPLE = """example:
   semdict check                       validate params.yaml
+  semdict check --show                every key with its value, defaults included, as a params.yaml
   semdict check --params presets/in1k.yaml"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Only the file to check."""
+    """The file to check, and whether to print it in full."""
     add_params_arguments(parser)
+    parser.add_argument("--show", action="store_true", help="print every key with its value, defaults included")
 
 
 def run(args: argparse.Namespace) -> int:
     """Validate; list inputs that are not there yet."""
     settings = params_of(args)
+    if args.show:
+        print(yaml.safe_dump(settings.model_dump(mode="json", by_alias=True), sort_keys=False), end="")
+        return 0
     print(f"{args.params}: preset {settings.preset} is valid")
     for key, path in missing_inputs(settings):
         print(f"  not there yet: {path} ({key})")

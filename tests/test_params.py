@@ -7,6 +7,7 @@ import yaml
 
 from pipeline.errors import ParamsError
 from pipeline.params import load_params
+from semdict.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -83,3 +84,12 @@ def test_every_fault_is_named_at_once(tmp_path, tree):
         load_params(write(tmp_path, tree))
     assert "kmeans.kk" in str(caught.value)
     assert "encode.batch" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_what_check_shows_is_a_complete_params_file(tmp_path, capsys, path):
+    assert main(["check", "--params", str(path), "--show"]) == 0
+    shown = tmp_path / "params.yaml"
+    shown.write_text(capsys.readouterr().out)
+    assert load_params(shown) == load_params(path)
+    assert yaml.safe_load(shown.read_text())["pretrain"]["lambda"] == load_params(path).pretrain.contrast_weight
