@@ -119,8 +119,18 @@ class Mlp(Recompute):
         return self.drop(self.remade(lambda h: self.fc2(self.drop(F.gelu(h))), self.fc1(x_BNE)))
 
 
+def drop_path(x: Tensor, p: float) -> Tensor:
+    """x (B, ...) with whole samples zeroed with probability p, the rest divided by 1 - p (arXiv:1603.09382)."""
+    return x * x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - p).div_(1 - p)
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block: x += attention(LN(x)); x += mlp(LN(x))."""
+    """Pre-norm transformer block: x += attention(LN(x)); x += mlp(LN(x)).
+
+    drop_path: share of samples for which a branch is left out in training; an attribute, set by who fine-tunes.
+    """
+
+    drop_path: float = 0.0
 
     def __init__(self, width: int, heads: int, mlp_ratio: int = 4, dropout: float = 0.0, kernel: str = "sdpa") -> None:
         super().__init__()
@@ -130,8 +140,12 @@ class Block(nn.Module):
         self.mlp = Mlp(width, mlp_ratio * width, dropout)
 
     def forward(self, x_BNE: Tensor) -> Tensor:
-        x_BNE = x_BNE + self.attn(self.norm1(x_BNE))
-        return x_BNE + self.mlp(self.norm2(x_BNE))
+        x_BNE = x_BNE + self.kept(self.attn(self.norm1(x_BNE)))
+        return x_BNE + self.kept(self.mlp(self.norm2(x_BNE)))
+
+    def kept(self, branch_BNE: Tensor) -> Tensor:
+        """The branch, without its dropped samples in training."""
+        return drop_path(branch_BNE, self.drop_path) if self.drop_path and self.training else branch_BNE
 
 
 def pos2d(width: int, grid: int) -> Tensor:

@@ -3,6 +3,7 @@
 from pydantic import model_validator
 
 from pipeline.schema.base import Name, Section
+from pipeline.schema.evaluate import Evaluate
 from pipeline.schema.pretrain import Pretrain
 from pipeline.schema.tokens import (
     NONE,
@@ -36,6 +37,7 @@ class Params(Section):
     vcq: Vcq = Vcq()
     ar: Ar = Ar()
     ar_sample: ArSample = ArSample()
+    evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")
     def _watched(self) -> "Params":
