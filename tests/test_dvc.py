@@ -1,12 +1,15 @@
 """The pipeline as DVC sees it: whole graph, nothing done twice, tokens that travel to a second clone."""
 
 import ast
+import csv
+import io
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -58,6 +61,7 @@ def repro(tmp_path_factory) -> Path:
     tiny.make_vqgan(world / "vqgan.ckpt")
     tiny.make_teacher(world / "teacher.pth")
     tree = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text())
+    tree["pretrain"] |= {"epochs": 1, "batch": 4, "picture_every": 0, "width": 16, "decoder_width": 16}
     (folder / "params.yaml").write_text(yaml.safe_dump({**tree, **tiny.params(world)}))
     call(folder, "dvc", "repro", "-q", *STAGES)
     return folder
@@ -105,6 +109,21 @@ def test_tokens_travel_through_a_remote_to_a_second_clone(repro, tmp_path):
     assert verify_shards(clone / "shards" / "tiny").ok
     call(tmp_path, "dvc", "get", "-q", str(repro), "shards/tiny", "-o", "fetched")
     assert tiny.digest(tmp_path / "fetched") == tiny.digest(repro / "shards" / "tiny")
+
+
+@pytest.mark.slow
+def test_an_experiment_overrides_one_number_and_trains_only(repro):
+    """`dvc exp run -S` as docs/sweeps.md shows it; its row in the table holds the number and the losses."""
+    call(repro, "git", "add", "-A")
+    call(repro, "git", "commit", "-q", "--allow-empty", "-m", "Start the sweep")
+    output = call(repro, "dvc", "exp", "run", "-n", "half", "-S", "pretrain.lambda=0.5", "pretrain_lease")
+    assert ran(output) == ["pretrain_lease"]
+    rows = csv.DictReader(io.StringIO(call(repro, "dvc", "exp", "show", "--csv").lstrip()))
+    row = next(row for row in rows if row["Experiment"] == "half")
+    assert float(row["pretrain.lambda"]) == 0.5
+    parts = [float(row[f"final.{name}"]) for name in ("loss", "reconstruction", "contrast_encoder")]
+    assert parts[0] == pytest.approx(parts[1] + 0.5 * parts[2], rel=1e-5)
+    assert float(row["chance.contrast_encoder"]) == pytest.approx(np.log(tiny.WORDS))
 
 
 @pytest.mark.slow

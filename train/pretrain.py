@@ -222,7 +222,8 @@ class Session:
         """Each loss of a model that knows nothing (nats): a uniform guess among codes, words, or the batch's images."""
         guesses = {"reconstruction": math.log(self.corpus.codes)}
         if self.objective == "lease":
-            guesses["contrast"] = math.log(len(self.corpus.words))
+            sides = {"both": ("encoder", "decoder")}.get(self.given.lease.contrast, (self.given.lease.contrast,))
+            guesses |= {f"contrast_{side}": math.log(len(self.corpus.words)) for side in sides}
         if self.objective == "sorcen":
             guesses["echo_contrast"] = math.log(self.given.batch // self.given.accumulate)
         return guesses
