@@ -1,0 +1,175 @@
+"""The probe, few-shot subsets and k-NN on plain arrays, against scikit-learn and arithmetic in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import SemdictError, UsageError
+from train.eval.few_shot import balanced, summary
+from train.eval.head import ArrayBatches, HeadPlan, LinearHead, fit_head, per_cent
+from train.eval.knn import knn, neighbours, vote
+from train.eval.probe import probe
+
+WIDTH, CLASSES = 16, 4
+
+
+def blobs(rows: int, seed: int = 0, spread: float = 1.2, views: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Overlapping classes of unequal scale per dimension, (N, V, E) float32, with labels."""
+    centres = np.random.default_rng(99).normal(size=(CLASSES, WIDTH))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, rows)
+    x = centres[labels][:, None] + spread * rng.normal(size=(rows, views, WIDTH))
+    return (x * np.linspace(0.1, 10, WIDTH) + 3).astype(np.float32), labels
+
+
+def hand_written(x: np.ndarray, y: np.ndarray, order: list[np.ndarray], head: LinearHead, plan: HeadPlan) -> tuple:
+    """The same training in float64, written out: batch norm, softmax, LARS (trust 0.001, momentum), half a cosine."""
+    w, b = head.linear.weight.detach().double().numpy().copy(), head.linear.bias.detach().double().numpy().copy()
+    vw, vb, steps = np.zeros_like(w), np.zeros_like(b), len(order)
+    mean, var = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    for step, at in enumerate(order):
+        z, t = x[at].astype(np.float64), np.eye(len(w))[y[at]]
+        mu, sigma2 = z.mean(0), z.var(0)
+        mean, var = 0.9 * mean + 0.1 * mu, 0.9 * var + 0.1 * sigma2 * len(z) / (len(z) - 1)
+        z = (z - mu) / np.sqrt(sigma2 + 1e-6)
+        logits = z @ w.T + b
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        delta = (p / p.sum(1, keepdims=True) - t) / len(z)
+        dw, db = delta.T @ z + plan.weight_decay * w, delta.sum(0)
+        dw *= 0.001 * np.linalg.norm(w) / np.linalg.norm(dw)
+        vw, vb = plan.momentum * vw + dw, plan.momentum * vb + db
+        rate = plan.base_lr * plan.batch / 256 * 0.5 * (1 + np.cos(np.pi * step / steps))
+        w, b = w - rate * vw, b - rate * vb
+    return w, b, mean, var
+
+
+def test_training_equals_the_equations_in_float64():
+    x, y = blobs(60)
+    plan = HeadPlan(epochs=3, batch=16, base_lr=5.0, weight_decay=0.01, seed=4)
+    batches = ArrayBatches(x[:, 0], y, plan.batch, plan.seed)
+    order = [at.numpy() for epoch in range(3) for at in positions(batches, epoch, x[:, 0])]
+    want = hand_written(x[:, 0], y, order, LinearHead(WIDTH, CLASSES, 4), plan)
+    head, curve = fit_head(batches, CLASSES, plan)
+    got = (head.linear.weight, head.linear.bias, head.norm.running_mean, head.norm.running_var)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a.detach().numpy(), b, rtol=2e-4, atol=2e-5)
+    assert [row["epoch"] for row in curve] == [1, 2, 3] and not head.training
+
+
+def positions(batches: ArrayBatches, epoch: int, x: np.ndarray) -> list[torch.Tensor]:
+    """Rows of each batch, found again by their values."""
+    return [(torch.from_numpy(x)[None] == rows[:, None]).all(2).int().argmax(1) for rows, _ in batches(epoch)]
+
+
+def test_the_probe_reaches_logistic_regression():
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    (x, y), (xt, yt) = blobs(600, 0), blobs(400, 1)
+    x, xt = x[:, 0], xt[:, 0]
+    scale = lambda a: (a - x.mean(0)) / x.std(0)  # noqa: E731
+    want = 100 * sklearn.LogisticRegression(C=1e3, max_iter=2000).fit(scale(x), y).score(scale(xt), yt)
+    result = probe(x, y, xt, yt, HeadPlan(epochs=60, batch=64, base_lr=20.0))
+    assert 50 < want < 99 and result.top1 == pytest.approx(want, abs=2.5)
+    assert result.top1 == pytest.approx(100 * np.mean(result.predicted == yt))
+    assert result.top5 == 100.0 and len(result.curve) == 60 and result.curve[-1]["top1"] == result.top1
+
+
+def test_features_need_no_scaling_but_labels_must_be_right():
+    (x, y), (xt, yt) = blobs(600, 0), blobs(400, 1)
+    plan = HeadPlan(epochs=20, batch=64, base_lr=20.0)
+    good = probe(x[:, 0] * 1000 - 5e4, y, xt[:, 0] * 1000 - 5e4, yt, plan).top1
+    chance = probe(x[:, 0], np.random.default_rng(5).permutation(y), xt[:, 0], yt, plan).top1
+    assert good > 60 and abs(chance - 25) < 10
+
+
+def test_same_seed_same_result_and_half_precision_maps(tmp_path):
+    (x, y), (xt, yt) = blobs(80, 0, views=3), blobs(50, 1)
+    plan = HeadPlan(epochs=4, batch=16, base_lr=5.0)
+    a, b = (probe(x, y, xt[:, 0], yt, plan) for _ in range(2))
+    assert torch.equal(a.head.linear.weight, b.head.linear.weight)
+    other = probe(x, y, xt[:, 0], yt, HeadPlan(epochs=4, batch=16, base_lr=5.0, seed=1))
+    assert not torch.equal(a.head.linear.weight, other.head.linear.weight)
+    maps = []
+    for view in range(3):
+        np.save(tmp_path / f"{view}.npy", x[:, view].astype(np.float16))
+        maps.append(np.load(tmp_path / f"{view}.npy", mmap_mode="c"))
+    half = probe(maps, y, xt[:, 0], yt, plan)
+    assert torch.allclose(a.head.linear.weight, half.head.linear.weight, atol=1e-3)
+    assert np.array_equal(maps[0], x[:, 0].astype(np.float16))
+
+
+def test_every_epoch_draws_other_rows_and_views():
+    x = np.arange(40, dtype=np.float32).reshape(20, 2, 1)  # row n, view v holds 2n + v
+    batches = ArrayBatches(x, np.arange(20), 6, seed=0)
+    seen = [torch.cat([rows[:, 0] for rows, _ in batches(epoch)]).numpy().astype(int) for epoch in range(30)]
+    labels = [torch.cat([label for _, label in batches(epoch)]).numpy() for epoch in range(30)]
+    for values, label in zip(seen, labels, strict=True):
+        assert len(set(label)) == 18 and np.array_equal(values // 2, label)  # each image once, its own features
+    assert len({tuple(label) for label in labels}) == 30
+    assert 0.4 < np.mean(np.concatenate(seen) % 2) < 0.6
+    assert set(np.concatenate(labels)) == set(range(20))
+
+
+def test_bad_requests_are_refused():
+    x, y = blobs(10)
+    with pytest.raises(UsageError, match="batch 16 must be between 2 and the 10 images"):
+        probe(x[:, 0], y, x[:, 0], y, HeadPlan(batch=16))
+    with pytest.raises(UsageError, match="k 20"):
+        knn(x[:, 0], y, x[:, 0])
+    with pytest.raises(SemdictError, match="not finite"):
+        probe(np.full_like(x[:, 0], np.inf), y, x[:, 0], y, HeadPlan(epochs=1, batch=5))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("k", [1, 7, 20])
+def test_knn_equals_scikit_learn(k, weighted, monkeypatch):
+    sklearn = pytest.importorskip("sklearn.neighbors")
+    monkeypatch.setattr("train.eval.knn.TRAIN_ROWS", 37)  # blocks that do not divide the set
+    monkeypatch.setattr("train.eval.knn.TEST_ROWS", 19)
+    (x, y), (xt, yt) = blobs(300, 0), blobs(101, 1)
+    weights = (lambda d: np.exp((1 - d) / 0.07)) if weighted else "uniform"
+    theirs = sklearn.KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute").fit(x[:, 0], y)
+    ranked = knn(x[:, 0], y, xt[:, 0], k, 0.07, weighted)
+    assert np.array_equal(ranked[:, 0].numpy(), theirs.predict(xt[:, 0]))
+    distance, rows = theirs.kneighbors(xt[:, 0])
+    similar, mine = neighbours(x[:, 0], xt[:, 0], k)
+    assert np.array_equal(mine.numpy(), rows)
+    np.testing.assert_allclose(similar.numpy(), 1 - distance, atol=1e-5)
+    assert per_cent(ranked, yt)["top1"] == pytest.approx(100 * theirs.score(xt[:, 0], yt))
+
+
+def test_votes():
+    similar = torch.tensor([[0.9, 0.8, 0.8]])
+    assert vote(similar, torch.tensor([[2, 1, 1]]), 4, 0.07).tolist() == [[2, 1, -1, -1]]  # e^(0.1 / 0.07) = 4.2 > 2
+    assert vote(similar, torch.tensor([[2, 1, 1]]), 4, 1.0).tolist() == [[1, 2, -1, -1]]
+    assert vote(similar, torch.tensor([[2, 1, 3]]), 4, weighted=False).tolist() == [[1, 2, 3, -1]]  # a tie: the lower
+    assert vote(torch.tensor([[-0.5, -1.0]]), torch.tensor([[3, 0]]), 4, 1e-4)[0, 0] == 3  # no underflow to nothing
+    assert per_cent(torch.tensor([[2, 1, -1, -1, -1], [0, 1, 2, 3, 4]]), np.array([1, 4])) == {"top1": 0, "top5": 100}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=30, max_size=80), st.integers(1, 3), st.integers(0, 5))
+def test_few_shot_subsets(labels, shots, seed):
+    labels = np.asarray(labels)
+    counts = np.bincount(labels)
+    if (counts[counts > 0] < shots).any():
+        with pytest.raises(UsageError, match="shots were asked for"):
+            balanced(labels, shots, seed)
+        return
+    chosen = balanced(labels, shots, seed)
+    assert len(set(chosen.tolist())) == len(chosen)
+    assert set(np.bincount(labels[chosen])) - {0} == {shots}
+    assert np.array_equal(chosen, balanced(labels, shots, seed))
+    if (counts[counts > 0] > shots).all():
+        assert set(chosen) <= set(balanced(labels, shots + 1, seed))
+
+
+def test_few_shot_seeds_differ_and_are_summed_up():
+    labels = np.repeat(np.arange(3), 20)
+    draws = [balanced(labels, 4, seed) for seed in range(5)]
+    assert len({tuple(d) for d in draws}) == 5
+    assert len({tuple(np.sort(d % 20)[:4]) for d in draws[0].reshape(3, 4)}) > 1  # classes are drawn apart
+    scores = summary({4: [50.0, 60.0], 8: [70.0]})
+    assert scores["top1_4_shot"] == 55 and scores["std_4_shot"] == pytest.approx(50**0.5)
+    assert scores["top1_8_shot"] == 70 and scores["std_8_shot"] == 0

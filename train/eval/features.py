@@ -1,0 +1,149 @@
+"""Frozen features of a source, made once per view and kept on disk under a name that only this model and data have.
+
+N images, V views, E feature width. Files: work/features-<fingerprint>/<view>.npy (N, E) and, last, <view>.json.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.device import reduced_precision
+from pipeline.errors import SemdictError
+from pipeline.files import sha256_json, write_aside, write_json
+from train.eval.encoder import Encoder
+from train.eval.sources import Source
+from train.model import MaskedTokenTransformer
+
+VERSION = 1  # raised when the same model and tokens would give other features
+EVERY = 30.0  # seconds between lines of progress
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """views: (N, E) arrays by name, memory-mapped; labels (N,) int64; names of the classes; about: for score files."""
+
+    views: dict[str, np.ndarray]
+    labels: np.ndarray
+    names: list[str]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def first(self) -> np.ndarray:
+        """(N, E) of the first view."""
+        return next(iter(self.views.values()))
+
+
+def encoder_features(
+    model: MaskedTokenTransformer, precision: str = "float32", dropout: float = 0.0
+) -> Callable[[Tensor], Tensor]:
+    """tokens (B, L) -> (B, E) float32: last block without the final norm, mean over cells, norm without affine.
+
+    dropout: of the token embedding alone, as the published probe's features have it while its head trains; drawn from
+    torch's global generator.
+    """
+
+    @torch.no_grad()
+    def features(tokens_BL: Tensor) -> Tensor:
+        model.eval()
+        model.token_emb.drop.p = dropout
+        model.token_emb.drop.train(dropout > 0)
+        with reduced_precision(tokens_BL.device, precision):
+            return model.features(tokens_BL).float()
+
+    return features
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Where and how features are made; device is the encoder's."""
+
+    encoder: Encoder
+    root: Path
+    device: torch.device
+    precision: str = "float32"
+    dtype: str = "float32"
+    batch: int = 256
+
+    def fingerprint(self, source: Source) -> str:
+        """16 hex digits over all that decides the numbers: weights, shape (head counts!), tokens, precision, device."""
+        return sha256_json({
+            "version": VERSION, "model": self.encoder.sha256, "config": self.encoder.model.config.to_dict(),
+            "source": source.identity, "precision": self.precision, "dtype": self.dtype, "device": self.device.type,
+        })[:16]  # fmt: skip
+
+    def get(self, source: Source, views: list[str]) -> FeatureSet:
+        """The features of some views, [] = all; made where they are not there yet. Images that are bad are left out."""
+        from pipeline.work import lock
+
+        name = f"features-{self.fingerprint(source)}"
+        chosen, arrays, bad = views or source.views, {}, set()
+        with lock(name, self.root):
+            for view in chosen:
+                arrays[view], more = self._view(source, view, self.root / name)
+                bad |= set(more)
+        about = {**source.about, "views": chosen, "precision": self.precision, "dtype": self.dtype}
+        if not bad:
+            return FeatureSet(arrays, source.labels, source.names, about)
+        kept = np.setdiff1d(np.arange(len(source.labels)), sorted(bad))
+        about |= {"images": len(kept), "left_out": source.left_out + len(bad)}
+        return FeatureSet({v: rows[kept] for v, rows in arrays.items()}, source.labels[kept], source.names, about)
+
+    def _view(self, source: Source, view: str, folder: Path) -> tuple[np.ndarray, list[int]]:
+        path, done = folder / f"{view}.npy", folder / f"{view}.json"
+        if not done.exists():
+            bad = self._make(source, view, path)
+            write_json(done, {"bad": bad, "made": time.strftime("%F %T")})
+        try:
+            rows = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write, so that torch may share it
+            bad = json.loads(done.read_text())["bad"]
+        except (OSError, ValueError, KeyError) as error:
+            raise SemdictError(f"{path} is damaged ({error}); remove {folder} and run again") from None
+        if rows.shape != (len(source.labels), self.encoder.model.config.width):
+            raise SemdictError(f"{path} is damaged: it holds {rows.shape}; remove {folder} and run again")
+        return rows, bad
+
+    def _make(self, source: Source, view: str, path: Path) -> list[int]:
+        """Write (N, E) aside and rename; returns the images that have no tokens (their rows are zero)."""
+        features = encoder_features(self.encoder.model, self.precision)
+        count, bad = len(source.labels), []
+        line = Line(f"features {view}", count)
+        shape = (count, self.encoder.model.config.width)
+        with write_aside(path) as aside:
+            rows = np.lib.format.open_memmap(aside, mode="w+", dtype=self.dtype, shape=shape)
+            for shown in source.stream(view, self.batch):
+                found = features(shown.tokens).cpu().numpy()
+                found[list(shown.bad)] = 0
+                if not np.isfinite(found).all():
+                    raise SemdictError(
+                        f"the model {self.encoder.name} gives features that are not finite; it is damaged"
+                    )
+                rows[shown.start : shown.start + len(found)] = found
+                bad += [shown.start + i for i in shown.bad]
+                line.show(shown.start + len(found))
+            rows.flush()
+            del rows
+        return bad
+
+
+class Line:
+    """A line of progress on stderr every half minute."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total = name, total
+        self.began = self.shown = time.monotonic()
+
+    def show(self, done: int) -> None:
+        """`done` of `total`."""
+        now = time.monotonic()
+        if now - self.shown >= EVERY:
+            self.shown = now
+            rate = done / (now - self.began)
+            print(f"{self.name}: {done:,}/{self.total:,} images, {rate:,.0f} img/s", file=sys.stderr, flush=True)
