@@ -101,10 +101,10 @@ class EvaluateFinetune(Section):
     crop_scale: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.2, 1.0]  # share of the image's area
     mixup: Amount = 0.8
     cutmix: Amount = 1.0
-    random_erase: Share = 0.0
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # inside the blocks
     embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    eval_every: Positive = 1  # epochs between looks at the test set
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     compile: bool = False
     seed: Seed = 0
