@@ -56,8 +56,8 @@ check: $(INSTALLED) ## validate params.yaml and name missing inputs
 
 demo-weights: $(INSTALLED) ## train the demo's VQGAN and teacher again (the shipped ones were made by this)
 	python -m demo.images --out demo/assets/images
-	python -m demo.train_vqgan --grid docs/figures/demo_reconstructions.png
 	python -m demo.train_teacher
+	python -m demo.train_vqgan --grid docs/figures/demo_reconstructions.png
 
 figures: ## cut the README's picture from the demo's reports
 	python -m demo.figures

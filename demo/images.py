@@ -19,8 +19,9 @@ from PIL import Image, ImageDraw
 
 from pipeline.files import publish_dir
 
-SHAPES = ("disc", "triangle", "star", "cross")
-TEXTURES = ("striped", "dotted", "checked")
+SHAPES = ("disc", "star")
+TEXTURES = ("striped", "dotted", "checked", "zigzag", "gridded", "bricked")
+CLUTTER = (*SHAPES, "triangle", "cross", "bar")  # what distractors look like
 CLASSES = tuple(f"{texture}-{shape}" for texture in TEXTURES for shape in SHAPES)
 SPLITS = ("train", "val", "teach")  # "teach" is never written: the teacher's own stream of images
 JPEG_QUALITY = 92
@@ -115,8 +116,17 @@ def _pattern(texture: str, rng: np.random.Generator, size: tuple[int, int], unit
         wave = np.sin(pulse * u + phase_u) + rng.uniform(-0.3, 0.3)
     elif texture == "dotted":
         wave = np.cos(pulse * u + phase_u) + np.cos(pulse * v + phase_v) - rng.uniform(0.3, 0.8)
-    else:
+    elif texture == "checked":
         wave = 2 * np.sin(0.5 * pulse * u + phase_u) * np.sin(0.5 * pulse * v + phase_v)
+    elif texture == "zigzag":
+        fold = np.arcsin(np.sin(pulse * v + phase_v)) / pulse  # a triangle wave, slopes of 45 degrees
+        wave = np.sin(pulse * (u + fold) + phase_u) + rng.uniform(-0.3, 0.3)
+    elif texture == "gridded":
+        wave = np.maximum(np.cos(pulse * u + phase_u), np.cos(pulse * v + phase_v)) - rng.uniform(0.5, 0.8)
+    else:  # bricks twice as long as high, every other row shifted by half a brick
+        rows = np.floor((pulse * v + phase_v) / (2 * math.pi))
+        ends = 1 - 4 * (1 - np.cos(0.5 * pulse * u + phase_u + math.pi * rows))  # as sharp as the courses
+        wave = np.maximum(np.cos(pulse * v + phase_v), ends) - rng.uniform(0.5, 0.8)
     return 0.5 + 0.5 * np.tanh(rng.uniform(2, 5) * wave)
 
 
@@ -186,12 +196,12 @@ def _distractor(canvas: np.ndarray, rng: np.random.Generator, unit: int, scale: 
     """Paint one small plain shape of any kind, or a bar, anywhere."""
     size = canvas.shape[:2]
     centre = rng.uniform(0, size[1]), rng.uniform(0, size[0])
-    kind = rng.integers(len(SHAPES) + 1)
-    if kind == len(SHAPES):
+    kind = CLUTTER[rng.integers(len(CLUTTER))]
+    if kind == "bar":
         bar = np.array([[-3.0, -0.25], [3.0, -0.25], [3.0, 0.25], [-3.0, 0.25]])
         outline = bar @ _rotation(rng.uniform(0, math.pi)).T
     else:
-        outline = _outline(SHAPES[kind], rng)
+        outline = _outline(kind, rng)
     cover = _cover(outline * (scale * unit * rng.uniform(0.04, 0.12)) + centre, size)[..., None]
     canvas += cover * rng.uniform(0.7, 1.0) * (_ink(rng) - canvas)
 
@@ -219,7 +229,7 @@ def _jobs(folder: Path, seed: int, counts: dict[str, int]) -> Iterator[tuple[str
         yield from ((str(folder), seed, split, index) for index in range(count))
 
 
-def write_images(out: str | Path, seed: int = 0, train: int = 1248, val: int = 264, workers: int = 0) -> dict[str, int]:
+def write_images(out: str | Path, seed: int = 0, train: int = 1200, val: int = 480, workers: int = 0) -> dict[str, int]:
     """Write out/{train,val}/<class>/<split>_<number>.jpg, all or nothing; workers 0 = one per core.
 
     Returns counts and bytes. The bytes depend on `seed` and the library versions, never on `workers`.
@@ -239,8 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.images", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. demo/assets/images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=1248, help="images of the train split")
-    parser.add_argument("--val", type=int, default=264, help="images of the val split")
+    parser.add_argument("--train", type=int, default=1200, help="images of the train split")
+    parser.add_argument("--val", type=int, default=480, help="images of the val split")
     parser.add_argument("--workers", type=int, default=0, help="processes, 0 = one per core")
     args = parser.parse_args(argv)
     done = write_images(args.out, args.seed, args.train, args.val, args.workers)

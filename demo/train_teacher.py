@@ -36,9 +36,9 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 class Plan:
     """How long and how."""
 
-    images: int = 2600
-    steps: int = 3000
-    whole: int = 600  # the last steps see all patches
+    images: int = 8000
+    steps: int = 6000
+    whole: int = 1200  # the last steps see all patches
     window: int = 8  # patches a side that the others see
     batch: int = 16
     rate: float = 1e-3

@@ -76,12 +76,12 @@ def test_classes_are_balanced_and_sizes_vary(drawn):
 
 
 def test_label_names_the_shape_that_was_drawn():
-    """Discs and triangles are convex wherever the border cuts them; stars and crosses are not."""
+    """Discs are convex wherever the border cuts them; stars are not."""
     for index in range(24):
         drawn, label = picture(5, "val", index, (256, 256))
         points = np.argwhere(drawn.object > 0.5)
         solidity = len(points) / ConvexHull(points).volume
-        convex = SHAPES[label % len(SHAPES)] in ("disc", "triangle")
+        convex = SHAPES[label % len(SHAPES)] == "disc"
         assert (solidity > 0.95) == convex, (CLASSES[label], solidity)
 
 
@@ -196,6 +196,6 @@ def test_shipped_teacher_knows_classes_and_patches(crops):
         patches = torch.cat([features(as_float(part)) for part in images.split(32)])
         pooled[split] = patches.mean(1), labels
     (train, train_labels), (test, test_labels) = pooled["train"], pooled["val"]
-    assert ridge_accuracy(train, train_labels, test, test_labels, 10.0) > 0.25  # chance 0.083
+    assert ridge_accuracy(train, train_labels, test, test_labels, 10.0) > 0.4  # chance 0.083
     textures = train_labels // len(SHAPES), test_labels // len(SHAPES)
-    assert ridge_accuracy(train, textures[0], test, textures[1], 10.0) > 0.75  # chance 0.333
+    assert ridge_accuracy(train, textures[0], test, textures[1], 10.0) > 0.65  # chance 0.167
