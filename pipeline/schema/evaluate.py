@@ -135,7 +135,7 @@ class Evaluate(Section):
     train_views: list[str] = []  # source tokens: names of the shards' views, [] = all
     test_view: str = "centre"  # source tokens
     test_crop: Literal["resize-256", "adm-256", "resize-292"] = "resize-292"  # source images
-    batch: Positive = 256  # images per forward pass
+    batch: Positive = 64  # images per forward pass of the frozen models; memory only, no score
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the encoder; the VQGAN's is float32
     dtype: Literal["float32", "float16"] = "float32"  # of cached features
     workers: Annotated[int, Field(ge=0)] = 0  # decode threads or processes, 0 = one per core

@@ -82,6 +82,7 @@ def _known(path: str, name: object, labels: dict[str, int], where: str) -> int:
     text = str(name)
     if text not in labels:
         near = difflib.get_close_matches(text, labels, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        some = ", ".join(list(labels)[:3])
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {len(labels)}, the first: {some}"
         raise UsageError(f"{path}: {text!r} is no class of {where}{hint}")
     return labels[text]

@@ -4,6 +4,7 @@ N labelled images, L grid cells, B rows of a batch, E feature width.
 """
 
 import copy
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.vqgan import Vqgan
 
 AHEAD = 3  # batches decoded before they are asked for
+ROWS = 128  # images of a training batch that share a forward pass and its dropout's draw; part of the result
 ORDER = 23  # stream of the seed
 
 
@@ -33,11 +35,13 @@ class ImageSource:
     """Images of some splits of a manifest, cropped by the protocol and tokenised by the VQGAN in float32.
 
     Its one cached view is the test crop. `random_crops` gives training batches. A row that cannot be decoded is bad.
+    batch: images per pass of the VQGAN.
     """
 
     def __init__(
         self, manifest: Path, images: dict[str, str], splits: list[str], crop: str, vqgan: "Vqgan", encoder: Encoder,
-        device: torch.device, decoder: str, max_pixels: int, workers: int = 0, other_recipe: bool = False,
+        device: torch.device, decoder: str, max_pixels: int, batch: int = 64, workers: int = 0,
+        other_recipe: bool = False,
     ) -> None:  # fmt: skip
         from pipeline.crops import crop_identity, expand_views
         from pipeline.images import decoder_identity
@@ -56,7 +60,7 @@ class ImageSource:
         self.rows, self.labels = good, self.manifest.label[good].astype(np.int64)
         self.names = class_names(self.labels, None, self.manifest.classes)
         self.crop, self.views, self.left_out = crop, [crop], len(rows) - len(good)
-        self.decoder, self.max_pixels = decoder, max_pixels
+        self.decoder, self.max_pixels, self.batch = decoder, max_pixels, batch
         self.workers = workers or os.cpu_count() or 1
         view = expand_views(["centre"])
         self.identity = {"manifest": self.manifest.sha256, "splits": splits, "crop": crop_identity(crop, view, 0),
@@ -79,22 +83,21 @@ class ImageSource:
                 start, self.tokenise([np.zeros((256, 256, 3), np.uint8) if p is None else p for p in crops]), bad
             )
 
-    def random_crops(self, epoch: int, batch: int, steps: int, seed: int) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """Shuffled (tokens (B, L), positions (B,)) of an epoch: one random resized crop and flip each, new every epoch.
+    def random_crops(self, parts: list[np.ndarray], epoch: int, seed: int) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """(tokens (B, L), positions (B,)) of each part: a random resized crop and flip of each image, new every epoch.
 
         Everything is drawn from (seed, epoch, row). An image that cannot be decoded is replaced by the next one.
         """
         from pipeline.crops import ViewSpec
 
-        order = draws.shuffled(len(self.rows), seed, ORDER, epoch)
-        spec = ViewSpec("random", epoch)
-        taken = [order[start : start + batch] for start in range(0, steps * batch, batch)]
-        jobs = ([(int(self.rows[i]), spec) for i in chosen] for chosen in taken)
-        for number, crops in enumerate(self.decoded(jobs, seed)):
-            at = taken[number].copy()
+        order, spec, place = np.concatenate(parts), ViewSpec("random", epoch), 0
+        jobs = ([(int(self.rows[i]), spec) for i in part] for part in parts)
+        for part, crops in zip(parts, self.decoded(jobs, seed), strict=True):
+            at = part.copy()
             for i, pixels in enumerate(crops):
                 if pixels is None:
-                    crops[i], at[i] = self._next_good(order, number * batch + i, spec, seed)
+                    crops[i], at[i] = self._next_good(order, place + i, spec, seed)
+            place += len(part)
             yield self.tokenise(crops), at
 
     def decoded(self, jobs: Iterable[list[tuple[int, "ViewSpec"]]], seed: int = 0) -> Iterator[list[np.ndarray | None]]:
@@ -117,11 +120,16 @@ class ImageSource:
         fewer.rows, fewer.labels = self.rows[at], self.labels[at]
         return fewer
 
-    @torch.no_grad()
     def tokenise(self, crops: list[np.ndarray]) -> Tensor:
-        """(B, L) int64 codes of (256, 256, 3) uint8 crops; float32, since other precisions change codes."""
-        with reduced_precision(self.device, "float32"):
-            return self.vqgan.encode(to_device(np.stack(crops), self.device))
+        """(B, L) int64 codes of (256, 256, 3) uint8 crops."""
+        parts = [crops[start : start + self.batch] for start in range(0, len(crops), self.batch)]
+        return torch.cat([self.codes(to_device(np.stack(part), self.device)) for part in parts])
+
+    @torch.no_grad()
+    def codes(self, images: Tensor) -> Tensor:
+        """(B, L) int64 codes of (B, 3, 256, 256) in [0, 1]; always in float32, since other precisions change codes."""
+        with torch.autocast(self.device.type, enabled=False), reduced_precision(self.device, "float32"):
+            return torch.cat([self.vqgan.encode(part) for part in images.float().split(self.batch)])
 
     def _crop(self, row: int, spec: "ViewSpec", seed: int) -> np.ndarray | None:
         from pipeline.flow import CropRecipe, load_crop
@@ -145,7 +153,7 @@ class ImageSource:
 class CropBatches:
     """Training batches for a head: features of new random crops every epoch (the published probe's own way).
 
-    features: tokens (B, L) -> (B, E), called with the generator seeded by (seed, epoch, step), for its dropout.
+    features: tokens (B, L) -> (B, E), called with the generator seeded by (seed, epoch, part), for its dropout.
     """
 
     def __init__(
@@ -161,6 +169,16 @@ class CropBatches:
         self.labels = torch.from_numpy(self.source.labels).to(source.device)
 
     def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for step, (tokens_BL, at) in enumerate(self.source.random_crops(epoch, self.batch, self.steps, self.seed)):
-            torch.manual_seed(int(draws.key(self.seed, ORDER, epoch, step)) >> 1)
-            yield self.features(tokens_BL), self.labels[torch.from_numpy(at).to(self.labels.device)]
+        order = draws.shuffled(len(self.labels), self.seed, ORDER, epoch)[: self.steps * self.batch]
+        cuts = range(ROWS, self.batch, ROWS)
+        parts = [part for chosen in order.reshape(self.steps, self.batch) for part in np.split(chosen, cuts)]
+        shown = self.source.random_crops(parts, epoch, self.seed)
+        number = 0
+        for _ in range(self.steps):
+            features, places = [], []
+            for tokens_BL, at in itertools.islice(shown, len(cuts) + 1):
+                torch.manual_seed(int(draws.key(self.seed, ORDER, epoch, number)) >> 1)
+                features.append(self.features(tokens_BL))
+                places.append(torch.from_numpy(at).to(self.labels.device))
+                number += 1
+            yield torch.cat(features), self.labels[torch.cat(places)]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.device import DTYPES, reduced_precision
+from pipeline.device import DTYPES
 from pipeline.errors import UsageError
 from train import dist, draws
 from train.eval.augment import Augmented, AugmentedLoader
@@ -185,7 +185,7 @@ class Classify:
         if self.mixing is not None:
             with numpy_seeded(rng):
                 images, target = self.mixing(images, target)
-        logits_BC = model(tokenised(self.source, images))
+        logits_BC = model(self.source.codes(images))
         smoothing = 0.0 if self.mixing else self.smoothing
         return F.cross_entropy(logits_BC.float(), target, label_smoothing=smoothing), {}
 
@@ -199,13 +199,6 @@ def numpy_seeded(rng: torch.Generator) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(before)
-
-
-@torch.no_grad()
-def tokenised(source: ImageSource, images: Tensor) -> Tensor:
-    """(B, L) int64 codes of (B, 3, 256, 256) in [0, 1]; float32 whatever precision the model trains in."""
-    with torch.autocast(images.device.type, enabled=False), reduced_precision(images.device, "float32"):
-        return source.vqgan.encode(images)
 
 
 class HeldOut:

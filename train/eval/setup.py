@@ -99,7 +99,7 @@ class Setup:
         g, pixels = self.given, self.params.pixels
         return ImageSource(
             manifest, images, splits, g.test_crop, self.vqgan, self.encoder, self.device, pixels.decoder,
-            pixels.max_pixels, g.workers, self.args.other_recipe,
+            pixels.max_pixels, g.batch, g.workers, self.args.other_recipe,
         )  # fmt: skip
 
     def test_set(self) -> FeatureSet:

@@ -1,0 +1,249 @@
+"""`semdict evaluate` as a user runs it, on a tiny world: the numbers are those of a plain computation."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pipeline.shards import open_shards
+from pipeline.vqgan import load_vqgan
+from tests import tiny
+from train.eval.head import HeadPlan
+from train.eval.knn import knn
+from train.eval.probe import probe
+from train.pretrained import load_pretrained
+
+MODEL = {"size": "tiny", "width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 1,
+         "decoder_heads": 2, "epochs": 1, "warmup_epochs": 0, "batch": 6, "precision": "float32", "device": "cpu",
+         "tensorboard": False}  # fmt: skip
+EVALUATE = {"batch": 5, "workers": 1, "device": "cpu", "probe": {"epochs": 3, "batch": 8, "base_lr": 4.0},
+            "knn": {"k": 5}, "few_shot": {"shots": [2, 3], "seeds": [0, 1], "epochs": 2, "batch": 4}}  # fmt: skip
+
+
+def images(root: Path, split: str, classes: int, each: int, start: int) -> None:
+    for n in range(classes * each):
+        path = root / "images" / split / f"c{n % classes}" / f"i{n:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(tiny.draw_image(start + n)).save(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Images, shards with two views, a trained model; nothing scored yet."""
+    root = tmp_path_factory.mktemp("world")
+    folders = {split: str(root / "images" / split) for split in ("train", "val")}
+    tiny.make_world(root, manifest={"images": folders}, encode={"views": ["centre", "flip"]})
+    images(root, "train", 3, 4, 0)
+    images(root, "val", 3, 2, 50)
+    tree = yaml.safe_load((root / "params.yaml").read_text())
+    (root / "params.yaml").write_text(yaml.safe_dump({**tree, "pretrain": MODEL, "evaluate": EVALUATE}))
+    tiny.run_until_centroids(root)
+    assert tiny.semdict(root, "encode") == 0
+    assert tiny.semdict(root, "pretrain", "--objective", "mage") == 0
+    return root
+
+
+@pytest.fixture
+def place(world, tmp_path) -> Path:
+    """A copy to score in and to damage."""
+    root = tmp_path / "world"
+    shutil.copytree(world, root, ignore=shutil.ignore_patterns("work"))
+    return root
+
+
+def evaluate(root: Path, action: str, *options: str) -> int:
+    return tiny.semdict(root, "evaluate", action, "--model", "runs/tiny/mage", *options)
+
+
+def report(root: Path, name: str) -> dict:
+    return json.loads((root / "reports" / "tiny" / "mage" / name).read_text())
+
+
+def table(root: Path, name: str) -> list[dict]:
+    with (root / "reports" / "tiny" / "mage" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def plain_features(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(N, V, E) features and labels by the shortest way."""
+    shards = open_shards(root / "shards" / "tiny")
+    model, _ = load_pretrained(root / "runs" / "tiny" / "mage")
+    rows = np.flatnonzero(np.asarray(shards.index["split"].to_pylist()) == split)
+    gen = torch.from_numpy(shards.gen[:][rows].astype(np.int64))
+    with torch.no_grad():
+        views = [model.features(gen[:, view]) for view in range(gen.shape[1])]
+    return torch.stack(views, dim=1).numpy(), shards.label[:][rows]
+
+
+def test_probe(place):
+    assert evaluate(place, "probe") == 0
+    found = report(place, "probe.json")
+    (x, y), (xt, yt) = plain_features(place, "train"), plain_features(place, "val")
+    want = probe(x, y, xt[:, 0], yt, HeadPlan(3, 8, 4.0))
+    assert found["top1"] == pytest.approx(want.top1) and found["loss"] == pytest.approx(want.loss, rel=1e-4)
+    said = found["protocol"]
+    assert said["source"] == "tokens" and said["train"]["views"] == ["centre", "flip"] and said["test"]["images"] == 6
+    assert said["test"]["views"] == ["centre"] and said["train"]["images"] == 12 and said["classes"] == 3
+    assert (
+        said["epochs"] == 3 and said["base_lr"] == 4.0 and said["seed"] == 0 and said["train"]["features"] == "cached"
+    )
+    assert len(said["model"]["sha256"]) == 64 and said["train"]["same_recipe_as_training"] == "same"
+    rows = table(place, "probe_confusion.csv")
+    assert [row["actual"] for row in rows] == [f"c{label}" for label in yt]
+    assert [row["predicted"] for row in rows] == [f"c{label}" for label in want.predicted]
+    curve = table(place, "probe_curve.csv")
+    assert [row["epoch"] for row in curve] == ["1", "2", "3"] and float(curve[-1]["top1"]) == pytest.approx(want.top1)
+
+
+def test_features_are_kept_between_measures(place):
+    assert evaluate(place, "probe") == 0
+    made = {p: p.stat().st_mtime_ns for p in place.glob("work/features-*/*.npy")}
+    assert len(made) == 3  # centre and flip of train, centre of val
+    assert evaluate(place, "knn") == 0 and evaluate(place, "few-shot") == 0
+    assert {p: p.stat().st_mtime_ns for p in place.glob("work/features-*/*.npy")} == made
+
+
+def test_knn_and_a_second_dataset(place):
+    mapping = place / "map.yaml"
+    mapping.write_text("c0: c2\nc1: [c0, c2]\n")
+    second = "evaluate.knn.second.again"
+    set_ = ("--set", f"{second}.shards=shards/tiny", "--set", f"{second}.splits=[val]", "--set")
+    assert evaluate(place, "knn", *set_, f"{second}.class_map=map.yaml") == 0
+    found = report(place, "knn.json")
+    (x, y), (xt, yt) = plain_features(place, "train"), plain_features(place, "val")
+    x, xt = x[:, 0], xt[:, 0]
+    assert found["top1"] == pytest.approx(100 * np.mean(knn(x, y, xt, 5)[:, 0].numpy() == yt))
+    bank, asked = y != 1, yt != 2  # c1 is nobody's target, c2 is not in the map
+    predicted = knn(x[bank], y[bank], xt[asked], 5)[:, 0].tolist()
+    hits = [p in ({2}, {0, 2})[label] for p, label in zip(predicted, yt[asked], strict=True)]
+    assert found["again_top1"] == pytest.approx(100 * np.mean(hits))
+    said = found["protocol"]["second"]["again"]
+    assert (said["mapped_classes"], said["training_classes"], said["images_of_unmapped_classes"]) == (2, 2, 2)
+    assert evaluate(place, "knn", *set_[:4]) == 0  # equal names need no map
+    assert report(place, "knn.json")["again_top1"] == pytest.approx(report(place, "knn.json")["top1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("c0: c7", "'c7' is no class of the training set; there are 3, the first: c0, c1, c2"),
+        ("c0: c00", "'c00' is no class of the training set; did you mean 'c0'?"),
+        ("x9: c0", "'x9' is no class of the second dataset again"),
+        ("c0: []", "maps to nothing"),
+        ("[c0]", "must hold a mapping"),
+        ("{", "neither YAML nor JSON"),
+    ],
+)
+def test_wrong_class_maps_are_refused(place, capsys, text, words):
+    (place / "map.yaml").write_text(text)
+    second = "evaluate.knn.second.again"
+    options = ("--set", f"{second}.shards=shards/tiny", "--set", f"{second}.class_map=map.yaml")
+    assert evaluate(place, "knn", *options) == 2
+    assert words in capsys.readouterr().err and not (place / "reports/tiny/mage/knn.json").exists()
+
+
+def test_few_shot(place):
+    assert evaluate(place, "few-shot") == 0
+    found = report(place, "few_shot.json")
+    runs = found["protocol"]["runs"]
+    assert found["top1_2_shot"] == pytest.approx(np.mean(runs["2_shot"]))
+    assert found["std_3_shot"] == pytest.approx(np.std(runs["3_shot"], ddof=1))
+    assert [row["shots"] for row in table(place, "few_shot.csv")] == ["2", "3"]
+    assert found["protocol"]["train"]["images"] == 9 and found["protocol"]["seeds"] == [0, 1]
+    assert evaluate(place, "few-shot") == 0 and report(place, "few_shot.json") == found
+
+
+def protocol_crop(path: Path) -> torch.Tensor:
+    """Resize 292, centre crop 256, as torchvision does it on a PIL image."""
+    from torchvision import transforms as T
+
+    steps = [T.Resize(292, T.InterpolationMode.BICUBIC), T.CenterCrop(256), T.ToTensor()]
+    return T.Compose(steps)(Image.open(path).convert("RGB"))
+
+
+def test_images_instead_of_tokens(place):
+    free = ("--set", "evaluate.source=images")
+    assert evaluate(place, "knn", *free) == 0
+    model, _ = load_pretrained(place / "runs/tiny/mage")
+    vqgan = load_vqgan(place / "vqgan.ckpt")
+    features, labels = {}, {}
+    for split in ("train", "val"):
+        paths = sorted((place / "images" / split).rglob("*.png"))
+        with torch.no_grad():
+            features[split] = model.features(vqgan.encode(torch.stack([protocol_crop(p) for p in paths]))).numpy()
+        labels[split] = np.array([int(p.parent.name[1:]) for p in paths])
+    ranked = knn(features["train"], labels["train"], features["val"], 5)
+    assert report(place, "knn.json")["top1"] == pytest.approx(100 * np.mean(ranked[:, 0].numpy() == labels["val"]))
+    assert report(place, "knn.json")["protocol"]["test"]["views"] == ["resize-292"]
+    kept = next(p for p in place.glob("work/features-*/resize-292.npy") if len(np.load(p)) == 6)
+    gap = np.abs(np.load(kept) - features["val"]).max(axis=1)  # the random VQGAN has codes that nearly tie
+    assert gap.max() < 0.1 and np.sort(gap)[3] < 1e-4
+    assert evaluate(place, "probe", *free) == 0
+    said = report(place, "probe.json")["protocol"]
+    assert said["source"] == "images" and said["train"]["features"] == "made every epoch"
+    assert said["train"]["embedding_dropout"] == 0.1 and said["train"]["same_recipe_as_training"] == "same"
+    loss = report(place, "probe.json")["loss"]
+    assert evaluate(place, "probe", *free, "--set", "evaluate.batch=3") == 0
+    assert report(place, "probe.json")["loss"] == pytest.approx(loss, rel=1e-5)
+    assert evaluate(place, "few-shot", *free) == 0
+    assert report(place, "few_shot.json")["protocol"]["train"]["images"] == 9
+
+
+def test_an_image_that_cannot_be_decoded_is_replaced(place):
+    victim = sorted((place / "images" / "train").rglob("*.png"))[5]
+    data = victim.read_bytes()
+    victim.write_bytes(data[: len(data) // 2])  # its header is whole: the manifest accepts it
+    assert tiny.semdict(place, "manifest", "--set", f"manifest.images.train={place}/images/train",
+                        "--set", f"manifest.images.val={place}/images/val") == 0  # fmt: skip
+    free = ("--set", "evaluate.source=images", "--set", f"manifest.images.train={place}/images/train",
+            "--set", f"manifest.images.val={place}/images/val")  # fmt: skip
+    assert evaluate(place, "probe", *free) == 0 and evaluate(place, "knn", *free) == 0
+    assert report(place, "knn.json")["protocol"]["train"]["images"] == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (("probe", "--set", "evaluate.probe.batch=64"), 2, "batch 64 must be between 2 and the 12 images"),
+        (("probe", "--set", "evaluate.test_splits=[test]"), 1, "no split 'test'"),
+        (("probe", "--set", "evaluate.test_view=random-0"), 1, "no view 'random-0' among centre, flip"),
+        (("probe", "--set", "evaluate.probe.epoch=3"), 2, "did you mean evaluate.probe.epochs"),
+        (("probe", "--shards", "nowhere"), 2, "nowhere"),
+        (("knn", "--set", "evaluate.knn.k=13"), 2, "k 13 must be between 1 and the 12"),
+        (("few-shot", "--set", "evaluate.few_shot.shots=[5]"), 2, "4 training images, 5 shots"),
+        (("few-shot", "--set", "evaluate.few_shot.shots=[2,2]"), 2, "names one twice"),
+        (("knn", "--set", "evaluate.source=images", "--manifest", "no.parquet"), 1, "no.parquet does not exist"),
+        (("knn", "--set", "evaluate.knn.second.a.splits=[x]"), 2, "either shards or manifest"),
+    ],
+)
+def test_mistakes_are_named(place, capsys, options, status, words):
+    assert evaluate(place, *options) == status
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_of_other_tokens_is_refused(place, capsys):
+    tiny.make_vqgan(place / "other.ckpt", seed=1)
+    assert tiny.semdict(place, "encode", "--set", "vqgan.weights=other.ckpt", "--out", "other") == 0
+    assert evaluate(place, "probe", "--shards", "other") == 1
+    assert "gen.sha256" in capsys.readouterr().err
+    assert evaluate(place, "probe", "--shards", "other", "--other-recipe") == 0
+    assert report(place, "probe.json")["protocol"]["test"]["same_recipe_as_training"] == "other"
+    images_ = ("--set", "evaluate.source=images", "--set", "vqgan.weights=other.ckpt")
+    assert evaluate(place, "knn", *images_) == 1 and "gen.sha256" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    for action in ("probe", "knn", "few-shot", "fine-tune"):
+        with pytest.raises(SystemExit) as end:
+            tiny.semdict(Path.cwd(), "evaluate", action, "--help")
+        shown = capsys.readouterr().out
+        assert end.value.code == 0 and f"semdict evaluate {action} --model" in shown and "--other-recipe" in shown
+    with pytest.raises(SystemExit) as end:
+        tiny.semdict(Path.cwd(), "evaluate", "probed")
+    assert end.value.code == 2
