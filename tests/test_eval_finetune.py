@@ -1,0 +1,241 @@
+"""Fine-tuning: layer-wise rates, drop path, reproducible augmentation, and the command from start to resume."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from pipeline.errors import WeightsError
+from pipeline.manifest import load_manifest
+from tests.test_eval_cli import evaluate, report, table, world  # noqa: F401
+from tests.test_eval_features import small_model
+from train import draws
+from train.eval.augment import Augmented, AugmentedLoader
+from train.eval.classifier import Classifier, layer_groups, load_classifier, save_classifier
+from train.eval.finetune import Classify
+from train.layers import drop_path
+from train.logging import read_log
+
+FINETUNE = {"epochs": 2, "batch": 6, "base_lr": 0.01, "warmup_epochs": 1, "precision": "float32", "log_every": 1,
+            "save_every": 1, "tensorboard": False}  # fmt: skip
+
+
+def classifier(**changes) -> Classifier:
+    return Classifier(small_model(depth=3), 5, **changes)
+
+
+def test_layer_decay_groups():
+    model = classifier()
+    groups = layer_groups(model, 0.05, 0.65)
+    names = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in names_of(group)}
+    assert set(names) == {name for name, _ in model.named_parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    expected = {
+        "encoder.token_emb.word.weight": (0.65**4, 0.0),
+        "encoder.token_emb.position.weight": (0.65**4, 0.0),
+        "encoder.blocks.0.attn.qkv.weight": (0.65**3, 0.05),
+        "encoder.blocks.0.norm1.weight": (0.65**3, 0.0),
+        "encoder.blocks.2.mlp.fc2.weight": (0.65, 0.05),
+        "encoder.blocks.2.mlp.fc2.bias": (0.65, 0.0),
+        "norm.weight": (1.0, 0.0),
+        "head.weight": (1.0, 0.05),
+    }
+    for name, want in expected.items():
+        assert names[name] == pytest.approx(want), name
+
+
+def names_of(group: dict) -> list[str]:
+    return [name for name, _ in group["params"]]
+
+
+def test_what_only_pretraining_uses_is_gone():
+    model = classifier()
+    assert not [name for name, _ in model.named_parameters() if "decoder" in name or "token_head" in name]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    F.cross_entropy(model(torch.randint(0, 40, (4, 16))), torch.arange(4)).backward()
+    used = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {"encoder.token_emb.word.weight", "encoder.blocks.0.attn.qkv.weight", "norm.bias", "head.weight"} <= used
+    assert all(parameter.grad is not None for parameter in model.parameters())  # or torchrun would complain
+
+
+def test_the_head_reads_what_the_probe_reads():
+    encoder, tokens = small_model(depth=3).eval(), torch.randint(0, 40, (4, 16))
+    want = encoder.features(tokens)
+    model = Classifier(encoder, 5).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(model(tokens), model.head(want), atol=1e-6)
+        assert model.head.weight.abs().max() < 1e-4 and not model.head.bias.any()
+
+
+def test_no_drop_path_is_the_same_bits():
+    a, b = small_model().train(), small_model().train()
+    for block in b.blocks:
+        block.drop_path = 0.0
+    tokens = torch.randint(0, 40, (4, 16))
+    torch.manual_seed(3)
+    want = a.encode(tokens)
+    torch.manual_seed(3)
+    assert torch.equal(b.encode(tokens), want)
+    for block in b.blocks:
+        block.drop_path = 0.9
+    assert torch.equal(b.eval().encode(tokens), a.eval().encode(tokens))
+    assert [name for name, _ in a.named_parameters()] == [name for name, _ in b.named_parameters()]
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    kept = drop_path(torch.ones(4000, 3, 2), 0.25)
+    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert torch.equal(kept.amin((1, 2)), kept.amax((1, 2))) and kept.mean() == pytest.approx(1, abs=0.03)
+    rates = [block.drop_path for block in classifier(drop_path=0.1).encoder.blocks]
+    assert rates == pytest.approx([0.0, 0.05, 0.1])
+    model = classifier(dropout=0.2, embedding_dropout=0.3)
+    block = model.encoder.blocks[1]
+    assert (block.attn.dropout, block.attn.drop.p, block.mlp.drop.p, model.encoder.token_emb.drop.p) == (
+        0.2, 0.2, 0.2, 0.3,
+    )  # fmt: skip
+
+
+def test_saved_and_loaded(tmp_path):
+    model = classifier().eval()
+    save_classifier(tmp_path / "c.pt", model, {"a": 1})
+    again, about = load_classifier(tmp_path / "c.pt")
+    tokens = torch.randint(0, 40, (4, 16))
+    assert torch.equal(model(tokens), again(tokens)) and about == {"a": 1}
+    torch.save({"kind": "other"}, tmp_path / "o.pt")
+    with pytest.raises(WeightsError, match="fine-tune"):
+        load_classifier(tmp_path / "o.pt")
+
+
+@pytest.fixture(scope="module")
+def ready(world) -> Path:  # noqa: F811
+    tree = yaml.safe_load((world / "params.yaml").read_text())
+    tree["evaluate"]["finetune"] = FINETUNE
+    (world / "finetune.yaml").write_text(yaml.safe_dump(tree))
+    return world
+
+
+def augmented(root: Path, seed: int = 0, **changes) -> Augmented:
+    manifest = load_manifest(root / "data/tiny/manifest.parquet")
+    folders = {split: str(root / "images" / split) for split in ("train", "val")}
+    plain = {"rand_augment": "rand-m9-mstd0.5-inc1", "crop_scale": (0.2, 1.0)} | changes
+    rows = manifest.rows_of(["train"])
+    return Augmented(str(root / "data/tiny/manifest.parquet"), folders, rows, seed, plain["rand_augment"],
+                     plain["crop_scale"], "auto", 10**8)  # fmt: skip
+
+
+def test_augmentation_depends_on_seed_epoch_and_row_alone(ready):
+    first = augmented(ready)
+    a = first[(0, 3)][0].clone()
+    first[(0, 5)]
+    np.random.rand(7), torch.rand(3)
+    assert torch.equal(augmented(ready)[(0, 3)][0], a) and a.dtype == torch.uint8 and a.shape == (3, 256, 256)
+    assert not torch.equal(first[(1, 3)][0], a) and not torch.equal(augmented(ready, seed=1)[(0, 3)][0], a)
+    bare = augmented(ready, rand_augment="", crop_scale=(1.0, 1.0))
+    whole = [bare[(epoch, 3)][0] for epoch in range(12)]  # nothing but the flip is left
+    as_is = [torch.equal(one, whole[0]) for one in whole]
+    flipped = [torch.equal(one.flip(2), whole[0]) for one in whole]
+    assert any(flipped) and sum(as_is) + sum(flipped) >= 9  # a crop may miss the border by a pixel
+    assert first[(0, 3)][1] == load_manifest(first.manifest).label[first.rows[3]] and first[(0, 3)][2] == first.rows[3]
+
+
+def test_batches_continue_anywhere_and_are_shared_by_ranks(ready):
+    whole = AugmentedLoader(augmented(ready), 4, "r", workers=1)
+    batches = [next(whole) for _ in range(5)]
+    whole.close()
+    assert whole.steps_per_epoch == 3 and len({int(row) for b in batches[:3] for row in b["row"]}) == 12
+    later = AugmentedLoader(augmented(ready), 4, "r", workers=2)
+    later.load_state_dict({"step": 3, "rows": 12, "batch": 4, "recipe": "r"})
+    for want in batches[3:]:
+        got = next(later)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    later.close()
+    parts = [AugmentedLoader(augmented(ready), 4, "r", rank, 2, workers=1) for rank in range(2)]
+    shares = [next(part) for part in parts]
+    assert torch.equal(torch.cat([share["images"] for share in shares]), batches[0]["images"])
+    for part in parts:
+        part.close()
+
+
+class Codes:
+    """In a source's place: an image's mean brightness, everywhere."""
+
+    def codes(self, images):
+        self.seen = images
+        return (images.mean((1, 2, 3)) * 39).long()[:, None].expand(-1, 16)
+
+
+def test_mixing_is_timms_and_belongs_to_the_step():
+    source, model = Codes(), classifier()
+    objective = Classify(source, 5, 0.8, 1.0, 0.1)
+    batch = {"images": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), "label": torch.tensor([0, 1, 2, 3])}
+    np.random.seed(5)
+    before = np.random.get_state()[1].copy()
+    losses, shown = [], []
+    for seed in (1, 1, 2):
+        loss, _ = objective(model, batch, draws.batch_generator(seed, 0, 4), None)
+        losses.append(loss.item())
+        shown.append(source.seen)
+    assert torch.equal(shown[0], shown[1]) and not torch.equal(shown[0], shown[2])
+    assert not torch.equal(shown[0], batch["images"].float() / 255) and shown[0].max() <= 1
+    assert np.array_equal(np.random.get_state()[1], before)  # NumPy's own state is put back
+    plain = Classify(source, 5, 0.0, 0.0, 0.1)
+    loss, _ = plain(model.eval(), batch, draws.batch_generator(1, 0, 4), None)
+    assert torch.equal(source.seen, batch["images"].float() / 255)
+    want = F.cross_entropy(model(source.codes(source.seen)), batch["label"], label_smoothing=0.1)
+    assert loss.item() == pytest.approx(want.item())
+
+
+def finetune(root: Path, *options: str) -> int:
+    return evaluate(root, "fine-tune", "--params", "finetune.yaml", *options)
+
+
+def test_the_command_trains_scores_and_resumes(ready, capsys, monkeypatch):
+    from train import loop
+
+    assert finetune(ready, "--run", "runs/whole") == 0
+    found, whole = report(ready, "finetune.json"), load_classifier(ready / "runs/whole/model.pt")[0]
+    said = found["protocol"]
+    assert said["source"] == "images" and said["drop_path"] == 0.1 and said["mixup"] == 0.8 and said["epochs"] == 2
+    assert said["test"]["views"] == ["resize-292"] and said["test"]["images"] == 6 and said["classes"] == 3
+    rows = table(ready, "finetune_confusion.csv")
+    right = np.mean([row["actual"] == row["predicted"] for row in rows])
+    assert len(rows) == 6 and found["top1"] == pytest.approx(100 * right)
+    log = read_log(ready / "runs/whole/log.jsonl")
+    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in log if "test_top1" in row] == [2]
+    assert finetune(ready, "--run", "runs/whole", "--resume") == 0 and "nothing to do" in capsys.readouterr().err
+
+    real, count = loop._Fit._save, []
+
+    def stops(self):
+        real(self)
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Fit, "_save", stops)
+    assert finetune(ready, "--run", "runs/cut") == 130
+    monkeypatch.undo()
+    assert finetune(ready, "--run", "runs/cut", "--resume") == 0
+    cut = load_classifier(ready / "runs/cut/model.pt")[0]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), cut.state_dict().values(), strict=True))
+    assert report(ready, "finetune.json") == found
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (("--set", "evaluate.finetune.batch=5"), 2, "5 a micro-batch is odd"),
+        (("--set", "evaluate.finetune.batch=64"), 2, "larger than the training set (12 images)"),
+        (("--set", "evaluate.finetune.warmup_epochs=3"), 2, "more than epochs 2"),
+        (("--set", "evaluate.finetune.rand_augment=trivial"), 2, "rand_augment"),
+        (("--set", "vqgan.weights=no.ckpt"), 1, "no.ckpt"),
+    ],
+)
+def test_mistakes_are_named(ready, capsys, options, status, words):
+    assert finetune(ready, "--run", "runs/none", *options) == status
+    assert words in capsys.readouterr().err and not (ready / "runs/none").exists()
