@@ -17,7 +17,7 @@ from pipeline.errors import UsageError
 from pipeline.nearest import exact_float32
 from train.eval.classmap import ClassMap, load_class_map
 from train.eval.features import FeatureSet
-from train.eval.head import per_cent, resident, shared
+from train.eval.head import per_cent, shared
 from train.eval.setup import Setup, add_common_arguments, same_classes, write_confusion
 
 if TYPE_CHECKING:
@@ -40,28 +40,28 @@ def neighbours(
 ) -> tuple[Tensor, Tensor]:
     """(M, k) float32 cosines and int64 training rows of the k nearest, the nearest first, on the CPU.
 
-    Blocks of at most 1,024 x 65,536 similarities exist at a time. UsageError when there are fewer than k rows.
+    The training features are read once, 65,536 at a time, and meet 1,024 test images at a time: no larger block of
+    similarities ever exists. UsageError when there are fewer than k rows.
     """
     if not 1 <= k <= len(train_NE):
         raise UsageError(f"k {k} must be between 1 and the {len(train_NE)} training images there are")
     device = torch.device(device)
-    bank, asked = resident([shared(train_NE)], device)[0], shared(test_ME)
+    asked = F.normalize(shared(test_ME).to(device).float()).split(TEST_ROWS)
+    best = [(part.new_empty(len(part), 0), part.new_empty(len(part), 0, dtype=torch.int64)) for part in asked]
     with exact_float32():
-        parts = [_nearest(bank, F.normalize(part.to(device).float()), k) for part in asked.split(TEST_ROWS)]
-    return torch.cat([similar for similar, _ in parts]).cpu(), torch.cat([rows for _, rows in parts]).cpu()
+        for number, block in enumerate(shared(train_NE).split(TRAIN_ROWS)):
+            bank = F.normalize(block.to(device).float())
+            for i, part in enumerate(asked):
+                best[i] = _better(best[i], part @ bank.T, number * TRAIN_ROWS, k)
+    return torch.cat([similar for similar, _ in best]).cpu(), torch.cat([rows for _, rows in best]).cpu()
 
 
-def _nearest(bank: Tensor, test_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest of all blocks of the bank, kept while going through them."""
-    best = test_TE.new_empty(len(test_TE), 0)
-    rows = torch.empty(len(test_TE), 0, dtype=torch.int64, device=test_TE.device)
-    for start in range(0, len(bank), TRAIN_ROWS):
-        block = F.normalize(bank[start : start + TRAIN_ROWS].to(test_TE.device).float())
-        found, at = (test_TE @ block.T).topk(min(k, len(block)))
-        best, rows = torch.cat([best, found], dim=1), torch.cat([rows, at + start], dim=1)
-        best, kept = best.topk(min(k, best.shape[1]))
-        rows = rows.gather(1, kept)
-    return best, rows
+def _better(best: tuple[Tensor, Tensor], similar_TB: Tensor, first: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest among those so far and a block of training rows from `first` on."""
+    found, at = similar_TB.topk(min(k, similar_TB.shape[1]))
+    similar, rows = torch.cat([best[0], found], dim=1), torch.cat([best[1], at + first], dim=1)
+    similar, kept = similar.topk(min(k, similar.shape[1]))
+    return similar, rows.gather(1, kept)
 
 
 def vote(

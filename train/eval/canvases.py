@@ -1,0 +1,64 @@
+"""What an image starts from: nothing, or the tokens of a real one with some cells hidden."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import UsageError
+from train.draws import key
+
+HIDDEN = 32  # stream of a seed, apart from those of training and of decoding
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tokens of the images that a task starts from: gen (N, L), words (N, L) or None, labels (N,), keys of the rows."""
+
+    gen: np.ndarray
+    words: np.ndarray | None
+    labels: np.ndarray
+    rows: np.ndarray
+
+
+def known_images(path: Path, split: str, count: int) -> Known:
+    """The first `count` good rows of a split, in their first view; UsageError when there are not that many."""
+    from pipeline.shards import open_shards
+
+    loaded = open_shards(path).load(split)
+    if count > len(loaded.rows):
+        raise UsageError(
+            f"generate.images is {count}, split {split!r} of {path} has {len(loaded.rows)} images; ask for fewer"
+        )
+    words = None if loaded.disc is None else loaded.disc[:count, 0].astype(np.int64)
+    return Known(loaded.gen[:count, 0].astype(np.int64), words, loaded.label[:count], loaded.rows[:count])
+
+
+def box_cells(box: list[int], grid: int) -> Tensor:
+    """(L,) bool: the cells of [row, column, height, width]; UsageError when the box is empty or leaves the grid."""
+    row, column, height, width = box
+    if not (height and width and row + height <= grid and column + width <= grid):
+        raise UsageError(f"generate.box {box} (row, column, height, width) is empty or leaves the {grid} x {grid} grid")
+    cells = torch.zeros(grid, grid, dtype=torch.bool)
+    cells[row : row + height, column : column + width] = True
+    return cells.flatten()
+
+
+def hidden_cells(task: str, grid: int, box: list[int], ratio: float, seed: int, numbers: list[int]) -> Tensor:
+    """(B, L) bool: cells to fill. inpaint: inside the box; outpaint: outside; reconstruct: ceil(ratio L) at random,
+    from (seed, number); anything else: all.
+    """
+    cells = grid**2
+    if task == "inpaint":
+        return box_cells(box, grid).expand(len(numbers), -1)
+    if task == "outpaint":
+        return ~box_cells(box, grid).expand(len(numbers), -1)
+    if task != "reconstruct":
+        return torch.ones(len(numbers), cells, dtype=torch.bool)
+    hidden = torch.zeros(len(numbers), cells, dtype=torch.bool)
+    for place, number in enumerate(numbers):
+        rng = np.random.Generator(np.random.Philox(key=int(key(seed, HIDDEN, number))))
+        hidden[place, rng.permutation(cells)[: int(np.ceil(ratio * cells))]] = True
+    return hidden
