@@ -247,3 +247,40 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as end:
         tiny.semdict(Path.cwd(), "evaluate", "probed")
     assert end.value.code == 2
+
+
+def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
+    from pipeline.crops import ViewSpec, crop_views
+    from pipeline.manifest import load_manifest
+    from train.eval import crops
+    from train.eval.encoder import load_encoder
+
+    folders = {split: str(world / "images" / split) for split in ("train", "val")}
+    path, vqgan = world / "data/tiny/manifest.parquet", load_vqgan(world / "vqgan.ckpt")
+    encoder, cpu = load_encoder(world / "runs/tiny/mage"), torch.device("cpu")
+    source = crops.ImageSource(path, folders, ["train"], "resize-292", vqgan, encoder, cpu, "auto", 10**8, batch=2)
+    manifest, seen = load_manifest(path), []
+
+    def remember(pixels):
+        seen.append(pixels)
+        return torch.zeros(len(pixels), 256, dtype=torch.long)
+
+    source.codes = lambda images: remember((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    batches = crops.CropBatches(source, lambda tokens: tokens[:, :1].float(), 1, 5, seed=3)
+    orders = []
+    for epoch in range(2):
+        labels = torch.cat([label for _, label in batches(epoch)])
+        order = crops.draws.shuffled(12, 3, crops.ORDER, epoch)[:10]
+        orders.append(order.tolist())
+        assert labels.tolist() == source.labels[order].tolist()
+        shown = np.concatenate(seen)
+        for pixels, at in zip(shown, order, strict=True):
+            row = int(source.rows[at])
+            rgb = np.asarray(Image.open(world / "images" / "train" / Path(manifest.key(row)).relative_to("train")
+                                        .with_suffix(".png")))  # fmt: skip
+            want, _ = crop_views(rgb, "resize-292", [ViewSpec("random", epoch)], manifest.key(row), 3)
+            assert np.array_equal(pixels, want[0])
+        seen.clear()
+    assert orders[0] != orders[1] and batches.steps == 2
+    few = crops.CropBatches(source, lambda tokens: tokens[:, :1].float(), 1, 3, 0, within=np.array([4, 7, 9]))
+    assert sorted(next(few(0))[1].tolist()) == sorted(source.labels[[4, 7, 9]].tolist())
