@@ -95,7 +95,9 @@ class Attention(Recompute):
         self.drop = Dropout(dropout)
 
     def forward(self, x_BNE: Tensor) -> Tensor:
-        return self.drop(self.remade(self.attend, self.qkv(x_BNE)))
+        qkv_BN3E = self.qkv(x_BNE)
+        light = self.recompute is None and not self.dropout  # the fast kernel then keeps no probabilities
+        return self.drop(self.attend(qkv_BN3E) if light else self.remade(self.attend, qkv_BN3E))
 
     def attend(self, qkv_BN3E: Tensor) -> Tensor:
         """Attention and output projection of (B, N, 3E) queries, keys and values, (B, N, E)."""

@@ -244,3 +244,8 @@ class MaskedTokenTransformer(nn.Module):
         """(B, L, K) float logits for a canvas with `mask_token` at unknown cells; nothing is dropped."""
         masked_BL = tokens_BL == self.config.vocab.mask
         return self.token_logits(self.decode(self.encode(tokens_BL), masked_BL)[:, 1:])
+
+    def logits_at(self, tokens_BL: Tensor, unknown_BL: Tensor) -> Tensor:
+        """(n, K) logits of the unknown cells only, row-major; the other cells never reach the head."""
+        features_BLF = self.decode(self.encode(tokens_BL), unknown_BL)[:, 1:]
+        return self.token_logits(features_BLF[unknown_BL])

@@ -4,6 +4,7 @@ from pydantic import model_validator
 
 from pipeline.schema.base import Name, Section
 from pipeline.schema.evaluate import Evaluate
+from pipeline.schema.generate import Generate
 from pipeline.schema.pretrain import Pretrain
 from pipeline.schema.tokens import (
     NONE,
@@ -34,6 +35,7 @@ class Params(Section):
     encode: Encode = Encode()
     shards: Shards = Shards()
     pretrain: Pretrain = Pretrain()
+    generate: Generate = Generate()
     vcq: Vcq = Vcq()
     ar: Ar = Ar()
     ar_sample: ArSample = ArSample()

@@ -1,0 +1,193 @@
+"""Iterative decoding: golden steps of the published code, and what must hold whatever the model says."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import UsageError
+from train.eval.canvases import box_cells, hidden_cells
+from train.eval.sampling import (
+    Decoding,
+    ImageDraws,
+    cells_to_hide,
+    confidence,
+    decode_iteratively,
+    draw_codes,
+    guided,
+    least_confident,
+)
+from train.model import MaskedTokenTransformer, model_config
+from train.released import load_released
+
+CODES, MASK = 7, 7
+
+
+@pytest.fixture(scope="module")
+def model() -> MaskedTokenTransformer:
+    """A small LEASE with a head that is not flat."""
+    model = MaskedTokenTransformer(model_config("lease", "tiny", 32, words=8, grid=4), seed=1).eval()
+    with torch.no_grad():
+        model.token_emb.word.weight.mul_(3)
+    return model.requires_grad_(False)
+
+
+def numbers(table: torch.Tensor):
+    """A stand-in for a model: logits (L, K) that do not depend on the canvas, at the unknown cells."""
+    return lambda tokens, unknown: table.expand(len(tokens), -1, -1)[unknown]
+
+
+@pytest.mark.golden
+def test_a_step_is_the_published_one(golden):
+    """The recorded draw and noise of one step lead to the recorded canvas."""
+    z = np.load(golden / "lease_genstep.npz")
+    model = load_released(golden / "lease_tiny.pth", num_heads=4, decoder_num_heads=6).eval()
+    tokens = torch.from_numpy(z["tokens_in"].astype(np.int64))
+    unknown = tokens == model.mask_token
+    with torch.no_grad():
+        logits = model.logits_at(tokens, unknown)
+    whole = torch.full((*tokens.shape, 1024), float("nan"))
+    whole[unknown] = logits
+    at = torch.from_numpy(z["logits_positions"].astype(np.int64))
+    theirs = torch.from_numpy(z["logits_1024"])
+    shown = unknown[:, at]
+    assert shown.sum() > 20
+    assert (whole[:, at][shown] - theirs[shown]).abs().max() < 2e-4
+    chosen = torch.from_numpy(z["sampled_ids"].astype(np.int64))
+    chance = torch.ones(tokens.shape, dtype=torch.float64)
+    chance[unknown] = whole.double().softmax(-1)[unknown].gather(-1, chosen[unknown][:, None])[:, 0]
+    assert (chance - torch.from_numpy(z["selected_prob"])).abs()[unknown].max() < 1e-5
+    step, steps = int(z["step"]), int(z["num_iter"])
+    begin = torch.full((2,), 256)
+    hide = cells_to_hide(step, steps, begin, unknown.sum(1)[:1].expand(2))
+    assert hide.tolist() == [int(z["mask_len"])] * 2
+    temperature = float(z["choice_temperature"]) * (1 - (step + 1) / steps)
+    assert temperature == pytest.approx(float(z["temperature"]))
+    sure = confidence(chance, torch.from_numpy(z["gumbel"]).double(), temperature)
+    again = least_confident(sure, unknown, hide)
+    assert torch.equal(again, torch.from_numpy(z["remask"]))
+    following = torch.where(unknown, chosen, tokens).masked_fill(again, model.mask_token)
+    assert torch.equal(following, torch.from_numpy(z["tokens_next"].astype(np.int64)))
+
+
+@pytest.mark.golden
+def test_the_last_cell_is_filled_as_published(golden):
+    z = np.load(golden / "lease_genstep.npz")
+    model = load_released(golden / "lease_tiny.pth", num_heads=4, decoder_num_heads=6).eval()
+    canvas = torch.from_numpy(z["final_canvas"].astype(np.int64))
+    unknown = canvas == model.mask_token
+    assert unknown.sum(1).tolist() == [1, 1]
+    with torch.no_grad():
+        canvas[unknown] = model.logits_at(canvas, unknown).argmax(-1)
+    assert torch.equal(canvas, torch.from_numpy(z["final_tokens"].astype(np.int64)))
+
+
+@pytest.mark.golden
+def test_as_many_cells_stay_hidden_as_published(golden):
+    z = np.load(golden / "lease_genstep.npz")
+    canvases, left = z["trajectory_tokens"], []
+    for step in range(6):
+        unknown = torch.from_numpy((canvases[step] == 17029).sum(1))
+        left.append(int(cells_to_hide(step, 6, torch.full((2,), 256), unknown)[0]))
+    assert left == z["trajectory_mask_len"].tolist()
+    assert left == [(canvases[step + 1][0] == 17029).sum() for step in range(6)]
+
+
+def test_one_step_is_one_forward_pass(model):
+    """All codes come from the softmax of a single pass over the empty canvas, by one uniform number each."""
+    canvas = torch.full((3, 16), model.mask_token)
+    drawn = decode_iteratively(
+        model.logits_at, canvas, model.mask_token, ImageDraws(5, [0, 1, 2]), Decoding(1, 4.5, "sampled")
+    )
+    chances = model.logits(canvas).double().softmax(-1).numpy()
+    place = ImageDraws(5, [0, 1, 2]).uniform(16)
+    for image, cell in np.ndindex(3, 16):
+        below = np.cumsum(chances[image, cell])
+        assert drawn[image, cell] == np.searchsorted(below, place[image, cell] * below[-1], side="right")
+
+
+def test_argmax_takes_one_more_pass_for_the_last_cell(model):
+    passes = []
+
+    def counted(tokens, unknown):
+        passes.append(unknown.sum(1).tolist())
+        return model.logits_at(tokens, unknown)
+
+    canvas = torch.full((2, 16), model.mask_token)
+    filled = decode_iteratively(counted, canvas, model.mask_token, ImageDraws(0, [0, 1]), Decoding(4, 4.5, "argmax"))
+    shares = [16, *(max(1, math.floor(16 * math.cos(math.pi / 2 * (s + 1) / 4))) for s in range(4))]
+    assert passes == [[n, n] for n in shares]
+    assert (filled < 32).all()
+
+
+def test_an_image_does_not_depend_on_its_batch(model):
+    """The same numbers give the same image alone, in another order, and beside others."""
+    how = Decoding(6, 4.5)
+
+    def draw(which):
+        canvas = torch.full((len(which), 16), model.mask_token)
+        return decode_iteratively(model.logits_at, canvas, model.mask_token, ImageDraws(3, which), how)
+
+    together = draw([0, 1, 2, 3, 4])
+    assert len({tuple(row) for row in together.tolist()}) == 5, "images differ"
+    assert torch.equal(draw([4, 2]), together[[4, 2]])
+    assert torch.equal(torch.cat([draw([n]) for n in range(5)]), together)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 99), st.sampled_from(["argmax", "sampled"]), st.floats(0, 20))
+def test_known_cells_never_change_and_all_others_are_filled(steps, seed, last, temperature):
+    rng = torch.Generator().manual_seed(seed)
+    canvas = torch.randint(0, CODES, (4, 9), generator=rng)
+    canvas[torch.rand(4, 9, generator=rng) < torch.rand(4, 1, generator=rng)] = MASK
+    canvas[0], canvas[1] = canvas[0].clamp(max=CODES - 1), MASK
+    table = torch.randn(9, CODES, generator=rng)
+    filled = decode_iteratively(numbers(table), canvas, MASK, ImageDraws(seed, [0, 1, 2, 3]),
+                                Decoding(steps, temperature, last))  # fmt: skip
+    known = canvas != MASK
+    assert torch.equal(filled[known], canvas[known])
+    assert filled.min() >= 0 and filled.max() < CODES
+
+
+def test_codes_are_drawn_with_the_models_probabilities():
+    """20,000 draws of three cells against the softmax, chi-square by cell (0.1 % critical value, 6 degrees)."""
+    logits = torch.tensor([[0.0, 1, 2, -1, 0.5, 3, -2], [0.0] * 7, [5.0, 0, 0, 0, 0, 0, -60]])
+    tokens = torch.full((1, 3), MASK)
+    counts = torch.zeros(3, CODES)
+    draws = ImageDraws(0, [0])
+    for _ in range(20_000):
+        drawn, _ = draw_codes(logits, tokens, tokens == MASK, draws)
+        counts[torch.arange(3), drawn[0]] += 1
+    want = 20_000 * logits.double().softmax(-1)
+    assert counts[2, 6] == 0
+    assert (((counts - want) ** 2 / want)[:, :6].sum(1) < 22.5).all()
+
+
+def test_low_temperature_keeps_the_most_confident():
+    chance = torch.tensor([[0.9, 0.1, 0.5, 1.0, 0.3]], dtype=torch.float64)
+    unknown = torch.tensor([[True, True, True, False, True]])
+    again = least_confident(confidence(chance, torch.zeros(1, 5), 0.0), unknown, torch.tensor([2]))
+    assert again.tolist() == [[False, True, False, False, True]]
+
+
+def test_guidance_has_its_limits():
+    told, nothing = torch.randn(4, 9), torch.randn(4, 9)
+    assert torch.allclose(guided(told, nothing, 0.0), told, atol=1e-6)
+    assert torch.allclose(guided(told, told, 5.0), told, atol=1e-6)
+    assert torch.allclose(guided(told, nothing, 2.0), 3 * told - 2 * nothing, atol=1e-5)
+
+
+def test_tasks_hide_what_they_say():
+    inside = hidden_cells("inpaint", 16, [4, 4, 8, 8], 0.5, 0, [0, 1])
+    assert inside.sum(1).tolist() == [64, 64] and inside[0].reshape(16, 16)[4:12, 4:12].all()
+    assert torch.equal(hidden_cells("outpaint", 16, [4, 4, 8, 8], 0.5, 0, [0, 1]), ~inside)
+    some = hidden_cells("reconstruct", 16, [4, 4, 8, 8], 0.75, 0, [0, 1])
+    assert some.sum(1).tolist() == [192, 192] and not torch.equal(some[0], some[1])
+    assert torch.equal(hidden_cells("reconstruct", 16, [4, 4, 8, 8], 0.75, 0, [1])[0], some[1])
+    assert hidden_cells("unconditional", 16, [4, 4, 8, 8], 0.75, 0, [0]).all()
+    for box in ([10, 0, 8, 2], [0, 0, 0, 3]):
+        with pytest.raises(UsageError, match="box"):
+            box_cells(box, 16)
