@@ -284,3 +284,13 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     assert orders[0] != orders[1] and batches.steps == 2
     few = crops.CropBatches(source, lambda tokens: tokens[:, :1].float(), 1, 3, 0, within=np.array([4, 7, 9]))
     assert sorted(next(few(0))[1].tolist()) == sorted(source.labels[[4, 7, 9]].tolist())
+    seen.clear()
+    place = next(i for i in range(9) if source.labels[order[i]] != source.labels[order[i + 1]])
+    bad = int(source.rows[order[place]])
+    source._crop = lambda row, spec, seed: None if row == bad else np.full((256, 256, 3), row, np.uint8)
+    labels = torch.cat([label for _, label in batches(1)]).tolist()
+    shown = [int(row) for row in np.concatenate(seen)[:, 0, 0, 0]]  # a picture here tells its row
+    assert (
+        shown[place] == source.rows[order[place + 1]] and len(shown) == 10
+    )  # the next one stands in, with its own label
+    assert labels == source.labels[[source.rows.tolist().index(row) for row in shown]].tolist()

@@ -141,6 +141,7 @@ def test_dropout_belongs_to_the_embedding_and_to_its_own_calls(tmp_path):
     assert torch.equal(plain(tokens), before) and torch.equal(before[0], before[1])
     torch.manual_seed(0)
     assert torch.equal(noisy(tokens), a)
+    assert torch.equal(encoder_features(model, dropout=1e-9)(tokens), before)  # the blocks' own 0.5 stays off
 
 
 def test_token_sources(shards, tmp_path):

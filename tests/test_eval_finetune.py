@@ -15,7 +15,7 @@ from tests.test_eval_features import small_model
 from train import draws
 from train.eval.augment import Augmented, AugmentedLoader
 from train.eval.classifier import Classifier, layer_groups, load_classifier, save_classifier
-from train.eval.finetune import Classify
+from train.eval.finetune import MIXING, Classify
 from train.layers import drop_path
 from train.logging import read_log
 
@@ -182,6 +182,15 @@ def test_mixing_is_timms_and_belongs_to_the_step():
     assert torch.equal(shown[0], shown[1]) and not torch.equal(shown[0], shown[2])
     assert not torch.equal(shown[0], batch["images"].float() / 255) and shown[0].max() <= 1
     assert np.array_equal(np.random.get_state()[1], before)  # NumPy's own state is put back
+    from timm.data.mixup import Mixup
+
+    rng = draws.batch_generator(1, 0, 4)
+    np.random.seed(int(draws.key(rng.initial_seed(), MIXING, 0)) >> 32)
+    images, target = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=5)(batch["images"].float() / 255, batch["label"])
+    torch.nn.init.normal_(model.eval().head.weight)
+    loss, _ = objective(model, batch, rng, None)
+    logp = model(source.codes(images)).log_softmax(1)
+    assert loss.item() == pytest.approx(-(target * logp).sum(1).mean().item(), rel=1e-5)  # smoothed once
     plain = Classify(source, 5, 0.0, 0.0, 0.1)
     loss, _ = plain(model.eval(), batch, draws.batch_generator(1, 0, 4), None)
     assert torch.equal(source.seen, batch["images"].float() / 255)
