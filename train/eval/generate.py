@@ -31,7 +31,8 @@ EXAMPLE = """examples:
   semdict generate --model runs/demo/lease --task reconstruct --set generate.mask_ratio=0.75
   semdict generate --model runs/demo/lease-conditional --task class --set generate.classes=[0,3]
 
-Writes images/000000.png ..., tokens.npz, grid.png, generate.json. An image depends on the seed and its number only."""
+Writes images/000000.png ..., tokens.npz, grid.png, generate.json. An image's tokens depend on the seed and its number
+only; pixels may differ by one grey level where another batch size makes convolutions round otherwise."""
 
 TASKS = ("unconditional", "class", "inpaint", "outpaint", "reconstruct")
 STARTED = ("inpaint", "outpaint", "reconstruct")  # tasks that start from real images

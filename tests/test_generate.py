@@ -1,0 +1,161 @@
+"""`semdict generate` as a user runs it: every task, what is refused, and what a second call does."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pipeline.shards import Block, ShardSpec, write_shards
+from pipeline.vqgan import load_vqgan
+from semdict.cli import main
+from tests import tiny
+from train.model import MaskedTokenTransformer, model_config
+from train.pretrained import load_pretrained, save_pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = 5
+
+
+def write_model(path: Path, codes: int = tiny.CODES) -> None:
+    """An untrained MAGE of one block whose head is not flat."""
+    shape = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    model = MaskedTokenTransformer(model_config("mage", "tiny", codes, **shape), seed=2)
+    with torch.no_grad():
+        model.token_emb.word.weight.mul_(3)
+    path.mkdir(parents=True, exist_ok=True)
+    save_pretrained(
+        path / "model.pt", model, {"settings": {"epochs": 1}, "corpus": {"recipe": {"crop": {"name": "a"}}}}
+    )
+
+
+def write_tokens(path: Path, recipe: dict) -> np.ndarray:
+    """Random tokens of five images; the third has a bad status. Returns the good ones, (4, 256)."""
+    rng = np.random.default_rng(0)
+    gen = rng.integers(0, tiny.CODES, (ROWS, 1, 256)).astype(np.uint16)
+    status = np.array([0, 0, 3, 0, 0], np.uint8)
+    gen[2] = 65535
+    index = pa.table({name: [name] * ROWS for name in ("key", "label_name", "reason")} | {"split": ["val"] * ROWS})
+    index = index.select(["key", "split", "label_name", "reason"])
+    spec = ShardSpec(ROWS, [{"name": "centre"}], (16, 16), tiny.CODES, None, recipe, "f")
+    write_shards(path, spec, [Block(gen, None, np.zeros(ROWS, np.int32), status)], index)
+    return gen[status == 0, 0].astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("generate")
+    tiny.make_vqgan(root / "vqgan.ckpt")
+    write_model(root / "runs" / "mage")
+    write_model(root / "runs" / "wide", codes=128)
+    np.save(root / "tokens.npy", write_tokens(root / "shards" / "tiny", {"crop": {"name": "a"}}))
+    write_tokens(root / "shards" / "other", {"crop": {"name": "b"}})
+    given = {"images": 4, "steps": 3, "batch": 3, "device": "cpu", "shown": 4}
+    (root / "params.yaml").write_text(yaml.safe_dump({**tiny.params(root), "generate": given}))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(world, monkeypatch):
+    monkeypatch.chdir(world)
+
+
+def generate(*options: str) -> int:
+    return main(["generate", "--model", "runs/mage", *options])
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())])
+
+
+def tokens(folder: Path) -> np.ndarray:
+    return np.load(folder / "tokens.npz")["gen"].astype(np.int64)
+
+
+def differ(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+def test_files_say_what_was_drawn(world, capsys):
+    assert generate("--out", "a") == 0
+    card = json.loads((world / "a" / "generate.json").read_text())
+    assert (card["steps"], card["temperature"], card["seed"], card["last"]) == (3, 6.0, 0, "sampled")
+    assert card["uint8"] == "truncate" and len(card["model_sha256"]) == 64
+    assert sorted(p.name for p in (world / "a").iterdir()) == ["generate.json", "grid.png", "images", "tokens.npz"]
+    drawn = tokens(world / "a")
+    decoded = load_vqgan(world / "vqgan.ckpt").decode(torch.from_numpy(drawn)).clamp(0, 1) * 255
+    assert differ(pixels(world / "a"), decoded.floor().byte().permute(0, 2, 3, 1).numpy()) <= 1
+    assert len(np.unique(drawn)) > 20 and len({tuple(row) for row in drawn}) == 4
+
+
+def test_batch_size_changes_nothing_and_the_seed_everything(world):
+    for name, change in {"b1": "batch=1", "b4": "batch=4", "seed": "seed=1"}.items():
+        assert generate("--out", name, "--set", f"generate.{change}") == 0
+    assert np.array_equal(tokens(world / "b1"), tokens(world / "b4"))
+    assert differ(pixels(world / "b1"), pixels(world / "b4")) <= 1, "convolutions round by batch size"
+    assert (tokens(world / "b1") != tokens(world / "seed")).any(axis=1).all()
+
+
+@pytest.mark.parametrize("task", ["inpaint", "outpaint", "reconstruct"])
+def test_known_tokens_are_those_of_the_image(world, task):
+    assert generate("--task", task, "--out", task, "--set", "generate.box=[2,3,5,6]") == 0
+    drawn = np.load(world / task / "tokens.npz")["gen"]
+    whole = np.load(world / "tokens.npy")
+    inside = np.zeros((16, 16), bool)
+    inside[2:7, 3:9] = True
+    same = drawn == whole
+    if task == "reconstruct":
+        assert (same.sum(1) >= 64).all() and (same.sum(1) < 100).all()
+    else:
+        known = ~inside if task == "inpaint" else inside
+        assert same[:, known.ravel()].all() and not same[:, ~known.ravel()].all(axis=1).any()
+    assert Image.open(world / task / "grid.png").size[1] > 3 * 128
+
+
+def test_a_complete_folder_is_kept(world, capsys):
+    assert generate("--out", "kept") == 0
+    before = tiny.digest(world / "kept")
+    assert generate("--out", "kept") == 2
+    assert "exists" in capsys.readouterr().err
+    assert generate("--out", "kept", "--resume", "--set", "generate.batch=1") == 0
+    assert "nothing to do" in capsys.readouterr().err and tiny.digest(world / "kept") == before
+    assert generate("--out", "kept", "--resume", "--set", "generate.seed=5") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--model", "runs/wide"), ("64 codes", "128", "--vqgan")),
+        (("--model", "runs/none"), ("runs/none", "does not exist")),
+        (("--task", "inpaint", "--set", "generate.images=5"), ("generate.images is 5", "4 images")),
+        (("--task", "inpaint", "--set", "generate.split=train"), ("no split 'train'", "val")),
+        (("--task", "inpaint", "--set", "generate.box=[0,0,17,1]"), ("generate.box", "16 x 16")),
+        (("--task", "inpaint", "--shards", "shards/other"), ("shards/other", "crop")),
+        (("--task", "outpaint", "--shards", "nowhere"), ("nowhere",)),
+        (("--set", "generate.step=3"), ("generate.step is unknown", "generate.steps")),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(world, capsys, options, words):
+    assert generate("--out", "wrong", *options) in (1, 2)
+    told = capsys.readouterr().err
+    assert all(word in told for word in words), told
+    assert not list(world.glob("wrong*"))
+
+
+@pytest.mark.golden
+def test_a_released_checkpoint_draws(world, golden, tmp_path):
+    """Published layouts, their own tokenizer, ids and last step."""
+    options = ["--num-heads", "4", "--decoder-num-heads", "6", "--vqgan", str(golden / "vqgan_tiny.ckpt")]
+    given = ["--set", "generate.images=1", "--out", str(tmp_path / "out")]
+    assert main(["generate", "--model", str(golden / "lease_tiny.pth"), *options, *given]) == 0
+    card = json.loads((tmp_path / "out" / "generate.json").read_text())
+    assert (card["family"], card["last"]) == ("lease", "argmax")
+    assert np.load(tmp_path / "out" / "tokens.npz")["gen"].max() < 1024
+
+
+def test_models_saved_for_the_tests_load(world):
+    assert load_pretrained(world / "runs" / "mage")[0].codebook_size == tiny.CODES
