@@ -290,7 +290,5 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     source._crop = lambda row, spec, seed: None if row == bad else np.full((256, 256, 3), row, np.uint8)
     labels = torch.cat([label for _, label in batches(1)]).tolist()
     shown = [int(row) for row in np.concatenate(seen)[:, 0, 0, 0]]  # a picture here tells its row
-    assert (
-        shown[place] == source.rows[order[place + 1]] and len(shown) == 10
-    )  # the next one stands in, with its own label
+    assert shown[place] == source.rows[order[place + 1]] and len(shown) == 10
     assert labels == source.labels[[source.rows.tolist().index(row) for row in shown]].tolist()
