@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 
 from pipeline.errors import WeightsError
 from pipeline.manifest import load_manifest
+from tests import tiny
 from tests.test_eval_cli import evaluate, report, table, world  # noqa: F401
 from tests.test_eval_features import small_model
 from train import draws
-from train.eval.augment import Augmented, AugmentedLoader
+from train.eval.augment import Augmented, AugmentedLoader, make_transform
 from train.eval.classifier import Classifier, layer_groups, load_classifier, save_classifier
 from train.eval.finetune import MIXING, Classify
 from train.layers import drop_path
@@ -140,6 +142,20 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone(ready):
     flipped = [torch.equal(one.flip(2), whole[0]) for one in whole]
     assert any(flipped) and sum(as_is) + sum(flipped) >= 9  # a crop may miss the border by a pixel
     assert first[(0, 3)][1] == load_manifest(first.manifest).label[first.rows[3]] and first[(0, 3)][2] == first.rows[3]
+
+
+@pytest.mark.parametrize("magnitude", [0, 9, 10])
+def test_every_operation_works_at_every_magnitude(magnitude):
+    """Noise on magnitude 9 reaches 10, where timm asks Pillow to keep 0 bits of a colour."""
+    transform = make_transform("rand-m9-mstd0.5-inc1", (0.2, 1.0))
+    operations = [one for part in transform.transforms for one in getattr(part, "ops", ())]
+    assert len(operations) == 15
+    image = Image.fromarray(tiny.draw_image(3))
+    for operation in operations:
+        operation.magnitude, operation.magnitude_std, operation.prob = magnitude, 0, 1.0
+        found = np.asarray(operation(image))
+        assert found.shape == (80, 96, 3), operation
+        assert found.any() == (operation.name != "PosterizeIncreasing" or magnitude < 10), operation
 
 
 def test_batches_continue_anywhere_and_are_shared_by_ranks(ready):

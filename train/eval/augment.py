@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,17 +64,34 @@ class Augmented(Dataset):
     def _open(self) -> tuple:
         """Manifest, reader and transform of this process."""
         if self._opened is None:
-            from timm.data import create_transform
-
             from pipeline.manifest import load_manifest
 
             manifest = load_manifest(self.manifest)
-            transform = create_transform(
-                SIZE, is_training=True, scale=self.crop_scale, color_jitter=None, interpolation="bicubic",
-                auto_augment=self.rand_augment or None, re_prob=0.0, use_prefetcher=True,  # ends with uint8, CHW
-            )  # fmt: skip
+            transform = make_transform(self.rand_augment, self.crop_scale)
             self._opened = manifest, manifest.reader(self.images), transform
         return self._opened
+
+
+def make_transform(rand_augment: str, crop_scale: tuple[float, float]) -> Callable[[Any], np.ndarray]:
+    """PIL image -> (3, 256, 256) uint8, by timm."""
+    from timm.data import auto_augment, create_transform
+
+    transform = create_transform(
+        SIZE, is_training=True, scale=crop_scale, color_jitter=None, interpolation="bicubic",
+        auto_augment=rand_augment or None, re_prob=0.0, use_prefetcher=True,  # ends with uint8, CHW
+    )  # fmt: skip
+    for operation in (one for part in transform.transforms for one in getattr(part, "ops", ())):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = posterize
+    return transform
+
+
+def posterize(image: Any, bits: int, **_: Any) -> Any:
+    """timm's posterize; at full magnitude it asks for 0 bits, a black image, which Pillow no longer makes."""
+    from PIL import Image
+    from timm.data import auto_augment
+
+    return auto_augment.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def seed_all(seed: int) -> None:
