@@ -115,6 +115,14 @@ def test_a_killed_view_is_made_again(tmp_path):
         store(encoder, tmp_path).get(source, [])
 
 
+def test_a_view_cannot_be_written_elsewhere(tmp_path):
+    source = FakeSource(torch.zeros(3, 16, dtype=torch.long))
+    source.views = ["../../out"]
+    with pytest.raises(SemdictError, match="no name for a view"):
+        store(saved(tmp_path / "a"), tmp_path).get(source, [])
+    assert not list(tmp_path.rglob("out*"))
+
+
 def test_bad_images_are_left_out(tmp_path):
     tokens = torch.arange(20)[:, None].expand(20, 16) % 40
     source = FakeSource(tokens, bad=(0, 9))
@@ -153,8 +161,9 @@ def test_token_sources(shards, tmp_path):
     rows = np.flatnonzero((whole.status[:] == 0) & (whole.label[:] >= 0))
     assert np.array_equal(source.labels, whole.label[:][rows]) and source.left_out == len(whole) - len(rows)
     for number, view in enumerate(source.views):
-        ids = torch.cat([shown.tokens for shown in source.stream(view, 7)]).numpy()
-        assert np.array_equal(ids, whole.gen[:][rows, number])
+        parts = list(source.stream(view, 7))
+        assert np.array_equal(torch.cat([part.tokens for part in parts]).numpy(), whole.gen[:][rows, number])
+        assert [part.start for part in parts] == np.cumsum([0, *(len(part.tokens) for part in parts)])[:-1].tolist()
     with pytest.raises(ShardError, match=r"no view 'centre' among v0, v1"):
         next(source.stream("centre", 7))
     found = store(encoder, tmp_path).get(source, [])

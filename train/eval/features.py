@@ -97,6 +97,8 @@ class FeatureStore:
         return FeatureSet({v: rows[kept] for v, rows in arrays.items()}, source.labels[kept], source.names, about)
 
     def _view(self, source: Source, view: str, folder: Path) -> tuple[np.ndarray, list[int]]:
+        if Path(view).name != view:
+            raise SemdictError(f"{view!r} is no name for a view: it would be written outside {folder}")
         path, done = folder / f"{view}.npy", folder / f"{view}.json"
         if not done.exists():
             bad = self._make(source, view, path)

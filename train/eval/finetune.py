@@ -210,7 +210,7 @@ class HeldOut:
         self.shown: list[tuple[Tensor, np.ndarray]] = []
 
     def tokens(self) -> list[tuple[Tensor, np.ndarray]]:
-        """(tokens (B, L) int16, positions (B,)) by batch, bad images left out; small enough to keep."""
+        """(tokens (B, L) int32, positions (B,)) by batch, bad images left out; small enough to keep."""
         if not self.shown:
             for shown in self.source.narrowed(self.mine).stream(self.source.crop, self.batch):
                 good = np.setdiff1d(np.arange(len(shown.tokens)), shown.bad)

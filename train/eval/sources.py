@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.errors import ShardError
 from pipeline.files import sha256_file
 from train.eval.encoder import Encoder
-from train.loader import recipe_of, table_from_shards
+from train.loader import recipe_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ class Source(Protocol):
 
 
 class TokenSource:
-    """Pre-tokenised views of some splits of a shard directory; refused when the encoder was trained on other tokens."""
+    """Pre-tokenised views of some splits of a shard directory; refused when the encoder was trained on other tokens.
+
+    Tokens are read a shard at a time, and only when they are asked for: where features are kept, none are.
+    """
 
     def __init__(
         self, path: Path, splits: list[str], encoder: Encoder, device: torch.device, other_recipe: bool = False
@@ -55,28 +58,34 @@ class TokenSource:
             raise ShardError(f"{path} has a codebook size per position, which no masked-token model reads")
         cells = int(np.prod(shards.grid))
         same = encoder.check_tokens(path, gen["size"], cells, shards.recipe, other_recipe)
-        self.table, self.device = table_from_shards(path, splits or None), device
-        label = self.table.label
-        self.at = np.flatnonzero(label >= 0)
-        if not len(self.at):
+        label, chosen = shards.label[:], np.zeros(len(shards), bool)
+        for split in splits or [None]:
+            chosen |= shards.split_rows(split)
+        self.good = chosen & (shards.status[:] == 0) & (label >= 0)
+        if not self.good.any():
             raise ShardError(f"{path}: no image of {splits or 'any split'} has a label; scores need labels")
-        self.labels = label[self.at].astype(np.int64)
-        self.left_out = self.table.left_out + len(label) - len(self.at)
-        self.names = class_names(shards.label[:], shards.index["label_name"].to_pylist())
+        self.shards, self.device, self.labels = shards, device, label[self.good].astype(np.int64)
+        self.left_out = int(chosen.sum() - self.good.sum())
+        self.names = class_names(label, shards.index["label_name"].to_pylist())
         self.views = [view["name"] for view in shards.views]
         recipe = recipe_of(shards.meta)
         self.identity = {"tokens": sha256_file(path / SUMS), "splits": splits}
         self.about = {"source": "tokens", "tokens": str(path), "tokens_recipe": recipe, "same_recipe_as_training": same,
-                      "splits": splits or ["all"], "images": len(self.at), "left_out": self.left_out}  # fmt: skip
+                      "splits": splits or ["all"], "images": len(self.labels), "left_out": self.left_out}  # fmt: skip
 
     def stream(self, view: str, batch: int) -> Iterator[Shown]:
         """Every labelled image once, in order; ShardError when there is no such view."""
         if view not in self.views:
             raise ShardError(f"there is no view {view!r} among {', '.join(self.views)}")
-        number = self.views.index(view)
-        for start in range(0, len(self.at), batch):
-            ids = self.table.gen[self.at[start : start + batch], number].astype(np.int64)
-            yield Shown(start, torch.from_numpy(ids).to(self.device))
+        number, step, first = self.views.index(view), self.shards.layout.shard_rows, 0
+        for start in range(0, len(self.good), step):
+            rows = slice(start, min(start + step, len(self.good)))
+            if not self.good[rows].any():
+                continue
+            ids = self.shards.gen[rows][self.good[rows], number]
+            for part in np.split(ids, range(batch, len(ids), batch)):
+                yield Shown(first, torch.from_numpy(part.astype(np.int64)).to(self.device))
+                first += len(part)
 
 
 def class_names(labels: np.ndarray, names: list[str] | None, classes: list[str] | None = None) -> list[str]:
