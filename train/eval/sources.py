@@ -76,7 +76,9 @@ class TokenSource:
     def stream(self, view: str, batch: int) -> Iterator[Shown]:
         """Every labelled image once, in order; ShardError when there is no such view."""
         if view not in self.views:
-            raise ShardError(f"there is no view {view!r} among {', '.join(self.views)}")
+            raise ShardError(
+                f"there is no view {view!r} among {', '.join(self.views)}; set evaluate.test_view and train_views"
+            )
         number, step, first = self.views.index(view), self.shards.layout.shard_rows, 0
         for start in range(0, len(self.good), step):
             rows = slice(start, min(start + step, len(self.good)))
