@@ -58,7 +58,7 @@ def bench_decoders(items: list[bytes], repeats: int) -> dict:
 
     figures: dict = {"images": len(items), "mean_bytes": int(np.mean([len(item) for item in items]))}
     for kind, run in (("decode", decode_all), ("decode_and_crop", crop_all)):
-        best = in_turns({name: partial(run, name) for name in ("simplejpeg", "pillow")}, repeats)
+        best, _ = in_turns({name: partial(run, name) for name in ("simplejpeg", "pillow")}, repeats)
         figures[kind] = {f"{name}_per_s": len(items) / seconds for name, seconds in best.items()}
         figures[kind]["ratio"] = best["pillow"] / best["simplejpeg"]
     pairs = ((decode(item, "simplejpeg").astype(np.int16), decode(item, "pillow")) for item in items)

@@ -1,0 +1,96 @@
+"""Sampling images with LEASE: batched, against one image at a time and against a loop over the whole vocabulary.
+
+Example: python benchmarks/bench_generate.py --out benchmarks/results/generate.json    (--small for a quick look)
+         python benchmarks/bench_generate.py --device cuda --size vit_base --batch 64 --out ...
+20 steps, random weights; only tokens are drawn, the VQGAN is not in the time. Needs torch and numpy.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.report import arguments, machine, publish
+from benchmarks.timing import in_turns
+from train.eval.sampling import Decoding, ImageDraws, decode_iteratively
+from train.model import SIZES, MaskedTokenTransformer, model_config
+from train.vocab import LEASE
+
+CODES = 1024
+
+
+def whole_vocabulary(model: MaskedTokenTransformer, batch: int, steps: int, temperature: float) -> Tensor:
+    """A straightforward loop: logits of every row of the table at every cell, cut to the codes afterwards."""
+    vocab = model.config.vocab
+    canvas = torch.full((batch, 256), vocab.mask, device=model.token_emb.word.weight.device)
+    for step in range(steps):
+        unknown = canvas == vocab.mask
+        features = model.decode(model.encode(canvas), unknown)[:, 1:]
+        logits = model.token_head(features, model.token_emb.word.weight)[..., : vocab.codes]
+        drawn = torch.where(unknown, torch.distributions.Categorical(logits=logits).sample(), canvas)
+        chance = logits.softmax(-1).gather(-1, drawn.clamp(max=vocab.codes - 1)[..., None])[..., 0]
+        chance = torch.where(unknown, chance, math.inf)
+        ratio = (step + 1) / steps
+        hidden = max(1, min(int(unknown[0].sum()) - 1, math.floor(256 * math.cos(math.pi / 2 * ratio))))
+        noise = -torch.log(-torch.log(torch.rand_like(chance)))
+        sure = chance.log() + temperature * (1 - ratio) * noise
+        cut = sure.sort(-1).values[:, hidden - 1 : hidden]
+        canvas = drawn.masked_fill(sure <= cut, vocab.mask)
+    return drawn
+
+
+def versions(model: MaskedTokenTransformer, batch: int, how: Decoding) -> dict[str, Callable[[], Tensor]]:
+    """Each draws `batch` images."""
+    device = model.token_emb.word.weight.device
+
+    def ours(numbers: list[int]) -> Tensor:
+        canvas = torch.full((len(numbers), 256), model.mask_token, device=device)
+        return decode_iteratively(model.logits_at, canvas, model.mask_token, ImageDraws(0, numbers), how)
+
+    return {
+        "batched": lambda: ours(list(range(batch))),
+        "one_at_a_time": lambda: torch.cat([ours([n]) for n in range(batch)]),
+        "whole_vocabulary_one_at_a_time": lambda: torch.cat(
+            [whole_vocabulary(model, 1, how.steps, how.temperature) for _ in range(batch)]
+        ),
+        "whole_vocabulary": lambda: whole_vocabulary(model, batch, how.steps, how.temperature),
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__, "generate")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", default="small", choices=tuple(SIZES))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=2)
+    args = parser.parse_args()
+    if args.small:
+        args.size, args.batch, args.steps = "tiny", 4, 4
+    config = model_config("lease", args.size, words=64, vocab=LEASE, decoder_rows=385)
+    model = MaskedTokenTransformer(config).to(args.device).eval().requires_grad_(False)
+    how = Decoding(args.steps, 6.0, "sampled")  # as many passes as the loop that it is compared with
+    with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+        wall, processor = in_turns(versions(model, args.batch, how), args.repeats, args.device)
+    publish(
+        args.out,
+        {
+            "machine": machine(args.device),
+            "threads": torch.get_num_threads(),
+            "setting": {"size": args.size, "batch": args.batch, "steps": args.steps, "vocabulary": LEASE.rows},
+            "seconds": wall,
+            "processor_seconds": processor,
+            "images_per_second": {name: args.batch / spent for name, spent in wall.items()},
+            "times_faster": {name: spent / wall["batched"] for name, spent in wall.items()},
+            "times_less_processor_time": {n: spent / processor["batched"] for n, spent in processor.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
