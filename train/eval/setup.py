@@ -120,9 +120,12 @@ class Setup:
         return {"model": self.encoder.about(), "source": self.given.source, "device": self.device.type, **more}
 
     def write(self, name: str, scores: dict[str, Any], protocol: dict[str, Any]) -> None:
-        """<name>.json: the scores (per cent), flat, and their protocol."""
+        """<name>.json: the scores (per cent), flat, and their protocol.
+
+        The protocol is in a list of one, since DVC would show whatever stands outside a list as a metric.
+        """
         path = self.out / f"{name}.json"
-        write_json(path, {**scores, "protocol": protocol})
+        write_json(path, {**scores, "protocol": [protocol]})
         shown = ", ".join(f"{key} {value:.2f}" for key, value in scores.items() if isinstance(value, float))
         print(f"{self.encoder.name} {name}: {shown} ({path})", file=sys.stderr)
 
