@@ -108,8 +108,10 @@ def test_a_killed_view_is_made_again(tmp_path):
         store(encoder, tmp_path).get(Dies(tokens), [])
     folder = tmp_path / "work" / f"features-{store(encoder, tmp_path).fingerprint(FakeSource(tokens))}"
     assert list(folder.iterdir()) == []
+    (folder / "v.npy.1.part").write_bytes(b"left by kill -9")
     source = FakeSource(tokens)
     assert len(store(encoder, tmp_path).get(source, []).first) == 20 and source.asked == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["v.json", "v.npy"]
     (folder / "v.npy").write_bytes(b"half")
     with pytest.raises(SemdictError, match=r"v\.npy is damaged"):
         store(encoder, tmp_path).get(source, [])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.device import reduced_precision
 from pipeline.errors import SemdictError
-from pipeline.files import sha256_json, write_aside, write_json
+from pipeline.files import PART, remove, sha256_json, write_aside, write_json
 from train.eval.encoder import Encoder
 from train.eval.sources import Source
 from train.model import MaskedTokenTransformer
@@ -81,11 +81,13 @@ class FeatureStore:
 
     def get(self, source: Source, views: list[str]) -> FeatureSet:
         """The features of some views, [] = all; made where they are not there yet. Images that are bad are left out."""
-        from pipeline.work import lock
+        from pipeline.work import lock, sigterm_interrupts
 
         name = f"features-{self.fingerprint(source)}"
         chosen, arrays, bad = views or source.views, {}, set()
-        with lock(name, self.root):
+        with lock(name, self.root), sigterm_interrupts():
+            for left in (self.root / name).glob(f"*{PART}"):  # of a run that was killed
+                remove(left)
             for view in chosen:
                 arrays[view], more = self._view(source, view, self.root / name)
                 bad |= set(more)
