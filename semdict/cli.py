@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards": ("pipeline.shards_cli", "info, verify, import, export of token shards"),
     "pretrain": ("train.pretrain", "train lease, sorcen or mage on token shards"),
     "evaluate": ("train.eval.cli", "scores of an encoder or of samples: probe, knn, few-shot, fine-tune, fid"),
+    "condition": ("train.eval.condition", "teach a pretrained model classes: its decoder only"),
     "generate": ("train.eval.generate", "draw images: unconditional, by class, inpaint, outpaint, reconstruct"),
     "vcq": ("train.vcq.cli", "1-D tokenizer with a growing codebook: train, encode"),
     "ar": ("train.ar.cli", "autoregressive model on its tokens: train, sample"),

@@ -206,13 +206,21 @@ class MaskedTokenTransformer(nn.Module):
             x_BNE = block(x_BNE)
         return self.norm(x_BNE) if norm else x_BNE
 
-    def decode(self, latents_BNE: Tensor, masked_BL: Tensor, keep_idx: Tensor | None = None) -> Tensor:
-        """Decoder features (B, 1 + L, F) after the decoder's norm, CLS first."""
+    def decode(
+        self, latents_BNE: Tensor, masked_BL: Tensor, keep_idx: Tensor | None = None, beside_BXF: Tensor | None = None
+    ) -> Tensor:
+        """Decoder features (B, 1 + L, F) after the decoder's norm, CLS first.
+
+        `beside_BXF`: rows that the canvas attends to but that predict nothing, put after it as they are (a class).
+        """
         x_BLF = self.canvas(self.decoder_embed(latents_BNE), masked_BL, keep_idx)
-        x_BLF = x_BLF + self.decoder_position.weight[: x_BLF.shape[1]]
+        rows = x_BLF.shape[1]
+        x_BLF = x_BLF + self.decoder_position.weight[:rows]
+        if beside_BXF is not None:
+            x_BLF = torch.cat([x_BLF, beside_BXF.to(x_BLF.dtype)], dim=1)
         for block in self.decoder_blocks:
             x_BLF = block(x_BLF)
-        return self.decoder_norm(x_BLF)
+        return self.decoder_norm(x_BLF[:, :rows])
 
     def canvas(self, u_BNF: Tensor, masked_BL: Tensor, keep_idx: Tensor | None = None) -> Tensor:
         """(B, 1 + L, F): CLS, then a grid filled with it, on which the visible latents are added or put in place.

@@ -4,8 +4,9 @@ from pydantic import model_validator
 
 from pipeline.schema.base import Name, Section
 from pipeline.schema.evaluate import Evaluate
-from pipeline.schema.generate import Generate
+from pipeline.schema.generate import Condition, Generate
 from pipeline.schema.pretrain import Pretrain
+from pipeline.schema.scores import Scores
 from pipeline.schema.tokens import (
     NONE,
     Encode,
@@ -35,11 +36,13 @@ class Params(Section):
     encode: Encode = Encode()
     shards: Shards = Shards()
     pretrain: Pretrain = Pretrain()
+    condition: Condition = Condition()
     generate: Generate = Generate()
     vcq: Vcq = Vcq()
     ar: Ar = Ar()
     ar_sample: ArSample = ArSample()
     evaluate: Evaluate = Evaluate()
+    scores: Scores = Scores()
 
     @model_validator(mode="after")
     def _watched(self) -> "Params":

@@ -1,0 +1,259 @@
+"""`semdict condition`: what is fine-tuned and what stays, what the decoder is told, kill and resume, refusals."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import save_file
+
+from semdict.cli import main
+from tests.test_pretrain import CODES, ENV, ROOT, WORDS, write_tokens
+from train.draws import batch_generator
+from train.eval.conditional import DECODER, ConditionalConfig, ConditionalTransformer, Telling, load_conditional
+from train.logging import read_log
+from train.model import MaskedTokenTransformer, model_config
+from train.objectives import Masking
+from train.pretrained import load_pretrained, save_pretrained
+
+SHAPE = {"width": 32, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2, "grid": 4}
+
+
+def base(family: str = "lease", seed: int = 1) -> MaskedTokenTransformer:
+    return MaskedTokenTransformer(model_config(family, "tiny", CODES, words=6, **SHAPE), seed)
+
+
+def conditional(words: int = WORDS, class_width: int = 0, classes: int = 4, family: str = "lease"):
+    model = base(family)
+    config = ConditionalConfig(replace(model.config, dropout=0.0), classes, class_width, words, 6 if words else 0)
+    rng = torch.Generator().manual_seed(0)
+    told = ConditionalTransformer(config, MaskedTokenTransformer(config.base), seed=3)
+    told.base.load_state_dict(model.state_dict())
+    vectors = torch.randn(classes, class_width, generator=rng) if class_width else None
+    told.fill(vectors, torch.randn(words, 6, generator=rng) if words else None)
+    with torch.no_grad():  # rows of their own for what is not told
+        for row in (told.no_class, told.no_word):
+            if row is not None:
+                row.normal_(generator=rng)
+    return told
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    rng = torch.Generator().manual_seed(5)
+    return torch.randint(0, CODES, (6, 16), generator=rng), torch.randint(0, WORDS, (6, 16), generator=rng)
+
+
+def batch_of(tokens) -> dict:
+    gen, disc = tokens
+    return {"gen": gen, "disc": disc, "label": torch.tensor([0, 1, 2, 3, -1, 2]), "row": torch.arange(6)}
+
+
+@pytest.mark.parametrize("family", ["lease", "mage"])
+@pytest.mark.parametrize("class_width", [0, 5])
+def test_the_decoder_sees_its_rows_beside_the_canvas(tokens, family, class_width):
+    """The whole pass written out: frozen latents, canvas, class row, centroid rows at their cells' positions."""
+    model = conditional(class_width=class_width, family=family).eval()
+    (gen, disc), b = tokens, model.base
+    canvas = gen.masked_fill(torch.arange(16) % 3 == 0, b.mask_token)
+    unknown = canvas == b.mask_token
+    labels = torch.tensor([0, 1, 2, 3, 4, 2])  # 4 = not told
+    disc = disc.clone()
+    disc[1] = -1
+    got = model.told(labels, disc).logits_at(canvas, unknown)
+    u = b.decoder_embed(b.encode(canvas))
+    position = b.decoder_position.weight
+    x = b.canvas(u, unknown) + position[:17]
+    vectors = F.normalize(model.class_vectors, dim=1) * 5**0.5 if class_width else None
+    rows = [model.no_class if n == 4 else model.class_embed(vectors[n] if class_width else torch.tensor(n))
+            for n in labels.tolist()]  # fmt: skip
+    cells = [[model.no_word if w < 0 else model.word_embed(model.centroids[w]) for w in row] for row in disc.tolist()]
+    beside = torch.stack([torch.stack(row) for row in cells]) + position[1:17]
+    x = torch.cat([x, torch.stack(rows)[:, None], beside], dim=1)
+    assert x.shape[1] == 1 + 16 + 1 + 16
+    for block in b.decoder_blocks:
+        x = block(x)
+    want = b.token_logits(b.decoder_norm(x))[:, 1:17][unknown]
+    assert torch.allclose(got, want, atol=1e-5)
+    assert not torch.allclose(got, b.logits_at(canvas, unknown), atol=1e-3), "what is told changes the answer"
+
+
+def test_every_word_is_projected_once_where_that_is_cheaper(tokens):
+    model = conditional()
+    words = tokens[1]
+    assert words.numel() > WORDS >= words[:1, :10].numel()
+    apart = torch.stack([model.word_embed(model.centroids[row]) for row in words])
+    assert torch.allclose(model.word_rows(words), apart + model.base.decoder_position.weight[1:17], atol=1e-6)
+
+
+def test_only_the_decoder_and_the_new_rows_take_gradients(tokens):
+    model = conditional().train()
+    loss, _ = Telling(0.3, 0.3, Masking(), 0.1)(model, batch_of(tokens), torch.Generator().manual_seed(0))
+    loss.backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    parts = {name.split(".")[1] if name.startswith("base.") else name.split(".")[0] for name in moved}
+    assert parts == {*DECODER, "class_embed", "no_class", "word_embed", "no_word"}
+    assert all(p.requires_grad == (name.split(".")[1] in DECODER)
+               for name, p in model.named_parameters() if name.startswith("base."))  # fmt: skip
+
+
+def test_the_frozen_encoder_has_no_dropout(tokens):
+    model = conditional()
+    config = replace(model.config, base=replace(model.config.base, dropout=0.5))
+    shaky = ConditionalTransformer(config)
+    shaky.load_state_dict(model.state_dict())
+    told = shaky.train().told(torch.zeros(6, dtype=torch.long), None)
+    latents = [told.encode(tokens[0]) for _ in range(2)]
+    hidden = torch.ones_like(tokens[0], dtype=torch.bool)
+    assert torch.equal(latents[0], latents[1]) and torch.equal(latents[0], model.base.eval().encode(tokens[0]))
+    assert not torch.equal(*(told.decode(latents[0], hidden) for _ in range(2))), "the decoder has"
+
+
+def test_conditions_are_withheld_apart_and_by_row(tokens):
+    telling = Telling(0.3, 0.6, Masking(), 0.1)
+    labels, words = torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 16, dtype=torch.long)
+    rng = [batch_generator(7, start, 4000) for start in (0, 0, 2000)]
+    all_labels, all_words = telling.withhold(labels, words, 9, rng[0])
+    no_label, no_word = all_labels == 9, (all_words == -1).all(1)
+    assert torch.equal(no_word, (all_words == -1).any(1)), "an image's words go all together"
+    for share, want in ((no_label, 0.3), (no_word, 0.6), (no_label & no_word, 0.18)):
+        assert abs(float(share.float().mean()) - want) < 0.03
+    halves = [telling.withhold(labels[:2000], words[:2000], 9, generator) for generator in rng[1:]]
+    assert torch.equal(torch.cat([half[0] for half in halves]), all_labels)
+    assert torch.equal(torch.cat([half[1] for half in halves]), all_words)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "set"
+    write_tokens(path)
+    return path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, shards) -> Path:
+    """A folder with params.yaml and a pretrained model, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    tree = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text())
+    tree["condition"] = {
+        "epochs": 5, "warmup_epochs": 1, "batch": 12, "base_lr": 0.3, "dropout": 0.0, "precision": "float32",
+        "device": "cpu", "log_every": 1, "save_every": 3, "tensorboard": False, "held_out": ["train"],
+    }  # fmt: skip
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
+    about = {"corpus": {"recipe": {"seed": 0}}, "settings": {"epochs": 1}}
+    save_pretrained(tmp_path / "runs" / "base" / "model.pt", base(), about)
+    return tmp_path
+
+
+def command(shards: Path, *options: str) -> list[str]:
+    return ["condition", "--model", "runs/base", "--shards", str(shards), *options]
+
+
+def test_a_run_learns_the_classes_and_leaves_the_encoder(place, shards, capsys):
+    assert main(command(shards, "--set", "condition.epochs=40")) == 0
+    out = place / "runs" / "demo" / "base-conditional"
+    model, about = load_conditional(out)
+    before = load_pretrained(place / "runs" / "base")[0].state_dict()
+    after = model.base.state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(DECODER)
+    metrics = json.loads((place / "reports" / "demo" / "base-conditional" / "metrics.json").read_text())
+    held = metrics["held_out"]
+    assert held["told"] < held["class_only"] < held["untold"] - 0.3 < np.log(CODES), held
+    assert metrics["classes"] == 4 and held["images"] == 49 and about["model"]["name"] == "base"
+    assert torch.allclose(model.centroids.norm(dim=1), torch.full((WORDS,), 6**0.5), atol=1e-5)
+    assert main(command(shards, "--set", "condition.epochs=40", "--resume")) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert main(command(shards, "--resume")) == 2
+    assert "epochs: 40 -> 5" in capsys.readouterr().err
+
+
+def test_kill_9_and_resume_is_bit_exact(place, shards):
+    options = ("--set", "condition.epochs=30", "--set", "condition.dropout=0.1")
+    module = [sys.executable, "-m", "train.eval.condition", *command(shards, *options)[1:]]
+    process = subprocess.Popen(module, env=ENV, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(place.glob("work/condition-*/checkpoints/step-00000006.pt")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (place / "runs" / "demo").exists()
+    assert main(command(shards, *options, "--resume")) == 0
+    assert main(command(shards, *options, "--out", "whole", "--reports", "r")) == 0
+    paths = (place / "runs" / "demo" / "base-conditional", place / "whole")
+    broken, whole = (load_conditional(path)[0].state_dict() for path in paths)
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    curves = [[row["loss"] for row in read_log(path / "log.jsonl")] for path in paths]
+    assert curves[0] == curves[1] and len(curves[0]) == 120
+
+
+@pytest.mark.slow
+def test_two_processes_reproduce_the_curve(place, shards):
+    assert main(command(shards)) == 0
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    module = [*runner, "-m", "train.eval.condition", *command(shards, "--out", "two", "--reports", "r")[1:]]
+    process = subprocess.run(module, env=ENV, stderr=subprocess.PIPE, text=True, timeout=180, check=False)
+    assert process.returncode == 0, process.stderr
+    one, two = (read_log(path / "log.jsonl") for path in (place / "runs" / "demo" / "base-conditional", place / "two"))
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=2e-4)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+def test_class_embeddings_come_from_a_file(place, shards, suffix):
+    table, path = np.random.default_rng(0).normal(size=(7, 10)).astype(np.float16), place / f"clip.{suffix}"
+    np.save(path, table) if suffix == "npy" else save_file({"text": torch.from_numpy(table)}, path)
+    options = ("--set", f"condition.class_embeddings={path}", "--set", "condition.centroids=false")
+    assert main(command(shards, *options, "--set", "condition.epochs=1")) == 0
+    model, _ = load_conditional(place / "runs" / "demo" / "base-conditional")
+    want = F.normalize(torch.from_numpy(table).float(), dim=1) * 10**0.5
+    assert model.null_class == 7 and model.word_embed is None and torch.allclose(model.class_vectors, want)
+    path.rename(place / f"moved.{suffix}")
+    moved = ("--set", f"condition.class_embeddings=moved.{suffix}", *options[2:], "--set", "condition.epochs=1")
+    assert main(command(shards, *moved, "--resume")) == 0, "the bytes count, not the path"
+
+
+def write_wrong(place: Path) -> None:
+    np.save(place / "few.npy", np.zeros((3, 5), np.float32))
+    np.save(place / "flat.npy", np.zeros(5, np.float32))
+    save_file({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, place / "two.safetensors")
+    write_tokens(place / "other", seed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (("--set", "condition.class_embeddings=few.npy"), 2, ("few.npy has 3 rows", "labels up to 3")),
+        (("--set", "condition.class_embeddings=flat.npy"), 1, ("flat.npy", "(classes, width)")),
+        (("--set", "condition.class_embeddings=two.safetensors"), 1, ("two.safetensors holds 2 tensors", "a, b")),
+        (("--set", "condition.class_embeddings=none.npy"), 1, ("none.npy does not exist",)),
+        (("--set", "condition.label_dropouts=0.1"), 2, ("condition.label_dropouts is unknown", "label_dropout")),
+        (("--set", "condition.held_out=[test]"), 1, ("no split 'test'",)),
+        (("--shards", "other"), 1, ("other", "seed: 0 -> 1")),
+        (("--shards", "nowhere"), 2, ("nowhere",)),
+        (("--model", "runs/none"), 1, ("runs/none", "does not exist")),
+    ],
+)
+def test_mistakes_are_named(place, shards, capsys, options, status, words):
+    write_wrong(place)
+    assert main(command(shards, *options)) == status
+    told = capsys.readouterr().err
+    assert all(word in told for word in words), told
+    assert not (place / "runs" / "demo").exists()
+
+
+def test_defaults_are_table_a5():
+    from pipeline.schema.generate import Condition
+
+    c = Condition()
+    assert (c.base_lr, c.weight_decay, c.betas, c.batch, c.epochs) == (1.5e-4, 0.05, [0.9, 0.95], 4096, 300)
+    assert (c.warmup_epochs, c.clip, c.label_smoothing, c.dropout) == (5, 3.0, 0.1, 0.5)
+    assert (c.mask.min, c.mask.max, c.mask.mode, c.mask.std) == (0.5, 1.0, 0.55, 0.25)
