@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 INSTALLED := $(VENV)/installed-$(EXTRA)
 TESTING := $(VENV)/installed-$(EXTRA)-test
 
-.PHONY: help demo test lint format preset graph check demo-weights figures clean
+.PHONY: help demo test lint format preset graph check demo-weights replicate figures clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -58,6 +58,9 @@ demo-weights: $(INSTALLED) ## train the demo's VQGAN and teacher again (the ship
 	python -m demo.images --out demo/assets/images
 	python -m demo.train_teacher
 	python -m demo.train_vqgan --grid docs/figures/demo_reconstructions.png
+
+replicate: $(INSTALLED) ## the papers' comparisons on the demo's tokens, over seeds (make demo first; about an hour)
+	python -m replicate.lease
 
 figures: ## cut the README's picture from the demo's reports
 	python -m demo.figures

@@ -9,7 +9,9 @@ ACTIONS: dict[str, tuple[str, str]] = {
     "knn": ("train.eval.knn", "nearest-neighbour vote on frozen features, also on shifted datasets"),
     "few-shot": ("train.eval.few_shot", "linear probe on a few images per class, mean and spread over seeds"),
     "fine-tune": ("train.eval.finetune", "train the whole encoder as a classifier, from images"),
-    "fid": ("train.eval.fid", "image scores of a folder of samples"),
+    "fid": ("train.eval.fid", "image scores of a folder of samples: FID, IS, KID, precision, recall, or the teacher's"),
+    "reference": ("train.eval.reference", "the 256-pixel PNGs of a split that fid_val50k compares with"),
+    "nearest": ("train.eval.nearest", "samples beside their nearest training images"),
 }
 WIDTH = max(map(len, ACTIONS))
 EXAMPLE = "actions:\n" + "\n".join(f"  {name:<{WIDTH}}  {text}" for name, (_, text) in ACTIONS.items())

@@ -1,0 +1,44 @@
+"""The comparisons: which settings stand for which row of the papers' tables."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: a name in file names, what the paper calls it, the trainer's objective and `section.key=value` changes.
+
+    paper: figure name -> the number printed in the paper, at ImageNet scale.
+    """
+
+    name: str
+    title: str
+    objective: str
+    changes: tuple[str, ...] = ()
+    paper: dict[str, float] = field(default_factory=dict)
+
+
+def paper(probe: float, fid: float, inception: float) -> dict[str, float]:
+    """Linear-probe accuracy in per cent, FID and Inception score as printed."""
+    return {"probe": probe, "fid": fid, "is": inception}
+
+
+REC = "pretrain.lambda=0"  # the same model without its contrast
+SIDE = "pretrain.lease.contrast={}"
+NEIGHBOURS = "pretrain.lease.neighbours={}"
+
+# LEASE, ablation of the components on ImageNet-1k (ViT-B); Sorcen's row is of the main table, at 1,600 epochs.
+COMPONENTS = (
+    Variant("rec", "reconstruction only", "lease", (REC,), paper(73.62, 10.62, 79.59)),
+    Variant("lease", "LEASE: contrast on the encoder", "lease", (), paper(76.11, 10.35, 86.71)),
+    Variant("decoder", "contrast on the decoder", "lease", (SIDE.format("decoder"),), paper(74.20, 10.97, 78.73)),
+    Variant("both", "contrast on both", "lease", (SIDE.format("both"),), paper(76.07, 10.36, 84.33)),
+    Variant("sorcen", "Sorcen: echo contrast", "sorcen", (), paper(75.1, 9.61, 90.96)),
+)
+
+# LEASE, table B.7b: number of neighbours (IN200, 200 epochs); "lease" is the row with 5.
+NEIGHBOUR_COUNTS = (
+    Variant("neighbours-0", "0", "lease", (NEIGHBOURS.format(0),)),
+    Variant("lease", "5", "lease", (), paper(85.47, 16.33, 58.11)),
+    Variant("neighbours-15", "15", "lease", (NEIGHBOURS.format(15),), paper(85.50, 16.80, 57.25)),
+    Variant("neighbours-30", "30", "lease", (NEIGHBOURS.format(30),), paper(85.36, 16.31, 58.29)),
+)

@@ -1,0 +1,47 @@
+"""Run the package's own commands one after the other, each skipped when its result is there."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from semdict.cli import main
+
+
+def semdict(*arguments: str | Path | int) -> None:
+    """One command in this process, as a user would type it; ends the comparison when it fails."""
+    line = [str(argument) for argument in arguments]
+    started = time.monotonic()
+    print(f"$ semdict {' '.join(line)}", file=sys.stderr, flush=True)
+    if status := main(line):
+        raise SystemExit(f"semdict {line[0]} ended with {status}; mend it and run the same command again")
+    print(f"  {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file."""
+    return json.loads(path.read_text())
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Mean, sample standard deviation (0 for one value) and count."""
+    found = list(values)
+    return {
+        "mean": statistics.fmean(found),
+        "std": statistics.stdev(found) if len(found) > 1 else 0.0,
+        "runs": len(found),
+    }
+
+
+def plus_minus(cell: dict[str, float], digits: int = 2) -> str:
+    """ "mean ± std" of `spread`."""
+    return f"{cell['mean']:.{digits}f} ± {cell['std']:.{digits}f}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
