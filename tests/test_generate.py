@@ -10,10 +10,14 @@ import torch
 import yaml
 from PIL import Image
 
+from pipeline.schema import Generate
 from pipeline.shards import Block, ShardSpec, write_shards
 from pipeline.vqgan import load_vqgan
 from semdict.cli import main
 from tests import tiny
+from train.eval.canvases import known_images
+from train.eval.conditional import ConditionalConfig, ConditionalTransformer, load_conditional, save_conditional
+from train.eval.drawers import open_drawer
 from train.model import MaskedTokenTransformer, model_config
 from train.pretrained import load_pretrained, save_pretrained
 
@@ -33,16 +37,34 @@ def write_model(path: Path, codes: int = tiny.CODES) -> None:
     )
 
 
+def write_conditional(path: Path, words: int, disc: str = "d", **dropouts: float) -> None:
+    """The model of `write_model` that was told three classes, and words where `words` is not 0."""
+    base = load_pretrained(path.parent / "mage")[0]
+    model = ConditionalTransformer(ConditionalConfig(base.config, 3, 0, words, 6 if words else 0), base, seed=1)
+    rng = torch.Generator().manual_seed(0)
+    model.fill(None, torch.randn(words, 6, generator=rng))
+    with torch.no_grad():
+        model.class_embed.weight.mul_(3)
+        model.no_class.normal_(generator=rng)
+    recipe = {"crop": {"name": "a"}, "disc": {"name": disc}}
+    about = {"settings": {"label_dropout": 0.1, "word_dropout": 0.1, **dropouts}, "corpus": {"recipe": recipe}}
+    path.mkdir(parents=True, exist_ok=True)
+    save_conditional(path / "model.pt", model, about)
+
+
 def write_tokens(path: Path, recipe: dict) -> np.ndarray:
     """Random tokens of five images; the third has a bad status. Returns the good ones, (4, 256)."""
     rng = np.random.default_rng(0)
     gen = rng.integers(0, tiny.CODES, (ROWS, 1, 256)).astype(np.uint16)
     status = np.array([0, 0, 3, 0, 0], np.uint8)
-    gen[2] = 65535
+    disc = rng.integers(0, tiny.WORDS, gen.shape).astype(np.uint16)
+    gen[2], disc[2] = 65535, 65535
     index = pa.table({name: [name] * ROWS for name in ("key", "label_name", "reason")} | {"split": ["val"] * ROWS})
     index = index.select(["key", "split", "label_name", "reason"])
-    spec = ShardSpec(ROWS, [{"name": "centre"}], (16, 16), tiny.CODES, None, recipe, "f")
-    write_shards(path, spec, [Block(gen, None, np.zeros(ROWS, np.int32), status)], index)
+    spec = ShardSpec(
+        ROWS, [{"name": "centre"}], (16, 16), tiny.CODES, tiny.WORDS, {**recipe, "disc": {"name": "d"}}, "f"
+    )
+    write_shards(path, spec, [Block(gen, disc, np.arange(ROWS, dtype=np.int32) % 3, status)], index)
     return gen[status == 0, 0].astype(np.int64)
 
 
@@ -52,6 +74,9 @@ def world(tmp_path_factory) -> Path:
     tiny.make_vqgan(root / "vqgan.ckpt")
     write_model(root / "runs" / "mage")
     write_model(root / "runs" / "wide", codes=128)
+    for name, words, told in (("classes", 0, {}), ("words", tiny.WORDS, {}), ("always", 0, {"label_dropout": 0.0})):
+        write_conditional(root / "runs" / name, words, **told)
+    write_conditional(root / "runs" / "strange", tiny.WORDS, disc="e")
     np.save(root / "tokens.npy", write_tokens(root / "shards" / "tiny", {"crop": {"name": "a"}}))
     write_tokens(root / "shards" / "other", {"crop": {"name": "b"}})
     given = {"images": 4, "steps": 3, "batch": 3, "device": "cpu", "shown": 4}
@@ -126,6 +151,60 @@ def test_a_complete_folder_is_kept(world, capsys):
     assert generate("--out", "kept", "--resume", "--set", "generate.seed=5") == 2
 
 
+def drawn(name: str, task: str, *options: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Tokens and labels of a call on runs/`name`."""
+    out = "-".join([name, task, *options]).replace("/", "_")
+    given = [word for option in options for word in ("--set", f"generate.{option}")]
+    assert main(["generate", "--model", f"runs/{name}", "--task", task, "--out", out, *given]) == 0
+    found = np.load(Path(out) / "tokens.npz")
+    return found["gen"].astype(np.int64), found.get("labels")
+
+
+def test_classes_are_drawn_in_turn_and_matter(world):
+    everything, labels = drawn("classes", "class")
+    assert labels.tolist() == [0, 1, 2, 0]
+    chosen, labels = drawn("classes", "class", "classes=[2,0]")
+    assert labels.tolist() == [2, 0, 2, 0]
+    assert (everything == chosen).all(axis=1).tolist() == [False, False, True, True]
+    assert np.array_equal(drawn("classes", "class", "classes=[2,0]", "batch=1")[0], chosen)
+    assert (drawn("classes", "class", "scale=3.0")[0] != everything).any(axis=1).all()
+    nothing, labels = drawn("classes", "unconditional")
+    assert labels.tolist() == [3] * 4 and (nothing != everything).any(axis=1).all()
+
+
+def test_words_of_real_images_guide_where_the_model_knows_them(world):
+    told, labels = drawn("words", "class")
+    assert labels.tolist() == [0, 1, 0, 1], "the classes of the good rows"
+    untold, labels = drawn("words", "class", "words=false")
+    assert labels.tolist() == [0, 1, 2, 0] and (told[:2] != untold[:2]).any(axis=1).all()
+    only, labels = drawn("words", "class", "classes=[1]", "images=2")
+    assert labels.tolist() == [1, 1] and only.shape == (2, 256)
+
+
+def test_a_conditional_model_keeps_known_tokens(world):
+    found, labels = drawn("words", "inpaint", "box=[0,0,4,16]")
+    assert np.array_equal(found[:, 64:], np.load(world / "tokens.npy")[:, 64:])
+    assert labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.5])
+def test_guidance_contrasts_the_class_with_nothing(world, scale):
+    """Against two separate whole passes, and no guidance is the class alone."""
+    given = Generate(scale=scale, images=4)
+    drawer = open_drawer(Path("runs/words"), None, None, given, "class", torch.device("cpu"))
+    known = known_images(Path("shards/tiny"), "val", 4, [])
+    tokens = torch.from_numpy(known.gen).masked_fill(torch.arange(256) % 2 == 0, drawer.vocab.mask)
+    unknown = tokens == drawer.vocab.mask
+    model = load_conditional("runs/words")[0]
+    with torch.no_grad():
+        got = drawer.logits_at([1, 3], known)(tokens[[1, 3]], unknown[[1, 3]])
+        told = model.told(torch.tensor([1, 1]), torch.from_numpy(known.words[[1, 3]]))
+        nothing = model.told(torch.tensor([3, 3]), torch.full((2, 256), -1))
+        told, nothing = (one.logits_at(tokens[[1, 3]], unknown[[1, 3]]) for one in (told, nothing))
+    assert known.labels.tolist() == [0, 1, 0, 1] and not torch.allclose(told, nothing, atol=1e-2)
+    assert torch.allclose(got, (1 + scale) * told - scale * nothing, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -136,6 +215,20 @@ def test_a_complete_folder_is_kept(world, capsys):
         (("--task", "inpaint", "--set", "generate.box=[0,0,17,1]"), ("generate.box", "16 x 16")),
         (("--task", "inpaint", "--shards", "shards/other"), ("shards/other", "crop")),
         (("--task", "outpaint", "--shards", "nowhere"), ("nowhere",)),
+        (("--task", "class"), ("runs/mage knows no classes", "semdict condition")),
+        (
+            ("--model", "runs/classes", "--task", "class", "--set", "generate.classes=[0,3]"),
+            ("classes: 3", "3 classes"),
+        ),
+        (("--model", "runs/always", "--task", "class", "--set", "generate.scale=1.0"), ("label_dropout 0", "scale: 0")),
+        (("--model", "runs/always"), ("label_dropout 0",)),
+        (("--model", "runs/strange", "--task", "class"), ("another dictionary", "disc.name: e -> d")),
+        (("--model", "runs/words", "--task", "class", "--shards", "nowhere"), ("nowhere",)),
+        (
+            ("--model", "runs/words", "--task", "class", "--set", "generate.classes=[2]"),
+            ("0 images of the classes [2]",),
+        ),
+        (("--vqgan", "none.ckpt"), ("none.ckpt does not exist",)),
         (("--set", "generate.step=3"), ("generate.step is unknown", "generate.steps")),
     ],
 )

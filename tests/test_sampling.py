@@ -17,7 +17,6 @@ from train.eval.sampling import (
     confidence,
     decode_iteratively,
     draw_codes,
-    guided,
     least_confident,
 )
 from train.model import MaskedTokenTransformer, model_config
@@ -171,13 +170,6 @@ def test_low_temperature_keeps_the_most_confident():
     unknown = torch.tensor([[True, True, True, False, True]])
     again = least_confident(confidence(chance, torch.zeros(1, 5), 0.0), unknown, torch.tensor([2]))
     assert again.tolist() == [[False, True, False, False, True]]
-
-
-def test_guidance_has_its_limits():
-    told, nothing = torch.randn(4, 9), torch.randn(4, 9)
-    assert torch.allclose(guided(told, nothing, 0.0), told, atol=1e-6)
-    assert torch.allclose(guided(told, told, 5.0), told, atol=1e-6)
-    assert torch.allclose(guided(told, nothing, 2.0), 3 * told - 2 * nothing, atol=1e-5)
 
 
 def test_tasks_hide_what_they_say():

@@ -23,17 +23,23 @@ class Known:
     rows: np.ndarray
 
 
-def known_images(path: Path, split: str, count: int) -> Known:
-    """The first `count` good rows of a split, in their first view; UsageError when there are not that many."""
+def known_images(path: Path, split: str, count: int, classes: list[int]) -> Known:
+    """The first `count` good rows of a split (of these classes, [] = all), in their first view.
+
+    UsageError when there are not that many.
+    """
     from pipeline.shards import open_shards
 
     loaded = open_shards(path).load(split)
-    if count > len(loaded.rows):
+    at = np.flatnonzero(np.isin(loaded.label, classes)) if classes else np.arange(len(loaded.rows))
+    if count > len(at):
+        which = f" of the classes {classes}" if classes else ""
         raise UsageError(
-            f"generate.images is {count}, split {split!r} of {path} has {len(loaded.rows)} images; ask for fewer"
+            f"generate.images is {count}, split {split!r} of {path} has {len(at)} images{which}; ask for fewer"
         )
-    words = None if loaded.disc is None else loaded.disc[:count, 0].astype(np.int64)
-    return Known(loaded.gen[:count, 0].astype(np.int64), words, loaded.label[:count], loaded.rows[:count])
+    at = at[:count]
+    words = None if loaded.disc is None else loaded.disc[at, 0].astype(np.int64)
+    return Known(loaded.gen[at, 0].astype(np.int64), words, loaded.label[at], loaded.rows[at])
 
 
 def box_cells(box: list[int], grid: int) -> Tensor:

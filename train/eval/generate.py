@@ -1,8 +1,9 @@
 """`semdict generate`: images from a masked-token model, from nothing or around known cells; PNG files and a grid."""
 
 import argparse
+import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,16 @@ from pipeline.device import reduced_precision, resolve_device
 from pipeline.errors import UsageError
 from pipeline.files import publish_dir, sha256_file, sha256_json, write_json
 from pipeline.memory import keep_freed_memory
+from pipeline.safeload import existing_file
 from train.eval.canvases import Known, hidden_cells, known_images
-from train.eval.encoder import load_encoder, run_name
-from train.eval.sampling import LAST, Decoding, ImageDraws, LogitsAt, decode_iteratively, guided
+from train.eval.drawers import open_drawer
+from train.eval.encoder import run_name
+from train.eval.sampling import LAST, Decoding, ImageDraws, decode_iteratively
+from train.loader import recipe_of
 
 if TYPE_CHECKING:
     from pipeline.schema import Params
+    from pipeline.shards import TokenShards
     from pipeline.vqgan import Vqgan
 
 EXAMPLE = """examples:
@@ -31,12 +36,14 @@ EXAMPLE = """examples:
   semdict generate --model runs/demo/lease --task reconstruct --set generate.mask_ratio=0.75
   semdict generate --model runs/demo/lease-conditional --task class --set generate.classes=[0,3]
 
-Writes images/000000.png ..., tokens.npz, grid.png, generate.json. An image's tokens depend on the seed and its number
-only; pixels may differ by one grey level where another batch size makes convolutions round otherwise."""
+Writes images/000000.png ..., tokens.npz, grid.png, generate.json. An image's tokens depend on the seed and its number,
+not on its batch; pixels may differ by one grey level where another batch size makes convolutions round otherwise.
+A conditional model that knows centroids takes those of real images of the split, unless generate.words is false."""
 
 TASKS = ("unconditional", "class", "inpaint", "outpaint", "reconstruct")
 STARTED = ("inpaint", "outpaint", "reconstruct")  # tasks that start from real images
 FREE = {"device", "batch", "shown"}  # how it is carried out, not what comes out
+OWN = {"box": ("inpaint", "outpaint"), "mask_ratio": ("reconstruct",), "classes": ("class",), "words": ("class",)}
 CARD = "generate.json"
 PNG = "{:06d}.png"
 
@@ -83,33 +90,15 @@ class Drawing:
         self.device = torch.device(resolve_device(self.given.device))
         self.weights = args.vqgan or Path(params.vqgan.weights)
         self.shards = args.shards or Path("shards") / params.preset
-        if self.task == "class":
-            from train.eval.conditional import load_conditional
-
-            self.model = load_conditional(args.model).to(self.device).eval()
-            self.family, self.sha256 = self.model.config.base.family, sha256_file(self.model_file(args.model))
-            self.vocab, self.grid = self.model.config.base.vocab, self.model.config.base.grid
-        else:
-            encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads, self.device)
-            self.encoder, self.model, self.sha256 = encoder, encoder.model, encoder.sha256
-            self.family, self.vocab, self.grid = encoder.model.config.family, *self.size(encoder.model)
-
-    @staticmethod
-    def size(model: Any) -> tuple[Any, int]:
-        """Vocabulary and cells per side."""
-        return model.config.vocab, model.config.grid
-
-    @staticmethod
-    def model_file(path: Path) -> Path:
-        """The file whose SHA-256 names the model."""
-        from train.pretrained import MODEL
-
-        return path / MODEL if path.is_dir() else path
+        self.drawer = open_drawer(
+            args.model, args.num_heads, args.decoder_num_heads, self.given, self.task, self.device
+        )  # fmt: skip
+        self.vocab, self.grid = self.drawer.vocab, self.drawer.grid
 
     @cached_property
     def how(self) -> Decoding:
         """Steps, temperature, and what becomes of the last cell."""
-        last = LAST[self.family] if self.given.last == "family" else self.given.last
+        last = LAST[self.drawer.family] if self.given.last == "family" else self.given.last
         return Decoding(self.given.steps, self.given.temperature, last)
 
     @cached_property
@@ -126,95 +115,88 @@ class Drawing:
         return vqgan
 
     @cached_property
-    def known(self) -> Known | None:
-        """Real images, for the tasks that start from them and for guidance by an image's words."""
-        if self.task not in STARTED and not (self.task == "class" and self.model.config.centroids):
+    def tokens(self) -> "TokenShards | None":
+        """The real images, where the task starts from them or the model is told their words; checked to fit it."""
+        drawer = self.drawer
+        if self.task not in STARTED and not drawer.takes_words:
             return None
         from pipeline.shards import open_shards
 
         found = open_shards(self.shards)
-        if self.task in STARTED:
-            self.encoder.check_tokens(self.shards, int(found.gen_sizes.max()), found.spec.length, found.recipe)
-        return known_images(self.shards, self.given.split, self.count)
+        drawer.encoder.check_tokens(self.shards, int(found.gen_sizes.max()), found.spec.length, found.recipe)
+        if drawer.takes_words:
+            drawer.check_words(self.shards, found.recipe)
+        return found
+
+    @cached_property
+    def known(self) -> Known | None:
+        """Tokens of the first of those images."""
+        classes = self.given.classes if self.task == "class" else []
+        return None if self.tokens is None else known_images(self.shards, self.given.split, self.count, classes)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All that decides what the images look like."""
-        given = {name: value for name, value in self.given.model_dump().items() if name not in FREE}
-        tokens = {"shards": str(self.shards), "split": given["split"]} if self.known is not None else {}
+        unused = FREE | {name for name, tasks in OWN.items() if self.task not in tasks}
+        if self.tokens is None:
+            unused.add("split")
+        given = {name: value for name, value in self.given.model_dump().items() if name not in unused}
         return {
-            "task": self.task, **given, "last": self.how.last, "family": self.family, "model": str(self.args.model),
-            "model_sha256": self.sha256, "vqgan_sha256": sha256_file(self.weights), "ema": False, **tokens,
+            **given, "task": self.task, "last": self.how.last, "family": self.drawer.family, "ema": False,
+            "model_sha256": self.drawer.encoder.sha256, "vqgan_sha256": sha256_file(existing_file(self.weights)),
+            "tokens": None if self.tokens is None else recipe_of(self.tokens.meta),
         }  # fmt: skip
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the folder says of itself: the settings, their fingerprint, and where things were."""
+        places = {"model": str(self.args.model), "vqgan": str(self.weights), "device": self.device.type}
+        if self.tokens is not None:
+            places["shards"] = str(self.shards)
+        return {**self.settings, **places, "fingerprint": sha256_json(self.settings)[:16]}
 
     def made(self, card: Path) -> bool:
         """Whether a folder's card tells of these settings."""
-        import json
-
-        return json.loads(card.read_text()).get("fingerprint") == sha256_json(self.settings)[:16]
+        return json.loads(card.read_text()).get("fingerprint") == self.card["fingerprint"]
 
     def draw(self, folder: Path) -> None:
         """All images, a batch at a time; files are written while the next batch is drawn."""
+        _ = self.vqgan, self.known  # what does not fit is told before anything is drawn
         tokens, shown = [], []
         (folder / "images").mkdir()
         with ThreadPoolExecutor(4) as pool:
-            written = []
+            written: list[Future] = []
             for start in range(0, self.count, self.given.batch):
                 numbers = list(range(start, min(start + self.given.batch, self.count)))
                 canvas_BL, drawn_BL, images = self.batch(numbers)
                 tokens.append(drawn_BL.cpu().numpy().astype(np.uint16))
-                written += [pool.submit(save_png, folder / "images", n, image)
-                            for n, image in zip(numbers, images, strict=True)]  # fmt: skip
+                for job in written:  # at most one batch of pictures waits
+                    job.result()
+                written = [pool.submit(save_png, folder / "images", n, image)
+                           for n, image in zip(numbers, images, strict=True)]  # fmt: skip
                 if len(shown) < self.given.shown:
                     shown += self.bands(numbers, canvas_BL, images)
                 print(f"\rgenerate  {numbers[-1] + 1}/{self.count} images", end="", file=sys.stderr, flush=True)
             for job in written:
                 job.result()
         print(file=sys.stderr)
-        labels = {"labels": self.labels(list(range(self.count)))} if self.task == "class" else {}
-        np.savez(folder / "tokens.npz", gen=np.concatenate(tokens), **labels)
+        labels = self.drawer.labels(list(range(self.count)), self.known)
+        np.savez(folder / "tokens.npz", gen=np.concatenate(tokens), **({} if labels is None else {"labels": labels}))
         self.save_grid(folder / "grid.png", shown)
-        print_name = sha256_json(self.settings)[:16]
-        write_json(folder / CARD, {**self.settings, "fingerprint": print_name, "device": self.device.type})
+        write_json(folder / CARD, self.card)
 
     def batch(self, numbers: list[int]) -> tuple[Tensor, Tensor, np.ndarray]:
         """Canvas (B, L), drawn codes (B, L) and images (B, H, W, 3) uint8 of the images with these numbers."""
         hidden = hidden_cells(self.task, self.grid, self.given.box, self.given.mask_ratio, self.seed, numbers)
         start = torch.zeros(hidden.shape, dtype=torch.int64)
-        if self.known is not None and self.task in STARTED:
+        if self.task in STARTED:
             start = torch.from_numpy(self.known.gen[numbers])
         canvas_BL = start.masked_fill(hidden, self.vocab.mask).to(self.device)
         draws = ImageDraws(self.seed, numbers)
         with torch.inference_mode(), reduced_precision(self.device, self.given.precision):
-            drawn_BL = decode_iteratively(self.logits_at(numbers), canvas_BL, self.vocab.mask, draws, self.how)
+            logits_at = self.drawer.logits_at(numbers, self.known)
+            drawn_BL = decode_iteratively(logits_at, canvas_BL, self.vocab.mask, draws, self.how)
         return canvas_BL, drawn_BL, self.pixels(drawn_BL)
-
-    def logits_at(self, numbers: list[int]) -> LogitsAt:
-        """Logits of the unknown cells only: of the plain model, or guided by each image's class."""
-        if self.task != "class":
-            return lambda tokens, unknown: self.model.logits_at(tokens, unknown)
-        labels_B = torch.from_numpy(self.labels(numbers)).to(self.device)
-        words = self.known.words if self.known is not None else None
-        words_BL = None if words is None else torch.from_numpy(words[numbers]).to(self.device)
-
-        def at(tokens_BL: Tensor, unknown_BL: Tensor) -> Tensor:
-            told = self.model.logits(tokens_BL, labels_B, words_BL)[unknown_BL]
-            if not self.given.scale:
-                return told
-            nothing_B = torch.full_like(labels_B, self.model.null_class)
-            return guided(told, self.model.logits(tokens_BL, nothing_B, words_BL)[unknown_BL], self.given.scale)
-
-        return at
-
-    def labels(self, numbers: list[int]) -> np.ndarray:
-        """(B,) int64 class of each image: those asked for in turn, or those of the images whose words guide."""
-        if self.known is not None and self.task == "class":
-            return self.known.labels[numbers].astype(np.int64)
-        classes = self.given.classes or list(range(self.model.null_class))
-        for label in classes:
-            if label >= self.model.null_class:
-                raise UsageError(f"generate.classes: {label} is not below the model's {self.model.null_class} classes")
-        return np.array([classes[number % len(classes)] for number in numbers])
 
     def pixels(self, tokens_BL: Tensor) -> np.ndarray:
         """(B, H, W, 3) uint8, 255 x cut off as the published scripts do, or rounded half up."""

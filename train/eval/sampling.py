@@ -114,8 +114,3 @@ def least_confident(confidence_BL: Tensor, unknown_BL: Tensor, hidden_B: Tensor)
     """(B, L) bool: the `hidden_B` unknown cells of lowest confidence; known cells never."""
     rank_BL = confidence_BL.masked_fill(~unknown_BL, math.inf).argsort(1).argsort(1)
     return rank_BL < hidden_B[:, None]
-
-
-def guided(conditional_nK: Tensor, unconditional_nK: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (arXiv:2207.12598): unconditional + (1 + scale) (conditional - unconditional)."""
-    return unconditional_nK + (1 + scale) * (conditional_nK - unconditional_nK)
