@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import in_turns
-from train.eval.sampling import Decoding, ImageDraws, decode_iteratively
+from train.eval.sampling import Decoding, ImageDraws, decode_iteratively, once_where_equal
 from train.model import SIZES, MaskedTokenTransformer, model_config
 from train.vocab import LEASE
 
@@ -50,7 +50,9 @@ def versions(model: MaskedTokenTransformer, batch: int, how: Decoding) -> dict[s
 
     def ours(numbers: list[int]) -> Tensor:
         canvas = torch.full((len(numbers), 256), model.mask_token, device=device)
-        return decode_iteratively(model.logits_at, canvas, model.mask_token, ImageDraws(0, numbers), how)
+        return decode_iteratively(
+            once_where_equal(model.logits_at), canvas, model.mask_token, ImageDraws(0, numbers), how
+        )
 
     return {
         "batched": lambda: ours(list(range(batch))),

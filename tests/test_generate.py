@@ -113,8 +113,19 @@ def test_files_say_what_was_drawn(world, capsys):
     assert sorted(p.name for p in (world / "a").iterdir()) == ["generate.json", "grid.png", "images", "tokens.npz"]
     drawn = tokens(world / "a")
     decoded = load_vqgan(world / "vqgan.ckpt").decode(torch.from_numpy(drawn)).clamp(0, 1) * 255
-    assert differ(pixels(world / "a"), decoded.floor().byte().permute(0, 2, 3, 1).numpy()) <= 1
+    exact = decoded.permute(0, 2, 3, 1).numpy()
+    assert differ(pixels(world / "a"), np.floor(exact)) <= 1
+    assert np.mean(pixels(world / "a") != np.floor(exact)) < 0.01, "cut off, not rounded"
+    assert generate("--out", "rounded", "--set", "generate.uint8=round") == 0
+    assert np.mean(pixels(world / "rounded") != np.floor(exact + 0.5)) < 0.01
     assert len(np.unique(drawn)) > 20 and len({tuple(row) for row in drawn}) == 4
+
+
+def test_the_tokenizer_decodes_a_few_images_at_a_time(world, monkeypatch):
+    assert generate("--out", "at-once") == 0
+    monkeypatch.setattr("train.eval.generate.DECODED", 1)
+    assert generate("--out", "apart") == 0
+    assert differ(pixels(world / "at-once"), pixels(world / "apart")) <= 1
 
 
 def test_batch_size_changes_nothing_and_the_seed_everything(world):

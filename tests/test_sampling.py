@@ -18,6 +18,7 @@ from train.eval.sampling import (
     decode_iteratively,
     draw_codes,
     least_confident,
+    once_where_equal,
 )
 from train.model import MaskedTokenTransformer, model_config
 from train.released import load_released
@@ -134,6 +135,54 @@ def test_an_image_does_not_depend_on_its_batch(model):
     assert len({tuple(row) for row in together.tolist()}) == 5, "images differ"
     assert torch.equal(draw([4, 2]), together[[4, 2]])
     assert torch.equal(torch.cat([draw([n]) for n in range(5)]), together)
+
+
+@pytest.mark.parametrize("last", ["argmax", "sampled"])
+def test_the_whole_way_is_the_published_one(model, last):
+    """The loop written out from the description of the published code, one image at a time, with the same numbers."""
+    steps, known = 5, 3
+    canvas = torch.full((2, 16), model.mask_token)
+    canvas[:, :known] = torch.tensor([4, 9, 1])
+    how = Decoding(steps, 4.5, last)
+    got = decode_iteratively(model.logits_at, canvas, model.mask_token, ImageDraws(8, [0, 1]), how)
+        model.logits_at, canvas, model.mask_token, ImageDraws(8, [0, 1]), Decoding(steps, 4.5, last)
+    )
+    for image in (0, 1):
+        draws, tokens = ImageDraws(8, [image]), canvas[image].clone()
+        for step in range(steps):
+            unknown = np.flatnonzero(tokens == model.mask_token)
+            chances = model.logits(tokens[None])[0].double().softmax(-1).numpy()
+            place, noise = draws.uniform(16)[0], draws.gumbel(16)[0]
+            filled, sure = tokens.clone(), np.full(16, np.inf)
+            for cell in unknown:
+                below = np.cumsum(chances[cell])
+                filled[cell] = int(np.searchsorted(below, place[cell] * below[-1], side="right"))
+                sure[cell] = np.log(chances[cell, filled[cell]]) + 4.5 * (1 - (step + 1) / steps) * noise[cell]
+            ratio = math.cos(math.pi / 2 * (step + 1) / steps)
+            hidden = max(1, min(len(unknown) - 1, math.floor((16 - known) * ratio)))
+            tokens = filled.clone()
+            tokens[torch.from_numpy(sure <= np.sort(sure)[hidden - 1])] = model.mask_token
+        if last == "argmax":
+            filled = torch.where(tokens == model.mask_token, model.logits(tokens[None])[0].argmax(-1), tokens)
+        assert torch.equal(got[image], filled)
+
+
+def test_equal_canvases_take_one_pass(model):
+    """Images from nothing share the first pass; with known cells, or once they differ, each has its own."""
+    seen = []
+
+    def counted(tokens, unknown):
+        seen.append(len(tokens))
+        return model.logits_at(tokens, unknown)
+
+    canvas = torch.full((3, 16), model.mask_token)
+    canvas[:, 5] = 2
+    for differ in (False, True):
+        canvas[1, 5] = 3 if differ else 2
+        unknown = canvas == model.mask_token
+        got = once_where_equal(counted)(canvas, unknown)
+        assert torch.allclose(got, model.logits_at(canvas, unknown), atol=1e-5)
+    assert seen == [1, 3]
 
 
 @settings(max_examples=40, deadline=None)

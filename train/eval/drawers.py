@@ -15,7 +15,7 @@ from train.checkpoint import differences
 from train.eval.canvases import Known
 from train.eval.conditional import KIND, ConditionalTransformer, load_conditional
 from train.eval.encoder import Encoder, load_encoder, run_name
-from train.eval.sampling import LogitsAt
+from train.eval.sampling import LogitsAt, once_where_equal
 from train.pretrained import MODEL
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Plain:
 
     def logits_at(self, numbers: list[int], known: Known | None) -> LogitsAt:
         """(n, K) logits of the unknown cells of the images with these numbers."""
-        return self.encoder.model.logits_at
+        return once_where_equal(self.encoder.model.logits_at)
 
 
 class Classed(Plain):

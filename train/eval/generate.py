@@ -44,6 +44,7 @@ TASKS = ("unconditional", "class", "inpaint", "outpaint", "reconstruct")
 STARTED = ("inpaint", "outpaint", "reconstruct")  # tasks that start from real images
 FREE = {"device", "batch", "shown"}  # how it is carried out, not what comes out
 OWN = {"box": ("inpaint", "outpaint"), "mask_ratio": ("reconstruct",), "classes": ("class",), "words": ("class",)}
+DECODED = 16  # images the VQGAN decodes at once: its widest maps take 32 MiB each
 CARD = "generate.json"
 PNG = "{:06d}.png"
 
@@ -142,7 +143,8 @@ class Drawing:
             unused.add("split")
         given = {name: value for name, value in self.given.model_dump().items() if name not in unused}
         return {
-            **given, "task": self.task, "last": self.how.last, "family": self.drawer.family, "ema": False,
+            **given, "task": self.task, "family": self.drawer.family, "ema": False,
+            "schedule": "cosine", "last": self.how.last,
             "model_sha256": self.drawer.encoder.sha256, "vqgan_sha256": sha256_file(existing_file(self.weights)),
             "tokens": None if self.tokens is None else recipe_of(self.tokens.meta),
         }  # fmt: skip
@@ -200,11 +202,13 @@ class Drawing:
 
     def pixels(self, tokens_BL: Tensor) -> np.ndarray:
         """(B, H, W, 3) uint8, 255 x cut off as the published scripts do, or rounded half up."""
+        half = 0.5 if self.given.uint8 == "round" else 0.0
+        parts = []
         with torch.inference_mode():
-            scaled = self.vqgan.decode(tokens_BL).float().clamp(0, 1) * 255
-        if self.given.uint8 == "round":
-            scaled = scaled + 0.5
-        return scaled.floor().byte().permute(0, 2, 3, 1).cpu().numpy()
+            for part_BL in tokens_BL.split(DECODED):
+                scaled = self.vqgan.decode(part_BL).float().clamp(0, 1) * 255 + half
+                parts.append(scaled.floor().byte().permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(parts)
 
     def bands(self, numbers: list[int], canvas_BL: Tensor, images: np.ndarray) -> list[tuple[np.ndarray, ...]]:
         """What the grid shows of each image of a batch: the result, or original, what was known, result."""

@@ -78,6 +78,20 @@ def decode_iteratively(logits_at: LogitsAt, canvas_BL: Tensor, mask: int, draws:
     return tokens_BL
 
 
+def once_where_equal(logits_at: LogitsAt) -> LogitsAt:
+    """The same logits, of one pass over one image where all canvases are equal: the first step of images from nothing.
+
+    Only for a model that is told nothing but the canvas.
+    """
+
+    def at(tokens_BL: Tensor, unknown_BL: Tensor) -> Tensor:
+        if len(tokens_BL) > 1 and bool((tokens_BL == tokens_BL[:1]).all()):
+            return logits_at(tokens_BL[:1], unknown_BL[:1]).repeat(len(tokens_BL), 1)
+        return logits_at(tokens_BL, unknown_BL)
+
+    return at
+
+
 def draw_codes(logits_nK: Tensor, tokens_BL: Tensor, unknown_BL: Tensor, draws: ImageDraws) -> tuple[Tensor, Tensor]:
     """A code from softmax(logits) for every unknown cell, and its probability (B, L) float64 (1 at known cells).
 
