@@ -145,8 +145,6 @@ def test_the_whole_way_is_the_published_one(model, last):
     canvas[:, :known] = torch.tensor([4, 9, 1])
     how = Decoding(steps, 4.5, last)
     got = decode_iteratively(model.logits_at, canvas, model.mask_token, ImageDraws(8, [0, 1]), how)
-        model.logits_at, canvas, model.mask_token, ImageDraws(8, [0, 1]), Decoding(steps, 4.5, last)
-    )
     for image in (0, 1):
         draws, tokens = ImageDraws(8, [image]), canvas[image].clone()
         for step in range(steps):
