@@ -3,8 +3,9 @@
 from pydantic import model_validator
 
 from pipeline.schema.base import Name, Section
+from pipeline.schema.condition import Condition
 from pipeline.schema.evaluate import Evaluate
-from pipeline.schema.generate import Condition, Generate
+from pipeline.schema.generate import Generate
 from pipeline.schema.pretrain import Pretrain
 from pipeline.schema.scores import Scores
 from pipeline.schema.tokens import (

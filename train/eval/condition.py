@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 EXAMPLE = """examples:
   semdict condition --model runs/demo/lease
   semdict condition --model runs/demo/lease --resume           continue after a kill; a complete run is left alone
-  semdict condition --model runs/in1k/lease --set condition.class_embeddings=weights/clip_in1k.npy
+  semdict condition --model runs/in1k/lease --embeddings weights/clip_in1k.npy
   semdict condition --model runs/demo/mage --set condition.centroids=false --out runs/demo/mage-classes
   torchrun --nproc-per-node 8 -m train.eval.condition --model runs/in1k/lease
 
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=int, help="of a released encoder whose width is none of the published")
     parser.add_argument("--decoder-num-heads", type=int, help="likewise")
     parser.add_argument("--shards", type=Path, help="token shards (default shards/<preset>)")
+    parser.add_argument("--embeddings", help="one row per class, .npy or .safetensors; condition.class_embeddings")
     add_run_arguments(parser, "<name of the model>-conditional")
 
 
@@ -73,7 +74,9 @@ class Session:
     """One call of the command."""
 
     def __init__(self, args: argparse.Namespace, params: "Params", world: dist.World) -> None:
-        self.given, self.world, self.resume = params.condition, world, args.resume
+        given = params.condition
+        self.given = given.model_copy(update={"class_embeddings": args.embeddings}) if args.embeddings else given
+        self.world, self.resume = world, args.resume
         self.encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads)
         preset, name = params.preset, f"{self.encoder.name}-conditional"
         self.corpus = Corpus.of(args.shards or Path("shards") / preset, streaming=False)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import WeightsError
+from pipeline.errors import UsageError, WeightsError
 from pipeline.files import write_aside
 from pipeline.safeload import load_checkpoint
 from train.draws import rand_rows
@@ -22,7 +22,7 @@ from train.objectives import Batch, Mage, Masking, Scalars
 from train.pretrained import MODEL
 
 KIND = "semdict-conditional"
-DECODER = ("decoder_embed", "decoder_position", "decoder_blocks", "decoder_norm", "token_head")  # what is fine-tuned
+DECODER = ("decoder_embed", "decoder_position", "decoder_blocks", "decoder_norm")  # what is fine-tuned; no token head
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,13 @@ class ConditionalConfig:
     words: int = 0
     word_width: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of numbers and strings for a file; `from_dict` is the way back."""
+        return asdict(self)
+
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "ConditionalConfig":
-        """The configuration that `dataclasses.asdict` wrote."""
+        """The configuration that `to_dict` wrote."""
         return cls(**{**given, "base": ModelConfig.from_dict(given["base"])})
 
 
@@ -51,7 +55,8 @@ class ConditionalTransformer(nn.Module):
 
     Class rows are W e + b with e the class's embedding at unit length times sqrt(D), or a learned table. Centroid rows
     are W' C[word] + b' plus the decoder's position of their cell. What is not told is a learned row of its own, so that
-    class and centroids can each be left out. Only the decoder and the new rows take gradients.
+    class and centroids can each be left out. Only the decoder and the new rows take gradients: "the encoder and rest of
+    the elements" stay frozen (section A), and so does the token head.
     """
 
     def __init__(self, config: ConditionalConfig, base: MaskedTokenTransformer | None = None, seed: int = 0) -> None:
@@ -116,9 +121,20 @@ class ConditionalTransformer(nn.Module):
         rows_BLF = torch.where((words_BL >= 0)[..., None], rows_BLF, self.no_word.to(rows_BLF.dtype))
         return rows_BLF + self.base.decoder_position.weight[1 : 1 + words_BL.shape[1]]
 
-    def told(self, labels_B: Tensor, words_BL: Tensor | None) -> "Told":
-        """The model with its condition made once, for any number of passes."""
+    def told(self, labels_B: Tensor, words_BL: Tensor | None = None) -> "Told":
+        """The model with its condition made once, for any number of passes; UsageError when it knows no such thing."""
+        refuse_beyond("label", labels_B, 0, self.null_class)
+        if words_BL is not None:
+            if self.word_embed is None:
+                raise UsageError("this model was not taught words; train it with condition.centroids: true")
+            refuse_beyond("word", words_BL, -1, self.config.words - 1)
         return Told(self, self.beside(labels_B, words_BL))
+
+    def logits(self, tokens_BL: Tensor, labels_B: Tensor, words_BL: Tensor | None = None) -> Tensor:
+        """(B, L, codes) for a canvas with the mask id at unknown cells; `null_class` and no words tell nothing."""
+        told = self.told(labels_B, words_BL)
+        features_BLF = told.decode(told.encode(tokens_BL), tokens_BL == self.base.mask_token)
+        return told.token_logits(features_BLF[:, 1:])
 
 
 class Told:
@@ -165,7 +181,7 @@ class Telling(Mage):
         self, model: ConditionalTransformer, batch: Batch, rng: torch.Generator, epoch: float = 0.0
     ) -> tuple[Tensor, Scalars]:
         labels_B, words_BL = self.withhold(*conditions(batch, model), model.null_class, rng)
-        told = model.told(labels_B, words_BL)
+        told = Told(model, model.beside(labels_B, words_BL))  # not looked at again: that would wait for the GPU
         loss = self.reconstruction(told, self.masked_pass(told, batch, rng))
         return loss, {"loss": loss.detach()}
 
@@ -180,6 +196,13 @@ class Telling(Mage):
         return labels_B, words_BL
 
 
+def refuse_beyond(what: str, given: Tensor, low: int, high: int) -> None:
+    """UsageError when a number lies outside of [low, high]."""
+    wrong = given[(given < low) | (given > high)]
+    if len(wrong):
+        raise UsageError(f"{what} {int(wrong[0])} is unknown to the model, which takes {low} to {high}")
+
+
 def conditions(batch: Batch, model: ConditionalTransformer) -> tuple[Tensor, Tensor | None]:
     """Labels (B,), the null class where there is none, and words (B, L) where the model takes any."""
     labels_B = batch["label"].long()
@@ -191,7 +214,7 @@ def save_conditional(path: Path, model: ConditionalTransformer, about: dict[str,
     """Write {"kind", "config", "model", "about"}; `about` is plain data."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with write_aside(path) as aside, aside.open("wb") as file:
-        torch.save({"kind": KIND, "config": asdict(model.config), "model": state, "about": about}, file)
+        torch.save({"kind": KIND, "config": model.config.to_dict(), "model": state, "about": about}, file)
 
 
 def load_conditional(path: str | Path) -> tuple[ConditionalTransformer, dict[str, Any]]:
