@@ -1,6 +1,6 @@
 """Section `scores`: image scores of samples through torch-fidelity."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,8 @@ from pipeline.schema.base import Device, Positive, Section
 class Scores(Section):
     """Where the weights are, and the numbers that the protocols leave open."""
 
+    protocol: Literal["val50k", "adm", "teacher"] = "val50k"  # teacher: where there is no Inception, as in the demo
+    reference: str | None = None  # folder of PNGs, ADM's .npz, or a manifest; None = data/<preset>/manifest.parquet
     inception: str | None = None  # weights-inception-2015-12-05-6726825d.pth; None = torch's hub cache
     inception_sha256: str | None = None  # refused when the file has another
     download: bool = True  # fetch the weights where they are neither given nor cached

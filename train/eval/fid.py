@@ -10,6 +10,7 @@ from pipeline.errors import UsageError
 from pipeline.files import write_json
 from train.eval import scores
 from train.eval.imagesets import open_images
+from train.eval.reference import reference_crop
 
 EXAMPLE = """examples:
   semdict evaluate fid --samples runs/demo/lease-unconditional --reference data/demo/manifest.parquet --protocol teacher
@@ -17,16 +18,16 @@ EXAMPLE = """examples:
   semdict evaluate fid --samples runs/in1k-vcq-base/ar-samples/samples.npz --protocol adm \\
       --reference VIRTUAL_imagenet256_labeled.npz
 
-Samples are a folder of PNGs (what `semdict generate` writes) or an .npz with arr_0. Reference: a folder of PNGs (see
-`semdict evaluate reference`), a manifest.parquet, or ADM's statistics. Scores carry protocol and counts; figures of
-different counts or protocols are not comparable."""
+Samples are a folder of PNGs (what `semdict generate` writes) or an .npz with arr_0. Reference: a folder of PNGs, a
+manifest.parquet (val50k then crops as `semdict evaluate reference` does), or ADM's statistics. Scores carry protocol
+and counts; figures of different counts or protocols are not comparable."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is scored against what; the rest stands in params.yaml, section scores."""
     parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--reference", type=Path, required=True)
-    parser.add_argument("--protocol", choices=("val50k", "adm", "teacher"), required=True)
+    parser.add_argument("--reference", type=Path, help="default scores.reference, or data/<preset>/manifest.parquet")
+    parser.add_argument("--protocol", choices=("val50k", "adm", "teacher"), help="default scores.protocol")
     parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
     parser.add_argument("--out", type=Path, help="score file (default reports/<preset>/<samples>/scores.json)")
@@ -37,17 +38,21 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.params import load_params
 
     params = load_params(args.params, args.set)
+    given = params.scores
+    protocol = args.protocol or given.protocol
     samples = open_images(args.samples, params)
-    if args.protocol == "adm":
-        if args.reference.suffix != ".npz":
-            raise UsageError(f"--protocol adm needs ADM's statistics .npz as reference, not {args.reference}")
-        found, reference = scores.adm(samples, args.reference, params), {"from": str(args.reference)}
+    path = args.reference or Path(given.reference or Path("data") / params.preset / "manifest.parquet")
+    if protocol == "adm":
+        if path.suffix != ".npz":
+            raise UsageError(f"protocol adm needs ADM's statistics .npz as reference, not {path}; set scores.reference")
+        found, reference = scores.adm(samples, path, params), {"from": str(path)}
     else:
-        others = open_images(args.reference, params, limit=params.scores.references)
-        measure = scores.val50k if args.protocol == "val50k" else scores.teacher
+        crop = reference_crop if protocol == "val50k" else None
+        others = open_images(path, params, limit=given.references, crop=crop)
+        measure = scores.val50k if protocol == "val50k" else scores.teacher
         found, reference = measure(samples, others, params), others.about
     out = args.out or Path("reports") / params.preset / samples_name(args.samples) / "scores.json"
-    write_scores(out, found, {"protocol": args.protocol, "samples": samples.about, "reference": reference})
+    write_scores(out, found, {"protocol": protocol, "samples": samples.about, "reference": reference})
     return 0
 
 
@@ -62,8 +67,9 @@ def write_scores(out: Path, found: scores.Scored, protocol: dict[str, Any]) -> N
     write_json(out, {**found.scores, "missing": [found.missing], "protocol": [about]})
     shown = ", ".join(f"{name} {value:.4g}" for name, value in found.scores.items()) or "no score"
     print(f"fid: {shown} ({out})", file=sys.stderr)
-    for name, reason in found.missing.items():
-        print(f"fid: {name} is missing: {reason}", file=sys.stderr)
+    for reason in dict.fromkeys(found.missing.values()):
+        names = ", ".join(name for name, why in found.missing.items() if why == reason)
+        print(f"fid: missing {names}: {reason}", file=sys.stderr)
 
 
 def read_scores(path: Path) -> dict[str, Any]:

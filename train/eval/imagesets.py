@@ -1,6 +1,7 @@
 """Sets of images as torch-fidelity takes them: a folder of PNGs, an .npz of samples, or a split of a manifest."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from pipeline.files import sha256_file, sha256_json
 if TYPE_CHECKING:
     from pipeline.schema import Params
 
+Crop = Callable[[bytes], np.ndarray]
 CARDS = ("generate.json", "sampling.json")  # what a generator writes beside its samples
 LOSSY = (".jpg", ".jpeg", ".webp")
 
@@ -78,9 +80,12 @@ class Arrays(ImageSet):
 
 
 class ManifestSplit(ImageSet):
-    """The good images of a split, cropped as section pixels says (params.yaml); `limit` > 0 takes them evenly."""
+    """The good images of a split; `limit` > 0 takes that many, evenly.
 
-    def __init__(self, path: Path, params: "Params", split: str, limit: int = 0) -> None:
+    crop: encoded bytes -> (H, W, 3) uint8; None = as section pixels of params.yaml says.
+    """
+
+    def __init__(self, path: Path, params: "Params", split: str, limit: int = 0, crop: Crop | None = None) -> None:
         from pipeline.crops import expand_views
         from pipeline.images import decoder_identity
         from pipeline.manifest import load_manifest
@@ -91,10 +96,11 @@ class ManifestSplit(ImageSet):
         if limit and limit < len(self.rows):
             self.rows = self.rows[np.linspace(0, len(self.rows) - 1, limit).astype(np.int64)]
         self.manifest, self.pixels, self.views = manifest, params.pixels, expand_views(["centre"])
-        self.reader = manifest.reader(params.manifest.images)
+        self.reader, self.crop = manifest.reader(params.manifest.images), crop
         self.about = {
             "images": len(self.rows), "from": str(path), "split": split, "manifest_sha256": manifest.sha256,
-            "crop": params.pixels.crop, "decoder": decoder_identity(params.pixels.decoder),
+            "crop": crop.__name__ if crop else params.pixels.crop,
+            "decoder": "pillow" if crop else decoder_identity(params.pixels.decoder),
         }  # fmt: skip
 
     def __len__(self) -> int:
@@ -104,12 +110,16 @@ class ManifestSplit(ImageSet):
         from pipeline.images import crop_views, decode
 
         row = int(self.rows[number])
+        if self.crop is not None:
+            return torch.from_numpy(self.crop(self.reader.read(row)).copy()).permute(2, 0, 1)
         rgb = decode(self.reader.read(row), self.pixels.decoder, self.pixels.max_pixels)
         cropped, _ = crop_views(rgb, self.pixels.crop, list(self.views), self.manifest.key(row), 0)
         return torch.from_numpy(cropped[0].copy()).permute(2, 0, 1)
 
 
-def open_images(path: Path, params: "Params", split: str | None = None, limit: int = 0) -> ImageSet:
+def open_images(
+    path: Path, params: "Params", split: str | None = None, limit: int = 0, crop: Crop | None = None
+) -> ImageSet:
     """Whatever `path` is: a folder, an .npz, or manifest.parquet; UsageError when it is none of them."""
     path = Path(path)
     if path.is_dir():
@@ -119,7 +129,7 @@ def open_images(path: Path, params: "Params", split: str | None = None, limit: i
     if path.suffix == ".npz":
         return Arrays(path)
     if path.suffix == ".parquet":
-        return ManifestSplit(path, params, split or params.scores.split, limit)
+        return ManifestSplit(path, params, split or params.scores.split, limit, crop)
     raise UsageError(f"{path} is neither a folder of PNGs nor an .npz nor a manifest.parquet")
 
 

@@ -6,6 +6,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.errors import UsageError
 from pipeline.files import publish_dir, write_json
 
@@ -50,10 +52,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def save(data: bytes, path: Path) -> None:
-    """One encoded image as the reference PNG."""
+def reference_crop(data: bytes) -> np.ndarray:
+    """Encoded bytes to (256, 256, 3) uint8."""
     from PIL import Image
     from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    center_crop(resize(image, SIDE, InterpolationMode.BILINEAR), SIDE).save(path)
+    return np.asarray(center_crop(resize(image, SIDE, InterpolationMode.BILINEAR), SIDE))
+
+
+def save(data: bytes, path: Path) -> None:
+    """One encoded image as the reference PNG."""
+    from PIL import Image
+
+    Image.fromarray(reference_crop(data)).save(path)

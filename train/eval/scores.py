@@ -87,7 +87,8 @@ def fidelity(samples: ImageSet, reference: ImageSet, params: "Params", isc: bool
         input1=samples, input2=reference, isc=isc, fid=True, kid=True, prc=True, verbose=False, cache=False,
         cuda=resolve_device(params.scores.device) != "cpu", batch_size=params.scores.batch,
         kid_subsets=params.scores.kid_subsets, kid_subset_size=min(params.scores.kid_subset_size, fewest),
-        prc_neighborhood=params.scores.neighbours, save_cpu_ram=True, samples_shuffle=False, **given,
+        prc_neighborhood=params.scores.neighbours, save_cpu_ram=True, isc_splits=min(10, len(samples)),
+        **given,
     )  # fmt: skip
 
 
