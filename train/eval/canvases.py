@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
-from train.draws import key
+from train.draws import key, shuffled
 
-HIDDEN = 32  # stream of a seed, apart from those of training and of decoding
+HIDDEN, MIXED = 32, 33  # streams, apart from those of training and of decoding
 
 
 @dataclass(frozen=True)
 class Known:
-    """Tokens of the images that a task starts from: gen (N, L), words (N, L) or None, labels (N,), keys of the rows."""
+    """Tokens of the images that a task starts from: gen (N, L), words (N, L) or None, labels, manifest rows (N,)."""
 
     gen: np.ndarray
     words: np.ndarray | None
@@ -24,9 +24,8 @@ class Known:
 
 
 def known_images(path: Path, split: str, count: int, classes: list[int]) -> Known:
-    """The first `count` good rows of a split (of these classes, [] = all), in their first view.
-
-    UsageError when there are not that many.
+    """`count` good rows of a split (of these classes, [] = all), in their first view; a mix, since splits are sorted by
+    class, and the same mix for every seed, of which a larger `count` takes more. UsageError when there are too few.
     """
     from pipeline.shards import open_shards
 
@@ -37,7 +36,7 @@ def known_images(path: Path, split: str, count: int, classes: list[int]) -> Know
         raise UsageError(
             f"generate.images is {count}, split {split!r} of {path} has {len(at)} images{which}; ask for fewer"
         )
-    at = at[:count]
+    at = at[shuffled(len(at), MIXED)[:count]]
     words = None if loaded.disc is None else loaded.disc[at, 0].astype(np.int64)
     return Known(loaded.gen[at, 0].astype(np.int64), words, loaded.label[at], loaded.rows[at])
 

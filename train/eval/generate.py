@@ -36,8 +36,9 @@ EXAMPLE = """examples:
   semdict generate --model runs/demo/lease --task reconstruct --set generate.mask_ratio=0.75
   semdict generate --model runs/demo/lease-conditional --task class --set generate.classes=[0,3]
 
-Writes images/000000.png ..., tokens.npz, grid.png, generate.json. An image's tokens depend on the seed and its number,
-not on its batch; pixels may differ by one grey level where another batch size makes convolutions round otherwise.
+Writes images/000000.png ..., tokens.npz (gen; labels and rows of the manifest where there are any), grid.png and
+generate.json. An image's tokens depend on the seed and its number, not on its batch; pixels may differ by one grey
+level where another batch size makes convolutions round otherwise.
 A conditional model that knows centroids takes those of real images of the split, unless generate.words is false."""
 
 TASKS = ("unconditional", "class", "inpaint", "outpaint", "reconstruct")
@@ -182,8 +183,10 @@ class Drawing:
             for job in written:
                 job.result()
         print(file=sys.stderr)
-        labels = self.drawer.labels(list(range(self.count)), self.known)
-        np.savez(folder / "tokens.npz", gen=np.concatenate(tokens), **({} if labels is None else {"labels": labels}))
+        about = {"labels": self.drawer.labels(list(range(self.count)), self.known)}
+        about["rows"] = None if self.known is None else self.known.rows
+        given = {name: values for name, values in about.items() if values is not None}
+        np.savez(folder / "tokens.npz", gen=np.concatenate(tokens), **given)
         self.save_grid(folder / "grid.png", shown)
         write_json(folder / CARD, self.card)
 
