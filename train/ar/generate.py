@@ -15,6 +15,11 @@ from train.ar.train import check_tokenizer
 from train.dist import pick_device
 from train.vcq.tokenizer import load_tokenizer
 
+EXAMPLE = """examples:
+  semdict ar sample --model runs/demo/ar --tokenizer runs/demo/vcq --out runs/demo/ar-samples
+  semdict ar sample --set ar_sample.scale=0 --set ar_sample.temperature=0.85      without guidance
+  semdict ar sample --set ar_sample.mode=ramp                                     plain cosine guidance (table 8)"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model and tokenizer; how to draw stands in params.yaml, section ar_sample."""

@@ -24,6 +24,12 @@ from train.vcq.rate import warmup_hold_linear
 if TYPE_CHECKING:
     from pipeline.schema import Ar, Params
 
+EXAMPLE = """examples:
+  semdict ar train --shards shards/demo-vcq --out runs/demo/ar
+  semdict ar train --resume                                      continue after a kill; a complete run is left alone
+  torchrun --nproc-per-node 8 -m train.ar.train --shards shards/in1k-vcq-base
+
+Writes model.pt, and nll.json: bits per position on training and held-out images."""
 VERSION = 1  # raised when the same settings would train something else
 FREE = {"device", "compile", "save_every", "keep", "log_every", "tensorboard", "nll_images"}
 

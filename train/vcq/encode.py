@@ -11,6 +11,10 @@ from pipeline.errors import UsageError
 from train.loop import DTYPES
 from train.vcq.tokenizer import Tokenizer1d, load_tokenizer
 
+EXAMPLE = """examples:
+  semdict vcq encode --tokenizer runs/demo/vcq --out shards/demo-vcq
+  semdict vcq encode --set encode.views=[ten-crop] --scheduler local-2"""
+
 
 @dataclass(frozen=True)
 class VcqSpec:

@@ -42,6 +42,13 @@ FREE = {
     "usage_images",
     "measured_images",
 }
+EXAMPLE = """examples:
+  semdict vcq train --manifest data/demo/manifest.parquet --out runs/demo/vcq
+  semdict vcq train --resume                                     continue after a kill; a complete run is left alone
+  semdict vcq train --set vcq.schedule=constant --out runs/demo/vcq-constant
+  torchrun --nproc-per-node 8 -m train.vcq.train
+
+Writes tokenizer.pt (averaged weights), tokenizer-raw.pt, usage.json and reconstructions.png."""
 TOKENIZER, RAW = "tokenizer.pt", "tokenizer-raw.pt"  # averaged weights, and those of the last step
 SHAPE = ("image_size", "patch", "tokens", "latent_queries", "schedule", "k_min", "power", "dim", "l2", "beta",
          "codebook_weight")  # fmt: skip
