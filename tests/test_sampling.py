@@ -1,5 +1,6 @@
 """Iterative decoding: golden steps of the published code, and what must hold whatever the model says."""
 
+import copy
 import math
 
 import numpy as np
@@ -140,12 +141,15 @@ def test_an_image_does_not_depend_on_its_batch(model):
 @pytest.mark.parametrize("last", ["argmax", "sampled"])
 def test_the_whole_way_is_the_published_one(model, last):
     """The loop written out from the description of the published code, one image at a time, with the same numbers."""
-    steps, known = 5, 3
-    canvas = torch.full((2, 16), model.mask_token)
-    canvas[:, :known] = torch.tensor([4, 9, 1])
+    model = copy.deepcopy(model)
+    model.token_head.bias.normal_(std=4, generator=torch.Generator().manual_seed(1))  # confidence matters beside noise
+    steps, images = 5, 6
+    canvas = torch.full((images, 16), model.mask_token)
+    for image in range(images):  # unlike numbers of known cells
+        canvas[image, : 2 * image] = 4
     how = Decoding(steps, 4.5, last)
-    got = decode_iteratively(model.logits_at, canvas, model.mask_token, ImageDraws(8, [0, 1]), how)
-    for image in (0, 1):
+    got = decode_iteratively(model.logits_at, canvas, model.mask_token, ImageDraws(8, range(images)), how)
+    for image in range(images):
         draws, tokens = ImageDraws(8, [image]), canvas[image].clone()
         for step in range(steps):
             unknown = np.flatnonzero(tokens == model.mask_token)
@@ -157,7 +161,7 @@ def test_the_whole_way_is_the_published_one(model, last):
                 filled[cell] = int(np.searchsorted(below, place[cell] * below[-1], side="right"))
                 sure[cell] = np.log(chances[cell, filled[cell]]) + 4.5 * (1 - (step + 1) / steps) * noise[cell]
             ratio = math.cos(math.pi / 2 * (step + 1) / steps)
-            hidden = max(1, min(len(unknown) - 1, math.floor((16 - known) * ratio)))
+            hidden = max(1, min(len(unknown) - 1, math.floor((16 - 2 * image) * ratio)))
             tokens = filled.clone()
             tokens[torch.from_numpy(sure <= np.sort(sure)[hidden - 1])] = model.mask_token
         if last == "argmax":
