@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("train.eval.generate", "draw images: unconditional, by class, inpaint, outpaint, reconstruct"),
     "vcq": ("train.vcq.cli", "1-D tokenizer with a growing codebook: train, encode"),
     "ar": ("train.ar.cli", "autoregressive model on its tokens: train, sample"),
+    "entropy": ("pipeline.entropy_stage", "where token sets run out of information: table 1 and figure 2 of VCQ"),
     "check": ("pipeline.check", "validate params.yaml and say what it would do"),
 }
 
