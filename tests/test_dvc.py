@@ -61,7 +61,8 @@ def repro(tmp_path_factory) -> Path:
     tiny.make_vqgan(world / "vqgan.ckpt")
     tiny.make_teacher(world / "teacher.pth")
     tree = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text())
-    tree["pretrain"] |= {"epochs": 1, "warmup_epochs": 0, "batch": 4, "picture_every": 0, "width": 16, "decoder_width": 16}
+    short = {"epochs": 1, "warmup_epochs": 0, "batch": 4, "picture_every": 0}
+    tree["pretrain"] |= {**short, "width": 16, "decoder_width": 16}
     (folder / "params.yaml").write_text(yaml.safe_dump({**tree, **tiny.params(world)}))
     call(folder, "dvc", "repro", "-q", *STAGES)
     return folder
