@@ -106,9 +106,9 @@ def test_eight_images_can_be_learnt_and_the_codes_carry_them():
     model = Tokenizer1d(config)
     coarse = torch.rand(8, 3, 4, 4, generator=rng(5))
     images = F.interpolate(coarse, size=(16, 16), mode="nearest")
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    for step in range(260):
-        out = model(images, ramp(step, 120, 60))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    for step in range(400):
+        out = model(images, ramp(step, 200, 100))
         loss = (out.images - images).abs().mean() + out.vq_loss
         optimiser.zero_grad()
         loss.backward()

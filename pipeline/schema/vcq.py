@@ -48,6 +48,9 @@ class Vcq(Section):
     discriminator_ramp: Annotated[int, Field(ge=0)] = 2_000
     discriminator_channels: Positive = 64
     augment: Share = 1.0  # probability of DiffAug
+    lecam_weight: Annotated[float, Field(ge=0)] = 0.0  # discriminator regulariser, not named by the paper
+    reset_patience: Annotated[float, Field(ge=0)] = 0.0  # re-seed codes unused for so many expected uses; 0 = never
+    reset_protected: Annotated[int, Field(ge=0)] = 16  # first codes, which no reset touches
     splits: Annotated[list[str], Field(min_length=1)] = ["train"]
     held_out: list[str] = ["val"]  # for PSNR and pictures
     steps: Positive = 1_300_000

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train import dist
 from train.draws import rand_rows
 
 # B images, C colours, H x W pixels; all images in [-1, 1]
@@ -107,6 +108,34 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 def hinge_generator(fake: Tensor) -> Tensor:
     """-mean of the discriminator's logits, in float32."""
     return -fake.float().mean()
+
+
+class LeCam:
+    """Ties the discriminator's logits to running means of the other side's (Tseng et al., arXiv:2104.03310).
+
+    mean relu(real - mean fake)^2 + mean relu(mean real - fake)^2, as the authors' code has it; the means start with the
+    first batch. Over several ranks each sees the mean of all.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        self.decay = decay
+        self.means: dict[str, float] = {}  # of the logits on "real" and "fake" images
+
+    def __call__(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Scalar penalty; updates the means."""
+        real, fake = real.float(), fake.float()
+        found = dist.mean(torch.stack([real.detach().mean(), fake.detach().mean()]).double()).tolist()
+        for name, value in zip(("real", "fake"), found, strict=True):
+            self.means[name] = self.decay * self.means.get(name, value) + (1 - self.decay) * value
+        return F.relu(real - self.means["fake"]).square().mean() + F.relu(self.means["real"] - fake).square().mean()
+
+    def state_dict(self) -> dict[str, float]:
+        """The means, for a checkpoint."""
+        return dict(self.means)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue with the means of `state_dict`."""
+        self.means = dict(state)
 
 
 @contextmanager

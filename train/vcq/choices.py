@@ -1,7 +1,7 @@
 """The one place that says which side of the VCQ paper's contradictions, and which open choice, the code takes.
 
 Paper: "Taming the Entropy Cliff: Variable Codebook Size Quantization for Autoregressive Visual Generation",
-arXiv:2605.06207v1. D1-D13 are places where the paper contradicts itself or arithmetic; O1-O19 are left open by it.
+arXiv:2605.06207v1. D1-D13 are places where the paper contradicts itself or arithmetic; O1-O20 are left open by it.
 `python -m train.vcq.choices` prints the table.
 """
 
@@ -49,13 +49,14 @@ OPEN = (
     Choice("O5", "'PatchGAN'", "3 layers, 64 channels, group norm", "no batch statistics shared between real and fake"),
     Choice("O6", "'adversarial augmentation is always enabled'",
            "DiffAug before the discriminator, p = 1, on real and fake, own draws per call", "UniTok, GigaTok"),
-    Choice("O7", "LeCam unstated", "not used", "not named by the paper"),
+    Choice("O7", "LeCam unstated", "`lecam_weight` 0 by default (TA-TiTok has 0.001)", "not named by the paper"),
     Choice("O8", "tokenizer betas, weight decay unstated", "(.9, .95), 1e-4, none on norms, biases, tokens, codebook",
            "GigaTok, LlamaGen"),
     Choice("O9", "'1e-4 to 3e-5, 13k warm-up, 65k-step peak'", "warm-up to 13k, hold to 65k, linear to the end",
            "VAR lin0"),
     Choice("O10", "EMA unstated", ".9999, evaluated beside the raw weights", "a long average costs nothing"),
-    Choice("O11", "code reset unstated", "off; usage per position is logged", "rare tail codes are healthy here"),
+    Choice("O11", "code reset unstated", "off (`reset_patience` 0); usage per position is logged",
+           "rare tail codes are healthy here"),
     Choice("O12", "'AR training unchanged'", "mask_vocab = train: logits k >= K_t are -inf in training too",
            "never hurts the likelihood; `sample_only` and `off` are the other readings"),
     Choice("O13", "AR block unstated ('Llama-style')",
@@ -72,6 +73,8 @@ OPEN = (
            "AliTok"),
     Choice("O19", "quantized from step 0", "`quantize_start`, `quantize_ramp`: 0 for the paper's presets",
            "narrow models commit before their codes differ by image and never recover"),
+    Choice("O20", "initialisation unstated", "truncated normal 0.02; the last 3x3 convolution starts as the identity",
+           "a random one stretches the plateau at the mean image from 100 steps to many hundred in narrow models"),
 )
 # fmt: on
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from train.vcq.adversary import diff_augment, frozen, hinge_discriminator, hinge_generator
+from train.vcq.adversary import LeCam, diff_augment, frozen, hinge_discriminator, hinge_generator
 from train.vcq.perceptual import PerceptualLoss
 from train.vcq.rate import ramp
 from train.vcq.tokenizer import Reconstruction
@@ -26,6 +26,7 @@ class LossWeights:
     augment: float = 1.0  # probability of DiffAug before the discriminator
     start: int = 20_000  # step at which the discriminator begins
     ramp: int = 2_000  # steps over which its word on the generator grows to full weight
+    lecam: float = 0.0  # of the discriminator's regulariser (choice O7)
 
 
 class TokenizerObjective:
@@ -48,6 +49,7 @@ class TokenizerObjective:
             raise ValueError(f"warm_steps is {warm_steps}, but there is no perceptual loss to warm up with")
         self.weights, self.perceptual = weights, perceptual
         self.warm_perceptual, self.warm_steps = warm_perceptual, warm_steps
+        self.lecam = LeCam()
 
     def perceptual_at(self, step: int) -> PerceptualLoss | None:
         """The perceptual loss in force at a step; None where its weight is 0."""
@@ -85,7 +87,11 @@ class TokenizerObjective:
         fake = discriminator(diff_augment(fakes.detach() * 2 - 1, rng, p))
         loss = hinge_discriminator(real, fake)
         terms = {"discriminator": loss, "real": real.float().mean(), "fake": fake.float().mean()}
-        return self.weights.discriminator * loss, terms
+        loss = self.weights.discriminator * loss
+        if self.weights.lecam:
+            terms["lecam"] = self.lecam(real, fake)
+            loss = loss + self.weights.lecam * terms["lecam"]
+        return loss, terms
 
     def describe(self) -> dict[str, str | float]:
         """What the logs state: which perceptual loss, from which weights, and the weight of every term."""

@@ -200,7 +200,8 @@ class Tokenizer1d(nn.Module):
     def _init(self, rng: torch.Generator) -> None:
         """Truncated normal for linear and conv, zero biases, learned tokens width^-0.5 * normal, from `rng`.
 
-        The deviation is 0.02 from width 768 on, as in TiTok, and keeps the same gain in narrower stacks.
+        The deviation is 0.02 from width 768 on, as in TiTok, and keeps the same gain in narrower stacks. The last
+        convolution starts as the identity (choice O20).
         """
         if self.quantizer.codebook.is_meta:
             return
@@ -212,6 +213,7 @@ class Tokenizer1d(nn.Module):
             for parameter in part.parameters(recurse=False):
                 if isinstance(part, Encoder | Decoder):
                     parameter.normal_(generator=rng).mul_(parameter.shape[-1] ** -0.5)
+        nn.init.dirac_(self.decoder.smooth.weight)
         self.quantizer.reset_parameters(rng)
 
 

@@ -25,7 +25,7 @@ from train.vcq.objective import LossWeights, TokenizerObjective
 from train.vcq.perceptual import PerceptualSource, choose_perceptual, load_perceptual
 from train.vcq.rate import ramp, warmup_hold_linear
 from train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig, save_tokenizer
-from train.vcq.usage import CodeUsage
+from train.vcq.usage import CodeReset, CodeUsage, Revival
 
 if TYPE_CHECKING:
     from pipeline.schema import Params, Vcq
@@ -87,6 +87,7 @@ class Turns:
     ) -> None:
         self.objective, self.critic, self.usage = objective, critic, usage
         self.start, self.over = start, over  # of quantization
+        self.revival: Revival | None = None
 
     def tokenizer(
         self, model: nn.Module, batch: Batch, rng: torch.Generator, clock: Clock
@@ -95,6 +96,8 @@ class Turns:
         out = model(batch["images"], ramp(clock.step, self.start, self.over))
         batch["fake"] = out.images.detach()
         self.usage.add(out.ids)
+        if self.revival:
+            self.revival.see(out.latents, out.ids)
         return self.objective.generator(out, batch["images"], self.critic, clock.step, rng)
 
     def discriminator(
@@ -127,21 +130,29 @@ class Session:
         usage = CodeUsage(model.codebook_sizes)
         say(world, place, f"perceptual loss: {self.objective.describe()['perceptual']}")
         kept = {"model": model, "critic": critic, "average": average}
+        if given.lecam_weight:
+            kept["lecam"] = self.objective.lecam
         run = Run(place.folder, place.settings, place.fingerprint, self.reports, given.tensorboard)
-        hooks = [self.averaging(average, model), self.counting(usage)]
         try:
-            phases = self.phases(model, critic, usage)
+            turns = Turns(self.objective, critic, usage, given.quantize_start, given.quantize_ramp)
+            phases = self.phases(model, critic, turns)
+            hooks = [self.averaging(average, model), self.counting(usage)]
+            if given.reset_patience:
+                kept["reset"] = reset = CodeReset(model.codebook_sizes, given.reset_protected, given.reset_patience)
+                turns.revival = Revival(reset, model.quantizer, average["quantizer"], phases[0].optimiser, given.seed)
+                hooks.insert(0, lambda clock, _log: turns.revival.after_step(clock.step))
             means = fit(phases, loader, self.plan(), run, world, kept, hooks, resume=True)
         finally:
             loader.close()
         metrics = {"final": means, "steps": given.steps, "images_replaced": len(loader.replaced)}
+        if turns.revival:
+            metrics["codes_reset"] = turns.revival.reset.done
         metrics |= {"parameters": sum(p.numel() for p in model.parameters()), **self.objective.describe()}
         return metrics | (self.finish(model, average) if world.first else {})
 
-    def phases(self, model: Tokenizer1d, critic: PatchGan, usage: CodeUsage) -> list[Phase]:
+    def phases(self, model: Tokenizer1d, critic: PatchGan, turns: Turns) -> list[Phase]:
         """The tokenizer's turn and, from its start on, the discriminator's."""
         given = self.given
-        turns = Turns(self.objective, critic, usage, given.quantize_start, given.quantize_ramp)
         rate = warmup_hold_linear(given.lr, given.final_lr, given.warmup, given.hold, given.steps)
         made = [(model, turns.tokenizer, 0)]
         if given.adversarial_weight:
@@ -219,7 +230,7 @@ def build_objective(given: "Vcq", device: torch.device) -> TokenizerObjective:
     """Losses with their weights; WeightsError when a perceptual loss is wanted and no network is there."""
     weights = LossWeights(
         given.l1_weight, given.perceptual_weight, given.adversarial_weight, given.discriminator_weight,
-        given.augment, given.discriminator_start, given.discriminator_ramp,
+        given.augment, given.discriminator_start, given.discriminator_ramp, given.lecam_weight,
     )  # fmt: skip
     perceptual = None
     if given.perceptual_weight:

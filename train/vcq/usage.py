@@ -4,11 +4,16 @@ Under a growing codebook a healthy tail code is rare: code k is reachable from t
 expected hits per image are the sum of 1 / K_t over those. Both counts here are relative to that, never to 1 / K.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.draws import key
 from train.vcq.quantizer import VariableQuantizer
+
+RESET = 41  # stream of the seed
 
 
 class CodeUsage:
@@ -68,6 +73,7 @@ class CodeReset:
         self.protected, self.patience = protected, patience
         self.rate_K = expected_hits(sizes_L)
         self.missed_K = torch.zeros_like(self.rate_K)  # expected hits since the last real one
+        self.done = 0  # codes re-seeded so far
         self.order_L = torch.argsort(sizes_L, descending=True, stable=True)  # positions, largest codebook first
         self.reach_K = (torch.arange(len(self.rate_K), device=sizes_L.device)[:, None] < sizes_L).sum(1)
 
@@ -89,9 +95,19 @@ class CodeReset:
         if len(dead_M):
             quantizer.codebook[dead_M] = quantizer.project(self._draw(z_BLD, dead_M, rng)).to(quantizer.codebook.dtype)
             self.missed_K[dead_M] = 0
+            self.done += len(dead_M)
             if spread:
                 torch.distributed.broadcast(quantizer.codebook.data, 0)
         return dead_M
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"missed": self.missed_K, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.missed_K.copy_(state["missed"])
+        self.done = state["done"]
 
     def _draw(self, z_BLD: Tensor, dead_M: Tensor, rng: torch.Generator) -> Tensor:
         """(M, D): for each dead code one output of a random image at a random position that can reach it."""
@@ -100,3 +116,34 @@ class CodeReset:
         reach_M = self.reach_K[dead_M]
         positions_M = self.order_L[torch.minimum((draws_2M[1] * reach_M).long(), reach_M - 1)]
         return F.embedding(rows_M * z_BLD.shape[1] + positions_M, z_BLD.flatten(0, 1))
+
+
+class Revival:
+    """`CodeReset` as the trainer runs it: once a step, on all its outputs; average and moments of a code follow."""
+
+    def __init__(
+        self, reset: CodeReset, quantizer: VariableQuantizer, average: VariableQuantizer,
+        optimiser: torch.optim.Optimizer, seed: int,
+    ) -> None:  # fmt: skip
+        self.reset, self.quantizer, self.average = reset, quantizer, average
+        self.optimiser, self.seed = optimiser, seed
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def see(self, z_BLD: Tensor, ids_BL: Tensor) -> None:
+        """Outputs and ids of one micro-batch of the step."""
+        self.seen.append((z_BLD.detach(), ids_BL))
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Re-seed what died; a new code's average is the code itself, its moments are zero."""
+        z_BLD, ids_BL = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+        self.seen.clear()
+        rng = torch.Generator().manual_seed(int(key(self.seed, RESET, step)) >> 1)
+        dead_M = self.reset.step(self.quantizer, z_BLD, ids_BL, rng)
+        if not len(dead_M):
+            return
+        codebook = self.quantizer.codebook
+        self.average.codebook[dead_M] = codebook[dead_M]
+        for moments in self.optimiser.state[codebook].values():
+            if moments.shape == codebook.shape:
+                moments[dead_M] = 0

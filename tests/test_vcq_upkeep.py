@@ -1,0 +1,100 @@
+"""What keeps codebook and discriminator in shape, both off by default: code reset (Q11) and LeCam."""
+
+import pytest
+import torch
+from torch import nn
+
+from train.optim import adamw
+from train.vcq.adversary import LeCam, PatchGan
+from train.vcq.objective import LossWeights, TokenizerObjective
+from train.vcq.quantizer import VariableQuantizer
+from train.vcq.schedule import codebook_sizes
+from train.vcq.usage import CodeReset, Revival
+
+L, D, K = 8, 4, 64
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def quantizer(seed=0):
+    made = VariableQuantizer(codebook_sizes("cosine", L, 2, K), D, l2=False)
+    made.reset_parameters(rng(seed))
+    return made
+
+
+def one_step(net, optimiser, z_BLD):
+    out = net(z_BLD)
+    optimiser.zero_grad()
+    out.loss.backward()
+    optimiser.step()
+    return out.ids
+
+
+def test_revival_reseeds_the_code_its_average_and_its_moments():
+    net, average = quantizer(0), quantizer(1)
+    optimiser = adamw(nn.ModuleList([net]), (0.9, 0.95), 0.0)
+    revival = Revival(CodeReset(net.sizes_L, protected=2, patience=0.5), net, average, optimiser, seed=5)
+    positions = torch.arange(L, dtype=torch.float32)[None, :, None].expand(16, L, D).clone()
+    ids = one_step(net, optimiser, positions)
+    before, average_before = net.codebook.detach().clone(), average.codebook.detach().clone()
+    moments = optimiser.state[net.codebook]["exp_avg"]
+    moments.fill_(1)
+    revival.see(positions[:8], ids[:8])
+    revival.see(positions[8:], ids[8:])
+    revival.after_step(3)
+    changed = (net.codebook.detach() != before).any(1)
+    assert int(changed.sum()) == revival.reset.done > 10
+    assert not changed[:2].any()
+    assert not changed[ids.unique()].any(), "a code that was used stays"
+    codes = torch.nonzero(changed).flatten()
+    assert bool((net.sizes_L[net.codebook.detach()[codes, 0].long()] > codes).all()), "from a position that reaches it"
+    assert torch.equal(average.codebook[codes], net.codebook[codes])
+    assert torch.equal(average.codebook[~changed], average_before[~changed])
+    assert not moments[codes].any()
+    assert bool((moments[~changed] == 1).all())
+    assert not revival.seen
+
+
+def test_reset_continues_from_its_state():
+    z, ids = torch.randn(4, L, D, generator=rng(2)), torch.zeros(4, L, dtype=torch.int64)
+    whole, part = (CodeReset(codebook_sizes("cosine", L, 2, K), 2, patience=6.0) for _ in range(2))
+    first, second = quantizer(), quantizer()
+    died = [whole.step(first, z, ids, rng(step)) for step in range(6)]
+    for step in range(3):
+        part.step(second, z, ids, rng(step))
+    again = CodeReset(first.sizes_L, 2, patience=6.0)
+    again.load_state_dict(part.state_dict())
+    for step in range(3, 6):
+        assert torch.equal(again.step(second, z, ids, rng(step)), died[step])
+    assert again.done == whole.done > 0
+    assert torch.equal(first.codebook, second.codebook)
+
+
+def test_lecam_by_hand_and_from_its_state():
+    lecam = LeCam(decay=0.5)
+    assert float(lecam(torch.tensor([2.0, 0.0]), torch.tensor([-1.0]))) == pytest.approx((9 + 1) / 2 + 4)
+    assert lecam.means == {"real": 1.0, "fake": -1.0}
+    other = LeCam(decay=0.5)
+    other.load_state_dict(lecam.state_dict())
+    real, fake = torch.tensor([3.0], requires_grad=True), torch.tensor([1.0], requires_grad=True)
+    loss = other(real, fake)  # means: real 2, fake 0
+    assert other.means == {"real": 2.0, "fake": 0.0}
+    assert float(loss.detach()) == pytest.approx(9 + 1)
+    loss.backward()
+    assert (float(real.grad), float(fake.grad)) == (6.0, -2.0), "no gradient through the means"
+
+
+def test_lecam_is_part_of_the_discriminators_loss_only_when_weighed():
+    images, fakes = torch.rand(2, 3, 32, 32, generator=rng()), torch.rand(2, 3, 32, 32, generator=rng(1))
+    net = PatchGan(channels=8)
+
+    def turn(weight):
+        objective = TokenizerObjective(LossWeights(perceptual=0.0, start=0, lecam=weight), None)
+        return objective.discriminator(fakes, images, net, 0, rng(2))
+
+    (plain, terms), (loss, more) = turn(0.0), turn(0.25)
+    assert "lecam" not in terms
+    assert float(loss - plain) == pytest.approx(0.25 * float(more["lecam"]), rel=1e-4)
+    assert float(more["lecam"]) > 0
