@@ -1,5 +1,6 @@
 """Tokenizer and AR model from the command line, on twelve drawn images: train, encode, train, sample, resume."""
 
+import csv
 import json
 
 import numpy as np
@@ -21,11 +22,13 @@ VCQ = {
     "steps": 6, "batch": 4, "warmup": 2, "hold": 3,
     "discriminator_start": 3, "discriminator_ramp": 0, "discriminator_channels": 8, "precision": "float32",
     "save_every": 2, "log_every": 1, "held_out": [], "measured_images": 4, "tensorboard": False, "workers": 1,
+    "lecam_weight": 0.001, "reset_patience": 2.0, "reset_protected": 4,
 }  # fmt: skip
 AR = {
     "size": "tiny", "steps": 6, "batch": 4, "warmup": 2, "hold": 3, "precision": "float32", "save_every": 2,
     "log_every": 1, "held_out": [], "tensorboard": False,
 }  # fmt: skip
+PROBE = {"first": [2, 16], "epochs": 2, "batch": 6, "warmup_epochs": 1}
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +40,17 @@ def world(tmp_path_factory):
     source = {"kind": "features", "weights": str(root / "net.pth"), "model": TEACHER, "layers": 1}
     tree = {
         "preset": "tiny",
-        "inputs": {"images": "presets/none", "features": "presets/none", "centroids": "presets/none"},
+        "inputs": {"images": "presets/none", "features": str(root / "net.pth"), "centroids": "presets/none"},
         "manifest": {"images": {"train": str(root / "images" / "train")}, "workers": 1},
         "vqgan": {"weights": "none", "psnr_floor": 0.0, "psnr_images": 4},
-        "features": {"model": TEACHER},
+        "features": {"model": TEACHER, "weights": str(root / "net.pth")},
         "kmeans": {"k": 2},
         "encode": {"batch": 4, "chunk": 4, "workers": 1, "views": ["centre", "flip"], "precision_images": 4},
         "vcq": {**VCQ, "perceptual": [source]},
         "ar": AR,
         "ar_sample": {"per_class": 2, "scale": 2.0, "batch": 3},
+        "scores": {"protocol": "teacher", "split": "train", "batch": 4, "kid_subsets": 2},
+        "vcq_evaluate": {"test_splits": ["train"], "batch": 5, "workers": 1, "shown": 3, "probe": PROBE},
     }
     (root / "params.yaml").write_text(yaml.safe_dump(tree))
     return root
@@ -65,7 +70,8 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
     assert card["metrics"]["perceptual"].startswith("features-")
     assert card["metrics"]["psnr"] > 3
     assert {"l1", "vq", "perceptual", "adversarial"} <= card["metrics"]["final"].keys()
-    assert any(name.startswith("discriminator_") for name in card["metrics"]["final"])
+    assert {"discriminator_loss", "discriminator_lecam"} <= card["metrics"]["final"].keys()
+    assert card["metrics"]["codes_reset"] > 0
     assert (world / "runs/tiny/vcq/reconstructions.png").stat().st_size > 1000
     usage = json.loads((world / "runs/tiny/vcq/usage.json").read_text())
     assert len(usage["at"]["used"]) == 16
@@ -92,6 +98,24 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
     drawn = np.load(world / "runs/tiny/ar-samples/samples.npz")
     assert drawn["arr_0"].shape == (6, 256, 256, 3)
     assert drawn["arr_1"].tolist() == [0, 0, 1, 1, 2, 2]
+
+    command(world, "vcq", "evaluate", "--samples", "guided=runs/tiny/ar-samples")
+    found = json.loads((world / "reports/tiny/vcq/evaluate.json").read_text())
+    assert found["images"] == 12
+    assert found["psnr"] > 3
+    assert found["reconstruction_teacher_frechet_distance"] > 0
+    assert found["guided_teacher_frechet_distance"] > 0
+    assert "protocol is teacher" in found["missing"][0]["rfid_val50k"]
+    probes = [name for name in found if name.startswith("probe_")]
+    assert len(probes) == 2 * 2 * 2 * 2, "k, before and after, mean and concat, top 1 and 5"
+    with (world / "reports/tiny/vcq/utilisation.csv").open() as file:
+        positions = list(csv.DictReader(file))
+    assert [int(row["k"]) for row in positions] == list(tokenizer.quantizer.sizes)
+    assert (world / "reports/tiny/vcq/reconstructions.png").stat().st_size > 1000
+    assert not list((world / "work").glob("vcq-evaluate-*"))
+    command(world, "vcq", "evaluate", "--samples", "runs/tiny/ar-samples", expect=2)
+    command(world, "vcq", "evaluate", "--set", "vcq_evaluate.probe.first=[17]", expect=2)
+
     command(world, "vcq", "train", "--resume")
     assert "nothing to do" in capsys.readouterr().err
     command(world, "vcq", "train", expect=2)

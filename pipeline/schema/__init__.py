@@ -21,6 +21,7 @@ from pipeline.schema.tokens import (
     Vqgan,
 )
 from pipeline.schema.vcq import Ar, ArSample, Vcq
+from pipeline.schema.vcq_evaluate import VcqEvaluate
 
 
 class Params(Section):
@@ -42,6 +43,7 @@ class Params(Section):
     vcq: Vcq = Vcq()
     ar: Ar = Ar()
     ar_sample: ArSample = ArSample()
+    vcq_evaluate: VcqEvaluate = VcqEvaluate()
     evaluate: Evaluate = Evaluate()
     scores: Scores = Scores()
 

@@ -4,13 +4,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
 from pipeline.files import write_json
 from train.eval import scores
 from train.eval.imagesets import open_images
 from train.eval.reference import reference_crop
+
+if TYPE_CHECKING:
+    from pipeline.schema import Params
 
 EXAMPLE = """examples:
   semdict evaluate fid --samples runs/demo/lease-unconditional --reference data/demo/manifest.parquet --protocol teacher
@@ -38,22 +41,32 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.params import load_params
 
     params = load_params(args.params, args.set)
+    found, about = score_samples(args.samples, params, args.protocol, args.reference)
+    out = args.out or Path("reports") / params.preset / samples_name(args.samples) / "scores.json"
+    write_scores(out, found, about)
+    return 0
+
+
+def score_samples(
+    path: Path, params: "Params", protocol: str | None = None, reference: Path | None = None
+) -> tuple[scores.Scored, dict[str, Any]]:
+    """Scores of a folder or .npz of samples, and what they were measured with; None = as section scores says."""
     given = params.scores
-    protocol = args.protocol or given.protocol
-    samples = open_images(args.samples, params)
-    path = args.reference or Path(given.reference or Path("data") / params.preset / "manifest.parquet")
+    protocol = protocol or given.protocol
+    samples = open_images(path, params)
+    reference = reference or Path(given.reference or Path("data") / params.preset / "manifest.parquet")
     if protocol == "adm":
-        if path.suffix != ".npz":
-            raise UsageError(f"protocol adm needs ADM's statistics .npz as reference, not {path}; set scores.reference")
-        found, reference = scores.adm(samples, path, params), {"from": str(path)}
+        if reference.suffix != ".npz":
+            raise UsageError(
+                f"protocol adm needs ADM's statistics .npz as reference, not {reference}; set scores.reference"
+            )
+        found, about = scores.adm(samples, reference, params), {"from": str(reference)}
     else:
         crop = reference_crop if protocol == "val50k" else None
-        others = open_images(path, params, limit=given.references, crop=crop)
+        others = open_images(reference, params, limit=given.references, crop=crop)
         measure = scores.val50k if protocol == "val50k" else scores.teacher
-        found, reference = measure(samples, others, params), others.about
-    out = args.out or Path("reports") / params.preset / samples_name(args.samples) / "scores.json"
-    write_scores(out, found, {"protocol": protocol, "samples": samples.about, "reference": reference})
-    return 0
+        found, about = measure(samples, others, params), others.about
+    return found, {"protocol": protocol, "samples": samples.about, "reference": about}
 
 
 def samples_name(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""`semdict vcq`: train the 1-D tokenizer with a growing codebook, encode images with it."""
+"""`semdict vcq`: train the 1-D tokenizer with a growing codebook, encode images with it, measure it."""
 
 from train.actions import Actions
 
@@ -7,12 +7,14 @@ ACTIONS = Actions(
     {
         "train": ("train.vcq.train", "train the tokenizer and its discriminator on the images of a manifest"),
         "encode": ("train.vcq.encode", "turn every image into its tokens, as a shard directory"),
+        "evaluate": ("train.vcq.evaluate", "reconstruction, use of the codebook, first-k-token probe, samples"),
     },
 )
 EXAMPLE = f"""{ACTIONS.listing()}
 
 examples:
   semdict vcq train --set vcq.schedule=constant --out runs/demo/vcq-constant
-  semdict vcq encode --tokenizer runs/demo/vcq --out shards/demo-vcq --set encode.views=[ten-crop]"""
+  semdict vcq encode --tokenizer runs/demo/vcq --out shards/demo-vcq --set encode.views=[ten-crop]
+  semdict vcq evaluate --tokenizer runs/demo/vcq --samples guided=runs/demo/ar-samples"""
 
 add_arguments, run = ACTIONS.add_arguments, ACTIONS.run
