@@ -59,8 +59,9 @@ demo-weights: $(INSTALLED) ## train the demo's VQGAN and teacher again (the ship
 	python -m demo.train_teacher
 	python -m demo.train_vqgan --grid docs/figures/demo_reconstructions.png
 
-replicate: $(INSTALLED) ## the papers' comparisons on the demo's tokens, over seeds (make demo first; about an hour)
+replicate: $(INSTALLED) ## the papers' comparisons on the demo's tokens, over seeds (make demo first; about 90 minutes)
 	python -m replicate.lease
+	python -m replicate.vcq
 
 figures: ## cut the README's picture from the demo's reports
 	python -m demo.figures

@@ -38,4 +38,7 @@ def missing_inputs(settings: Params) -> list[tuple[str, str]]:
     wanted.append(("vqgan.weights", settings.vqgan.weights))
     optional = {"features.weights": settings.features.weights, "kmeans.centroids": settings.kmeans.centroids}
     wanted += [(key, path) for key, path in optional.items() if path]
+    networks = settings.vcq.perceptual if settings.vcq.perceptual_weight else []
+    if not any(Path(network.weights).exists() for network in networks):  # the first that is there serves
+        wanted += [("vcq.perceptual", network.weights) for network in networks]
     return [(key, path) for key, path in wanted if not any(c in path for c in "*?{") and not Path(path).exists()]

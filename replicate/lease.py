@@ -13,16 +13,17 @@ from typing import Any
 from pipeline.files import write_aside, write_json
 from pipeline.params import load_params
 from replicate.variants import COMPONENTS, NEIGHBOUR_COUNTS, Variant
-from replicate.work import markdown, plus_minus, read, semdict, spread
+from replicate.work import markdown, plus_minus, read, semdict, sets, spread
 
-QUIET = ("pretrain.warmup_epochs=1", "pretrain.picture_every=0", "pretrain.tensorboard=false")
+SHORT = ("pretrain.warmup_epochs=1", "pretrain.sorcen.echo_warmup_epochs=3")  # a tenth, three tenths of 10 epochs
+QUIET = ("pretrain.picture_every=0", "pretrain.tensorboard=false")
 
 
 def score(variant: Variant, seed: int, args: argparse.Namespace, root: Path) -> dict[str, float]:
     """Train, sample and score one row with one seed: probe (per cent), teacher Frechet distance, losses."""
     here = root / f"{variant.name}-{seed}"
     params = ["--params", args.params]
-    changes = [f"pretrain.seed={seed}", f"pretrain.epochs={args.epochs}", *QUIET, *variant.changes]
+    changes = [f"pretrain.seed={seed}", f"pretrain.epochs={args.epochs}", *SHORT, *QUIET, *variant.changes]
     run, reports, samples = here / "run", here / "reports", here / "samples"
     train = ["pretrain", "--objective", variant.objective, "--out", run, "--reports", reports, "--resume"]
     semdict(*train, *params, *sets(changes))
@@ -40,11 +41,6 @@ def score(variant: Variant, seed: int, args: argparse.Namespace, root: Path) -> 
         "teacher_frechet_distance": read(here / "distance.json")["teacher_frechet_distance"],
         "reconstruction": final["reconstruction"],
     }
-
-
-def sets(changes: list[str]) -> list[str]:
-    """--set for each of them."""
-    return [part for change in changes for part in ("--set", change)]
 
 
 def compare(variants: tuple[Variant, ...], args: argparse.Namespace, root: Path) -> dict[str, Any]:

@@ -42,3 +42,20 @@ NEIGHBOUR_COUNTS = (
     Variant("neighbours-15", "15", "lease", (NEIGHBOURS.format(15),), paper(85.50, 16.80, 57.25)),
     Variant("neighbours-30", "30", "lease", (NEIGHBOURS.format(30),), paper(85.36, 16.31, 58.29)),
 )
+
+
+def printed(psnr: float, rfid: float, gfid: float, unguided: float, first_10: float, first_256: float) -> dict:
+    """A row of VCQ's tables 4 and 6; probes are top-1 in per cent."""
+    probes = {"first_10": first_10, "first_256": first_256}
+    return {"psnr": psnr, "rfid": rfid, "gfid": gfid, "gfid_unguided": unguided, **probes}
+
+
+SCHEDULE = "vcq.schedule={}"
+SCHEDULES = (
+    Variant(
+        "constant", "constant", "vcq", (SCHEDULE.format("constant"),), printed(20.67, 2.26, 6.43, 27.98, 27.12, 48.02)
+    ),
+    Variant("linear", "linear", "vcq", (SCHEDULE.format("linear"),), printed(20.35, 2.42, 5.32, 14.70, 31.24, 46.60)),
+    Variant("cosine", "cosine", "vcq", (SCHEDULE.format("cosine"),), printed(20.02, 2.77, 4.79, 14.80, 43.77, 48.79)),
+    Variant("power", "power 2.5", "vcq", (SCHEDULE.format("power"),), printed(19.82, 2.89, 5.14, 16.19, 49.42, 46.93)),
+)

@@ -21,6 +21,11 @@ def semdict(*arguments: str | Path | int) -> None:
     print(f"  {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
+def sets(changes: Iterable[str]) -> list[str]:
+    """--set for each of them."""
+    return [part for change in changes for part in ("--set", change)]
+
+
 def read(path: Path) -> dict[str, Any]:
     """A JSON file."""
     return json.loads(path.read_text())

@@ -3,6 +3,7 @@
 import ast
 import csv
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 from pipeline.shards import open_shards, verify_shards
 from semdict.cli import COMMANDS
 from tests import tiny
+from train.vcq.schedule import codebook_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("manifest", "sample_features", "kmeans", "encode")
@@ -160,6 +162,59 @@ def test_the_imagenet_preset_runs_to_the_end_on_photographs(tmp_path, photograph
     assert len(shards) == len(list(photographs.rglob("*.JPEG"))) > 100
     assert (shards.status[:] == 0).all()
     assert sorted(set(shards.index.column("label_name").to_pylist())) == sorted(p.name for p in photographs.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "targets"), [("in1k-vcq-base", ["vcq_evaluate", "entropy"]), ("in1k-vcq-large", [])]
+)
+def test_a_vcq_preset_runs_to_the_end_scaled_down(tmp_path, preset, targets):
+    """Its own graph and sections; only paths, widths and counts are smaller, and the losses' networks local."""
+    folder = project(tmp_path / "project")
+    tiny.make_images(tmp_path / "images")
+    tiny.make_vqgan(tmp_path / "vqgan.ckpt")
+    tiny.make_teacher(tmp_path / "teacher.pth")
+    tree = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text())
+    scale_down(tree, tmp_path)
+    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
+    call(folder, "dvc", "repro", "-q", *(targets or ["vcq_evaluate"]))
+    schedule = codebook_sizes("cosine", 16, tree["vcq"].get("k_min", 2), tree["vcq"]["k_max"]).tolist()
+    shards = open_shards(folder / "shards" / f"{preset}-vcq")
+    assert shards.gen_sizes.tolist() == schedule
+    assert shards.gen[:].shape == (24, 10, 16), "two splits of twelve images, ten crops"
+    found = json.loads((folder / "reports" / preset / "vcq" / "evaluate.json").read_text())
+    assert {"psnr", "guided_teacher_frechet_distance", "unguided_teacher_frechet_distance"} <= found.keys()
+    guided, unguided = (folder / "runs" / preset / f"ar-samples-{draw}" for draw in ("guided", "unguided"))
+    assert json.loads((guided / "sampling.json").read_text())["scale"] == tree["ar_sample"]["scale"]
+    assert json.loads((unguided / "sampling.json").read_text())["temperature"] < 1
+    if targets:
+        assert (folder / "reports" / preset / "entropy" / "entropy.png").stat().st_size > 1000
+        entropy = json.loads((folder / "reports" / preset / "entropy" / "entropy.json").read_text())
+        assert {name.rsplit("-", 1)[1] for name in entropy if name != "about"} == {"gen", "disc"}
+
+
+def scale_down(tree: dict, world: Path) -> None:
+    """Small images, networks and counts in a preset of full size."""
+    teacher = str(world / "teacher.pth")
+    network = {"kind": "features", "weights": teacher, "model": tiny.TEACHER, "layers": 1}
+    short = {"steps": 4, "batch": 4, "warmup": 1, "hold": 2, "save_every": 0, "precision": "float32", "compile": False}
+    tree["inputs"] |= {"features": teacher, "perceptual": teacher}
+    tree["manifest"]["images"] = {name: str(world / "images" / "train") for name in ("train", "val")}
+    tree["features"] |= {"model": tiny.TEACHER, "weights": teacher, "layer": -1}
+    tree["vqgan"] |= {"weights": str(world / "vqgan.ckpt"), "psnr_floor": 0.0, "psnr_images": 2}
+    tree["sample_features"] |= {"points": 800, "batch": 4, "chunk": 4, "precision": "float32"}
+    tree["kmeans"] |= {"k": tiny.WORDS}
+    tree["encode"] |= {"batch": 2, "chunk": 4, "precision": "float32"}
+    tree["vcq"] |= {**short, "patch": 64, "tokens": 16, "encoder": [1, 32, 2], "decoder": [1, 48, 2], "k_max": 64}
+    tree["vcq"] |= {"perceptual": [network], "discriminator_start": 2, "discriminator_channels": 8}
+    if "warm_perceptual" in tree["vcq"]:
+        tree["vcq"] |= {"warm_perceptual": network, "warm_steps": 2}
+    tree["vcq_encode"] |= {"batch": 4, "chunk": 4, "precision": "float32", "psnr_floor": 0.0, "psnr_images": 2}
+    tree["ar"] |= {**short, "size": "tiny"}
+    tree["ar_sample"] |= {"per_class": 2, "batch": 4}
+    probe = {"first": [2, 16], "epochs": 2, "batch": 4, "warmup_epochs": 1}
+    tree["vcq_evaluate"] |= {"batch": 4, "precision": "float32", "shown": 2, "probe": probe}
+    tree["scores"] |= {"protocol": "teacher", "batch": 4, "kid_subsets": 2}
 
 
 # Rooms that check, name or store things, or read bytes that the manifest's SHA-256 pins: they do not shape a result.

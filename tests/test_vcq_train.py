@@ -40,12 +40,25 @@ def world(tmp_path_factory):
     source = {"kind": "features", "weights": str(root / "net.pth"), "model": TEACHER, "layers": 1}
     tree = {
         "preset": "tiny",
-        "inputs": {"images": "presets/none", "features": str(root / "net.pth"), "centroids": "presets/none"},
+        "inputs": {
+            "images": "presets/none",
+            "features": str(root / "net.pth"),
+            "centroids": "presets/none",
+            "perceptual": str(root / "net.pth"),
+        },
         "manifest": {"images": {"train": str(root / "images" / "train")}, "workers": 1},
-        "vqgan": {"weights": "none", "psnr_floor": 0.0, "psnr_images": 4},
+        "vqgan": {"weights": "none"},
         "features": {"model": TEACHER, "weights": str(root / "net.pth")},
         "kmeans": {"k": 2},
-        "encode": {"batch": 4, "chunk": 4, "workers": 1, "views": ["centre", "flip"], "precision_images": 4},
+        "vcq_encode": {
+            "batch": 4,
+            "chunk": 4,
+            "workers": 1,
+            "views": ["centre", "flip"],
+            "precision_images": 4,
+            "psnr_floor": 0.0,
+            "psnr_images": 4,
+        },
         "vcq": {**VCQ, "perceptual": [source]},
         "ar": AR,
         "ar_sample": {"per_class": 2, "scale": 2.0, "batch": 3},
@@ -95,11 +108,15 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
     assert sum(nll["bits"]["train"]) < sum(np.log2(nll["sizes"])) + 1
 
     assert main(["ar", "sample", "--params", str(world / "params.yaml")]) == 0
-    drawn = np.load(world / "runs/tiny/ar-samples/samples.npz")
+    drawn = np.load(world / "runs/tiny/ar-samples-guided/samples.npz")
     assert drawn["arr_0"].shape == (6, 256, 256, 3)
     assert drawn["arr_1"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert main(["ar", "sample", "--draw", "unguided", "--params", str(world / "params.yaml")]) == 0
+    unguided = json.loads((world / "runs/tiny/ar-samples-unguided/sampling.json").read_text())
+    assert unguided["scale"] == 0
+    assert unguided["temperature"] == unguided["unguided_temperature"]
 
-    command(world, "vcq", "evaluate", "--samples", "guided=runs/tiny/ar-samples")
+    command(world, "vcq", "evaluate", "--samples", "guided=runs/tiny/ar-samples-guided")
     found = json.loads((world / "reports/tiny/vcq/evaluate.json").read_text())
     assert found["images"] == 12
     assert found["psnr"] > 3
@@ -113,7 +130,7 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
     assert [int(row["k"]) for row in positions] == list(tokenizer.quantizer.sizes)
     assert (world / "reports/tiny/vcq/reconstructions.png").stat().st_size > 1000
     assert not list((world / "work").glob("vcq-evaluate-*"))
-    command(world, "vcq", "evaluate", "--samples", "runs/tiny/ar-samples", expect=2)
+    command(world, "vcq", "evaluate", "--samples", "runs/tiny/ar-samples-guided", expect=2)
     command(world, "vcq", "evaluate", "--set", "vcq_evaluate.probe.first=[17]", expect=2)
 
     command(world, "vcq", "train", "--resume")

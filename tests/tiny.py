@@ -57,7 +57,12 @@ def params(root: Path) -> dict:
     """A complete params.yaml over the files that `make_world` writes."""
     return {
         "preset": "tiny",
-        "inputs": {"images": "presets/none", "features": str(root / "teacher.pth"), "centroids": "presets/none"},
+        "inputs": {
+            "images": "presets/none",
+            "features": str(root / "teacher.pth"),
+            "centroids": "presets/none",
+            "perceptual": "presets/none",
+        },
         "manifest": {"images": {"train": str(root / "images" / "train")}},
         "pixels": {"crop": "resize-256"},
         "vqgan": {"weights": str(root / "vqgan.ckpt"), "psnr_floor": 0.0, "psnr_images": 2},

@@ -18,6 +18,7 @@ from pipeline.schema.tokens import (
     Pixels,
     SampleFeatures,
     Shards,
+    VcqEncode,
     Vqgan,
 )
 from pipeline.schema.vcq import Ar, ArSample, Vcq
@@ -41,6 +42,7 @@ class Params(Section):
     condition: Condition = Condition()
     generate: Generate = Generate()
     vcq: Vcq = Vcq()
+    vcq_encode: VcqEncode = VcqEncode()
     ar: Ar = Ar()
     ar_sample: ArSample = ArSample()
     vcq_evaluate: VcqEvaluate = VcqEvaluate()
@@ -49,10 +51,14 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _watched(self) -> "Params":
-        pairs = {"features": self.features.weights, "centroids": self.kmeans.centroids}
-        for name, path in pairs.items():
+        first = self.vcq.perceptual[0].weights if self.vcq.perceptual else None
+        pairs = {
+            "features": ("features.weights", self.features.weights),
+            "centroids": ("kmeans.centroids", self.kmeans.centroids),
+            "perceptual": ("the first of vcq.perceptual", first),
+        }
+        for name, (key, path) in pairs.items():
             watched = getattr(self.inputs, name)
             if watched != (path or NONE):
-                key = "features.weights" if name == "features" else "kmeans.centroids"
                 raise ValueError(f"inputs.{name} is {watched}, {key} is {path}: set inputs.{name}: {path or NONE}")
         return self

@@ -18,6 +18,7 @@ class Inputs(Section):
     images: str
     features: str
     centroids: str
+    perceptual: str
 
 
 class Manifest(Section):
@@ -90,6 +91,13 @@ class Encode(Section):
     scheduler: Annotated[str, Field(pattern=r"^(in-process|local(-\d+)?|(tcp|tls|ucx)://.+)$")] = "in-process"
     seed: Annotated[int, Field(ge=0)] = 0
     device: Device = "auto"
+
+
+class VcqEncode(Encode):
+    """Every image to the words of the 1-D tokenizer; the paper trains on ten crops."""
+
+    psnr_floor: float = 10.0  # dB; below it the tokenizer does not know these images
+    psnr_images: Positive = 64
 
 
 class Shards(Section):

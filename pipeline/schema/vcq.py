@@ -122,6 +122,7 @@ class ArSample(Section):
     start: Annotated[float, Field(ge=0)] = 0.0
     mode: Literal["ramp_ratio", "ramp", "ratio", "ratio_power", "constant"] = "ramp_ratio"
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    unguided_temperature: Annotated[float, Field(gt=0)] = 1.0  # the paper's "w/o CFG" rows: 0.85 to 0.95
     seed: Annotated[int, Field(ge=0)] = 0
     batch: Positive = 64
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -13,6 +13,6 @@ EXAMPLE = f"""{ACTIONS.listing()}
 
 examples:
   semdict ar train --shards shards/demo-vcq --out runs/demo/ar
-  semdict ar sample --model runs/demo/ar --tokenizer runs/demo/vcq --out runs/demo/ar-samples"""
+  semdict ar sample --model runs/demo/ar --tokenizer runs/demo/vcq --out samples"""
 
 add_arguments, run = ACTIONS.add_arguments, ACTIONS.run

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ from train.ar.train import check_tokenizer
 from train.dist import pick_device
 from train.vcq.tokenizer import load_tokenizer
 
+if TYPE_CHECKING:
+    from pipeline.schema import ArSample
+
 EXAMPLE = """examples:
-  semdict ar sample --model runs/demo/ar --tokenizer runs/demo/vcq --out runs/demo/ar-samples
-  semdict ar sample --set ar_sample.scale=0 --set ar_sample.temperature=0.85      without guidance
+  semdict ar sample --model runs/demo/ar --tokenizer runs/demo/vcq --out samples
+  semdict ar sample --draw unguided --set ar_sample.unguided_temperature=0.85      the paper's "w/o CFG"
   semdict ar sample --set ar_sample.mode=ramp                                     plain cosine guidance (table 8)"""
 
 
@@ -27,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
     parser.add_argument("--model", type=Path, help="run of `semdict ar train` (default runs/<preset>/ar)")
     parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
-    parser.add_argument("--out", type=Path, help="default: runs/<preset>/ar-samples")
+    parser.add_argument("--draw", choices=("guided", "unguided"), default="guided", help="default: guided")
+    parser.add_argument("--out", type=Path, help="default: runs/<preset>/ar-samples-<draw>")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.preview import save_grid
 
     params = load_params(args.params, args.set)
-    given, runs = params.ar_sample, Path("runs") / params.preset
+    given, runs = drawing(params.ar_sample, args.draw), Path("runs") / params.preset
     device = pick_device(given.device)
     model, about = load_ar(args.model or runs / "ar", device)
     path = args.tokenizer or runs / "vcq"
@@ -57,12 +62,19 @@ def run(args: argparse.Namespace) -> int:
         images.append(to_uint8(pixels))
         tokens.append(ids_BL.cpu().numpy().astype(np.uint16))
     images_NHWC = np.concatenate(images)
-    with publish_dir(args.out or runs / "ar-samples") as folder:
+    with publish_dir(args.out or runs / f"ar-samples-{args.draw}") as folder:
         np.savez(folder / "samples.npz", arr_0=images_NHWC, arr_1=np.array(labels), tokens=np.concatenate(tokens))
         shown = [images_NHWC[i] for i in np.linspace(0, len(labels) - 1, min(64, len(labels))).astype(int)]
         save_grid(folder / "grid.png", [np.stack(shown)], ["samples"])
         write_json(folder / "sampling.json", {**given.model_dump(), "images": len(labels), "class_names": names})
     return 0
+
+
+def drawing(given: "ArSample", draw: str) -> "ArSample":
+    """The section as it is, or unguided and at its temperature for that."""
+    if draw == "guided":
+        return given
+    return given.model_copy(update={"scale": 0.0, "start": 0.0, "temperature": given.unguided_temperature})
 
 
 def wanted_labels(classes: list[int], per_class: int, null_class: int) -> list[int]:

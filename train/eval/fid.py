@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLE = """examples:
   semdict evaluate fid --samples runs/demo/lease-unconditional --reference data/demo/manifest.parquet --protocol teacher
   semdict evaluate fid --samples samples/lease --reference imagenet-val-256/ --protocol val50k
-  semdict evaluate fid --samples runs/in1k-vcq-base/ar-samples/samples.npz --protocol adm \\
+  semdict evaluate fid --samples runs/in1k-vcq-base/ar-samples-guided/samples.npz --protocol adm \\
       --reference VIRTUAL_imagenet256_labeled.npz
 
 Samples are a folder of PNGs (what `semdict generate` writes) or an .npz with arr_0. Reference: a folder of PNGs, a

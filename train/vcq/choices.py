@@ -73,8 +73,10 @@ OPEN = (
            "AliTok"),
     Choice("O19", "quantized from step 0", "`quantize_start`, `quantize_ramp`: 0 for the paper's presets",
            "narrow models commit before their codes differ by image and never recover"),
-    Choice("O20", "initialisation unstated", "truncated normal 0.02; the last 3x3 convolution starts as the identity",
-           "a random one stretches the plateau at the mean image from 100 steps to many hundred in narrow models"),
+    Choice("O20", "initialisation unstated",
+           "truncated normal 0.02; mid-grey enters as 0 (bias of the patch embedding) and leaves as 0.5 (bias of the "
+           "pixel head, its weights a tenth); the last 3x3 convolution is the identity",
+           "else narrow models stay at the mean image for hundreds of steps: brightness and noise hide the rest"),
 )
 # fmt: on
 

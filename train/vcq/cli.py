@@ -14,7 +14,7 @@ EXAMPLE = f"""{ACTIONS.listing()}
 
 examples:
   semdict vcq train --set vcq.schedule=constant --out runs/demo/vcq-constant
-  semdict vcq encode --tokenizer runs/demo/vcq --out shards/demo-vcq --set encode.views=[ten-crop]
-  semdict vcq evaluate --tokenizer runs/demo/vcq --samples guided=runs/demo/ar-samples"""
+  semdict vcq encode --tokenizer runs/demo/vcq --out shards/demo-vcq --set vcq_encode.views=[ten-crop]
+  semdict vcq evaluate --tokenizer runs/demo/vcq --samples guided=runs/demo/ar-samples-guided"""
 
 add_arguments, run = ACTIONS.add_arguments, ACTIONS.run

@@ -13,7 +13,7 @@ from train.vcq.tokenizer import Tokenizer1d, load_tokenizer
 
 EXAMPLE = """examples:
   semdict vcq encode --tokenizer runs/demo/vcq --out shards/demo-vcq
-  semdict vcq encode --set encode.views=[ten-crop] --scheduler local-2"""
+  semdict vcq encode --set vcq_encode.views=[ten-crop] --scheduler local-2"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class VcqTokenizer:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which tokenizer and manifest; views, batch and chunks stand in params.yaml, section encode."""
+    """Which tokenizer and manifest; views, batch and chunks stand in params.yaml, section vcq_encode."""
     parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
     parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
@@ -80,7 +80,7 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
     from pipeline.work import ChunkStore
     from train.dist import pick_device
 
-    chosen, preset = params.encode, params.preset
+    chosen, preset = params.vcq_encode, params.preset
     manifest_path = args.manifest or Path("data") / preset / "manifest.parquet"
     manifest = load_manifest(manifest_path)
     spec = VcqSpec(str(path.resolve()), str(pick_device(chosen.device)))
@@ -88,7 +88,7 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
     job, shards = _job(params, manifest, manifest_path, spec, tokenizer.model)
     reports = args.reports or Path("reports") / preset / "vcq-encode"
     store = ChunkStore(args.work, f"vcq-encode-{preset}", job.fingerprint)
-    floor = Vqgan(weights=str(path), psnr_floor=params.vqgan.psnr_floor, psnr_images=params.vqgan.psnr_images)
+    floor = Vqgan(weights=str(path), psnr_floor=chosen.psnr_floor, psnr_images=chosen.psnr_images)
     metrics = {"probe": probe(job, tokenizer, manifest, floor, chosen, reports)}
     publication = Publication(
         job=job,
@@ -114,7 +114,8 @@ def _job(params, manifest, manifest_path: Path, spec: VcqSpec, model: Tokenizer1
     from pipeline.work import code_identity, fingerprint
     from train.vcq import quantizer, tokenizer
 
-    chosen, pixels, views = params.encode, params.pixels, tuple(expand_views(list(params.encode.views)))
+    chosen, pixels = params.vcq_encode, params.pixels
+    views = tuple(expand_views(list(chosen.views)))
     if model.config.image_size != crops.SIZE:
         raise UsageError(f"{spec.path} works on {model.config.image_size} pixels, crops have {crops.SIZE}")
     recipe = {

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """examples:
   semdict vcq evaluate --tokenizer runs/demo/vcq
-  semdict vcq evaluate --samples guided=runs/demo/ar-samples --samples unguided=runs/demo/ar-samples-unguided
+  semdict vcq evaluate --samples guided=runs/demo/ar-samples-guided --samples unguided=runs/demo/ar-samples-unguided
 
 Writes evaluate.json, utilisation.csv and reconstructions.png. Reconstructions are scored as section scores says: rFID
 with the Inception weights, or the teacher's distance under its own name. Pixels and latents wait in --work meanwhile:
@@ -77,7 +77,7 @@ def sample_folders(given: list[str]) -> dict[str, Path]:
     for word in given:
         name, _, where = word.partition("=")
         if not (name.isidentifier() and where):
-            raise UsageError(f"--samples {word}: give NAME=DIR, such as guided=runs/demo/ar-samples")
+            raise UsageError(f"--samples {word}: give NAME=DIR, such as guided=runs/demo/ar-samples-guided")
         path = Path(where)
         found[name] = path / "samples.npz" if (path / "samples.npz").is_file() else path
         if not path.exists():

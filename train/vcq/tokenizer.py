@@ -200,8 +200,9 @@ class Tokenizer1d(nn.Module):
     def _init(self, rng: torch.Generator) -> None:
         """Truncated normal for linear and conv, zero biases, learned tokens width^-0.5 * normal, from `rng`.
 
-        The deviation is 0.02 from width 768 on, as in TiTok, and keeps the same gain in narrower stacks. The last
-        convolution starts as the identity (choice O20).
+        The deviation is 0.02 from width 768 on, as in TiTok, and keeps the same gain in narrower stacks. Mid-grey goes
+        in as zero and comes out at the start: the patch embedding's bias cancels 0.5, the pixel head has a tenth of the
+        weights and bias 0.5, and the last convolution is the identity (choice O20).
         """
         if self.quantizer.codebook.is_meta:
             return
@@ -213,6 +214,10 @@ class Tokenizer1d(nn.Module):
             for parameter in part.parameters(recurse=False):
                 if isinstance(part, Encoder | Decoder):
                     parameter.normal_(generator=rng).mul_(parameter.shape[-1] ** -0.5)
+        embed = self.encoder.patch_embed
+        embed.bias.copy_(-0.5 * embed.weight.sum((1, 2, 3)))
+        self.decoder.out.weight.mul_(0.1)
+        self.decoder.out.bias.fill_(0.5)
         nn.init.dirac_(self.decoder.smooth.weight)
         self.quantizer.reset_parameters(rng)
 

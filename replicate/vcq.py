@@ -1,0 +1,124 @@
+"""VCQ's comparison of schedules, small: `python -m replicate.vcq`, on the images that params.yaml stands for.
+
+Constant, linear, cosine and power at one budget: tokenizer, its tokens, autoregressive model, samples without and with
+guidance, all by the package's own commands; nothing here computes a number but means and spreads. Finished steps are
+skipped, so a stopped comparison continues. Writes reports/<preset>/replicate/vcq.json and vcq.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_aside, write_json
+from pipeline.params import load_params
+from replicate.variants import SCHEDULES, Variant
+from replicate.work import markdown, plus_minus, read, semdict, sets, spread
+
+SCORES = {  # our name -> key in evaluate.json, title of the column, digits
+    "psnr": ("psnr", "PSNR, dB", 2),
+    "reconstruction": ("reconstruction_teacher_frechet_distance", "rec. distance", 2),
+    "unguided": ("unguided_teacher_frechet_distance", "samples, unguided", 2),
+    "guided": ("guided_teacher_frechet_distance", "samples, guided", 2),
+}
+QUIET = ("vcq.tensorboard=false", "ar.tensorboard=false")
+POOLS = tuple(f"{feature}_{pool}" for feature in ("pre", "code") for pool in ("mean", "concat"))
+
+
+def score(variant: Variant, seed: int, args: argparse.Namespace, root: Path) -> dict[str, float]:
+    """Train, encode, model, draw and measure one schedule with one seed."""
+    here = root / f"{variant.name}-{seed}"
+    tokenizer, tokens, model = here / "vcq", here / "tokens", here / "ar"
+    changes = sets([*variant.changes, *QUIET, *(f"{section}.seed={seed}" for section in ("vcq", "ar", "ar_sample"))])
+    given = ["--params", args.params, *changes]
+    semdict("vcq", "train", "--resume", "--out", tokenizer, "--reports", here / "vcq-report", *given)
+    if not tokens.exists():
+        semdict("vcq", "encode", "--tokenizer", tokenizer, "--out", tokens, "--reports", here / "encode", *given)
+    semdict("ar", "train", "--resume", "--shards", tokens, "--out", model, "--reports", here / "ar-report", *given)
+    samples = []
+    for draw in ("guided", "unguided"):
+        out = here / draw
+        if not out.exists():
+            semdict("ar", "sample", "--draw", draw, "--model", model, "--tokenizer", tokenizer, "--out", out, *given)
+        samples += ["--samples", f"{draw}={out}"]
+    if not (here / "evaluate.json").exists():
+        semdict("vcq", "evaluate", "--tokenizer", tokenizer, *samples, "--out", here, *given)
+    if not (here / "entropy.json").exists():
+        semdict("entropy", tokens, "--split", "train", "--ar", model, "--out", here, "--params", args.params)
+    return numbers(read(here / "evaluate.json"), read(here / "entropy.json")[f"{tokens.name}-gen"], args.first)
+
+
+def numbers(found: dict[str, float], entropy: dict[str, float], first: list[int]) -> dict[str, float]:
+    """What the tables show of one run."""
+    probes = {f"{pool}_{k}": found[f"probe_{pool}_{k}_top1"] for pool in POOLS for k in first}
+    told = {name: entropy[name] for name in ("k_mean", "capacity_bits", "t_star", "spent_at", "nll_bits_held_out")}
+    return {name: found[key] for name, (key, _, _) in SCORES.items()} | probes | told
+
+
+def compare(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Row name -> title, the paper's numbers, every seed's numbers, and their mean and spread."""
+    found = {}
+    for variant in SCHEDULES:
+        runs = [score(variant, seed, args, root) for seed in range(args.seeds)]
+        means = {name: spread(run[name] for run in runs) for name in runs[0]}
+        found[variant.name] = {"title": variant.title, "paper": variant.paper, "runs": runs, **means}
+    return found
+
+
+def scores_table(found: dict[str, Any]) -> str:
+    """Reconstruction and samples beside table 4."""
+    paper = ("psnr", "rfid", "gfid_unguided", "gfid")
+    head = ["schedule", "mean K", "t*", *(title for _, title, _ in SCORES.values()), "bits an image, held out"]
+    head += [f"paper: {name}" for name in ("PSNR", "rFID", "gFID w/o CFG", "gFID")]
+    rows = [
+        [
+            row["title"], f"{row['k_mean']['mean']:.0f}", f"{row['t_star']['mean']:.0f}",
+            *(plus_minus(row[name], digits) for name, (_, _, digits) in SCORES.items()),
+            plus_minus(row["nll_bits_held_out"], 1), *(str(row["paper"][name]) for name in paper),
+        ]
+        for row in found.values()
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def probe_table(found: dict[str, Any], first: list[int]) -> str:
+    """Probe of the first k tokens, before (pre) and after (code) quantization, beside table 6."""
+    titles = {"pre": "before", "code": "after"}
+    head = ["schedule", "k"]
+    head += [f"{titles[feature]}, {pool}" for feature, pool in (name.split("_") for name in POOLS)]
+    rows = []
+    for row in found.values():
+        for k, printed in zip(first, ("10", "256"), strict=False):
+            cells = [plus_minus(row[f"{pool}_{k}"], 1) for pool in POOLS]
+            rows.append([row["title"], str(k), *cells, f"{row['paper'][f'first_{printed}']} (k = {printed})"])
+    return markdown([*head, "paper"], rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m replicate.vcq", description=__doc__.splitlines()[0])
+    parser.add_argument("--params", default=Path("params.yaml"), type=Path)
+    parser.add_argument("--seeds", type=int, default=1)
+    args = parser.parse_args(argv)
+    params = load_params(args.params)
+    args.preset, args.first = params.preset, params.vcq_evaluate.probe.first
+    root = Path("work") / "replicate" / f"{args.preset}-vcq"
+    out = Path("reports") / args.preset / "replicate"
+    found = compare(args, root)
+    write_json(out / "vcq.json", found)
+    text = "\n".join(
+        [
+            f"## Schedules (preset {args.preset}, {args.seeds} seed{'s' * (args.seeds > 1)})\n",
+            scores_table(found),
+            "Distances are Fréchet distances in the teacher's features, not FID.\n",
+            "## Linear probe of the first k tokens, top-1 in per cent\n",
+            probe_table(found, args.first),
+        ]
+    )
+    with write_aside(out / "vcq.md") as aside:
+        aside.write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
