@@ -174,3 +174,15 @@ def test_file_round_trip(tmp_path):
     torch.save(found, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="does not fit"):
         load_tokenizer(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("queries", [True, False])
+def test_mid_grey_enters_as_nothing_and_leaves_a_new_tokenizer(queries):
+    """Choice O20: neither brightness nor random pixels drown what differs between images."""
+    tokens = PRESETS["tiny"].tokens if queries else PRESETS["tiny"].patches
+    model = Tokenizer1d(replace(PRESETS["tiny"], latent_queries=queries, tokens=tokens))
+    embedded = model.encoder.patch_embed(torch.full((1, 3, 32, 32), 0.5))
+    assert float(embedded.abs().max()) < 1e-5
+    with torch.no_grad():
+        out = model(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert float((out.images - 0.5).abs().mean()) < 0.1

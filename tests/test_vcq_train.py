@@ -102,6 +102,7 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
     model, about = load_ar(world / "runs/tiny/ar")
     assert model.config.sizes == tokenizer.quantizer.sizes
     assert model.null_class == 3
+    assert about["classes"] == ["c0", "c1", "c2"]
     assert about["tokens"]["gen"]["sha256"] == tokenizer.identity["sha256"]
     nll = json.loads((world / "runs/tiny/ar/nll.json").read_text())
     assert len(nll["bits"]["train"]) == 16

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels, tokens), grid.png and sampling.json."""
     from pipeline.params import load_params
-    from pipeline.preview import save_grid
+    from pipeline.preview import save_grid, to_uint8
 
     params = load_params(args.params, args.set)
     given, runs = drawing(params.ar_sample, args.draw), Path("runs") / params.preset
@@ -64,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     images_NHWC = np.concatenate(images)
     with publish_dir(args.out or runs / f"ar-samples-{args.draw}") as folder:
         np.savez(folder / "samples.npz", arr_0=images_NHWC, arr_1=np.array(labels), tokens=np.concatenate(tokens))
-        shown = [images_NHWC[i] for i in np.linspace(0, len(labels) - 1, min(64, len(labels))).astype(int)]
-        save_grid(folder / "grid.png", [np.stack(shown)], ["samples"])
+        save_grid(folder / "grid.png", *by_class(images_NHWC, labels, names))
         write_json(folder / "sampling.json", {**given.model_dump(), "images": len(labels), "class_names": names})
     return 0
 
@@ -85,6 +84,9 @@ def wanted_labels(classes: list[int], per_class: int, null_class: int) -> list[i
     return [label for label in classes or range(null_class) for _ in range(per_class)]
 
 
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, rounded half up."""
-    return (images.float().clamp(0, 1) * 255 + 0.5).floor().byte().permute(0, 2, 3, 1).cpu().numpy()
+def by_class(images_NHWC: np.ndarray, labels: list[int], names: list[str]) -> tuple[list[np.ndarray], list[str]]:
+    """Rows of at most eight pictures for at most eight classes spread evenly over those drawn, and their names."""
+    drawn = sorted(set(labels))
+    chosen = [drawn[i] for i in np.linspace(0, len(drawn) - 1, min(8, len(drawn))).astype(int)]
+    rows = [images_NHWC[np.flatnonzero(np.array(labels) == label)[:8]] for label in chosen]
+    return rows, [names[label] if label < len(names) else str(label) for label in chosen]

@@ -14,6 +14,7 @@ from train import dist
 from train.ar.files import MODEL, save_ar
 from train.ar.model import SHAPES, ArConfig, ArModel, drop_labels
 from train.ar.nll import nll_bits
+from train.eval.sources import class_names
 from train.loader import Batch, ResidentLoader, recipe_of, table_from_shards
 from train.loop import DTYPES, Clock, Phase, Plan, Run, fit
 from train.optim import adamw
@@ -81,6 +82,7 @@ class Session:
         self.given, self.path, self.world = params.ar, path, world
         shards = open_shards(path)
         self.meta, self.sizes = shards.meta, tuple(int(k) for k in shards.gen_sizes)
+        self.names = class_names(shards.label[:], shards.index["label_name"].to_pylist())
         self.reports = args.reports or Path("reports") / params.preset / "ar"
         settings = identity(params.ar, recipe_of(self.meta))
         self.place = Place("ar-train", settings, args.out or Path("runs") / params.preset / "ar", args.work)
@@ -102,7 +104,8 @@ class Session:
         metrics |= {"parameters": sum(p.numel() for p in model.parameters())}
         if world.first:
             metrics["bits_per_image"] = self.likelihood(model)
-            save_ar(place.folder / MODEL, model, {"settings": place.settings, "tokens": self.meta["recipe"]})
+            about = {"settings": place.settings, "tokens": self.meta["recipe"], "classes": self.names}
+            save_ar(place.folder / MODEL, model, about)
         return metrics
 
     def config(self, classes: int) -> ArConfig:
