@@ -11,7 +11,8 @@ from pipeline.errors import SemdictError, ShardError, WeightsError
 from tests.token_sets import make_set, write
 from train.eval.encoder import Encoder, load_encoder, run_name
 from train.eval.features import FeatureStore, encoder_features
-from train.eval.sources import Shown, TokenSource, class_names
+from train.eval.sources import Shown, TokenSource
+from train.loader import class_names
 from train.model import MaskedTokenTransformer, model_config
 from train.pretrained import save_pretrained
 

@@ -206,3 +206,13 @@ class _Column:
         """(B, L) int64 ids of the rows `at`."""
         found = self.rows.index_select(0, at)
         return (found.view(torch.uint16) if self.unsigned else found).long()
+
+
+def class_names(labels: np.ndarray, names: list[str] | None, classes: list[str] | None = None) -> list[str]:
+    """Name of every label in [0, max]: as the rows or the class list say, else its number."""
+    found = list(classes or [])
+    found += [""] * (int(labels.max(initial=-1)) + 1 - len(found))
+    for label, name in zip(labels.tolist(), names or [], strict=False):
+        if label >= 0 and name:
+            found[label] = name
+    return [name or str(label) for label, name in enumerate(found)]

@@ -14,8 +14,7 @@ from train import dist
 from train.ar.files import MODEL, save_ar
 from train.ar.model import SHAPES, ArConfig, ArModel, drop_labels
 from train.ar.nll import nll_bits
-from train.eval.sources import class_names
-from train.loader import Batch, ResidentLoader, recipe_of, table_from_shards
+from train.loader import Batch, ResidentLoader, class_names, recipe_of, table_from_shards
 from train.loop import DTYPES, Clock, Phase, Plan, Run, fit
 from train.optim import adamw
 from train.run import Place

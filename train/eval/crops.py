@@ -20,7 +20,8 @@ from pipeline.device import reduced_precision, to_device
 from pipeline.errors import ManifestError, UsageError
 from train import draws
 from train.eval.encoder import Encoder
-from train.eval.sources import Shown, class_names
+from train.eval.sources import Shown
+from train.loader import class_names
 
 if TYPE_CHECKING:
     from pipeline.crops import ViewSpec

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.errors import ShardError
 from pipeline.files import sha256_file
 from train.eval.encoder import Encoder
-from train.loader import recipe_of
+from train.loader import class_names, recipe_of
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,3 @@ class TokenSource:
             for part in np.split(ids, range(batch, len(ids), batch)):
                 yield Shown(first, torch.from_numpy(part.astype(np.int64)).to(self.device))
                 first += len(part)
-
-
-def class_names(labels: np.ndarray, names: list[str] | None, classes: list[str] | None = None) -> list[str]:
-    """Name of every label in [0, max]: as the rows or the class list say, else its number."""
-    found = list(classes or [])
-    found += [""] * (int(labels.max(initial=-1)) + 1 - len(found))
-    for label, name in zip(labels.tolist(), names or [], strict=False):
-        if label >= 0 and name:
-            found[label] = name
-    return [name or str(label) for label, name in enumerate(found)]
