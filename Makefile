@@ -48,6 +48,7 @@ preset: ## make preset NAME=in1k: put presets/NAME.yaml in force (your params.ya
 	@if [ -f params.yaml ] && ! cmp -s params.yaml 'presets/$(NAME).yaml'; then cp params.yaml params.yaml.before; fi
 	cp 'presets/$(NAME).yaml' params.yaml
 
+# Without --force DVC asks its run cache, which hashes files that earlier stages have yet to make (DVC issue 9818).
 graph: $(INSTALLED) ## show every stage that the preset would run, in order
 	dvc repro --dry --force
 
@@ -63,7 +64,7 @@ replicate: $(INSTALLED) ## the papers' comparisons on the demo's tokens, over se
 	python -m replicate.lease
 	python -m replicate.vcq
 
-figures: ## cut the README's picture from the demo's reports
+figures: ## cut the documents' pictures from the demo's reports
 	python -m demo.figures
 
 clean: ## remove everything that commands made, the environment included

@@ -1,24 +1,49 @@
-"""The README's picture, cut from what the demo's encode stage keeps; `python -m demo.figures` after `make demo`."""
+"""The documents' pictures, cut from what the demo's stages keep; `python -m demo.figures` after `make demo`."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from pipeline.files import write_aside
 
-SOURCE, TARGET = Path("reports/demo/reconstructions.png"), Path("docs/figures/tokens.png")
-BANDS, SHOWN = 4, (0, 2)  # the grid's bands of eight images; two textures are enough to see the words differ
+REPORTS, RUNS, TARGETS = Path("reports/demo"), Path("runs/demo"), Path("docs/figures")
+
+
+class Figure(NamedTuple):
+    """A picture of the demo, and which of its `bands` of equal height are shown; 1 band = the whole."""
+
+    source: Path
+    name: str
+    bands: int = 1
+    shown: tuple[int, ...] = (0,)
+
+
+FIGURES = (
+    Figure(REPORTS / "reconstructions.png", "tokens.png", 4, (0, 2)),  # two textures: the words differ
+    Figure(RUNS / "lease-samples" / "grid.png", "samples.png", 4, (0, 3)),
+    Figure(REPORTS / "lease-samples" / "nearest.png", "nearest.png"),
+    Figure(REPORTS / "vcq" / "reconstructions.png", "vcq_reconstructions.png", 2, (0,)),
+    Figure(RUNS / "ar-samples-guided" / "grid.png", "ar_samples.png", 4, (0, 2)),
+    Figure(REPORTS / "entropy" / "entropy.png", "entropy.png"),
+)
+
+
+def cut(figure: Figure, target: Path) -> None:
+    """Stack the shown bands, in 256 colours."""
+    with Image.open(figure.source) as grid:
+        height = grid.height // figure.bands
+        sheet = Image.new("RGB", (grid.width, height * len(figure.shown)), "white")
+        for place, band in enumerate(figure.shown):
+            sheet.paste(grid.crop((0, band * height, grid.width, (band + 1) * height)), (0, place * height))
+    with write_aside(target) as aside:
+        sheet.quantize(256, dither=Image.Dither.NONE).save(aside, format="PNG", optimize=True)
 
 
 def main() -> None:
-    """Stack the shown bands of the stage's grid."""
-    with Image.open(SOURCE) as grid:
-        height = grid.height // BANDS
-        figure = Image.new("RGB", (grid.width, height * len(SHOWN)), "white")
-        for place, band in enumerate(SHOWN):
-            figure.paste(grid.crop((0, band * height, grid.width, (band + 1) * height)), (0, place * height))
-    with write_aside(TARGET) as aside:
-        figure.quantize(256, dither=Image.Dither.NONE).save(aside, format="PNG", optimize=True)
+    """Every figure."""
+    for figure in FIGURES:
+        cut(figure, TARGETS / figure.name)
 
 
 if __name__ == "__main__":
