@@ -12,7 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.manifest import load_manifest
 from pipeline.shards import open_shards, verify_shards
 from semdict.cli import main
-from tests.tiny import TEACHER, make_images, make_teacher
+from tests.tiny import TEACHER, digest, make_images, make_teacher
 from train.ar.files import load_ar
 from train.vcq.images import ImageLoader
 from train.vcq.tokenizer import load_tokenizer
@@ -97,6 +97,10 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
     assert tokens.shape == (12, 2, 16)
     assert bool((tokens < shards.gen_sizes).all())
     assert verify_shards(world / "shards/tiny-vcq").ok
+
+    elsewhere = ["--out", "elsewhere", "--reports", "elsewhere-report", "--scheduler", "local-2"]
+    command(world, "vcq", "encode", *elsewhere)  # Dask workers leave the same bytes
+    assert digest(world / "elsewhere") == digest(world / "shards/tiny-vcq")
 
     command(world, "ar", "train")
     model, about = load_ar(world / "runs/tiny/ar")
