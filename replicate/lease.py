@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_aside, write_json
 from pipeline.params import load_params
 from replicate.variants import COMPONENTS, NEIGHBOUR_COUNTS, Variant
-from replicate.work import markdown, plus_minus, read, semdict, sets, spread
+from replicate.work import compare, markdown, plus_minus, publish, read, semdict, sets
 
 SHORT = ("pretrain.warmup_epochs=1", "pretrain.sorcen.echo_warmup_epochs=3")  # a tenth, three tenths of 10 epochs
 QUIET = ("pretrain.picture_every=0", "pretrain.tensorboard=false")
@@ -43,16 +42,6 @@ def score(variant: Variant, seed: int, args: argparse.Namespace, root: Path) -> 
     }
 
 
-def compare(variants: tuple[Variant, ...], args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Row name -> title, the paper's numbers, every seed's numbers, and their mean and spread."""
-    found = {}
-    for variant in variants:
-        runs = [score(variant, seed, args, root) for seed in range(args.seeds)]
-        means = {name: spread(run[name] for run in runs) for name in runs[0]}
-        found[variant.name] = {"title": variant.title, "paper": variant.paper, "runs": runs, **means}
-    return found
-
-
 def table(found: dict[str, Any], first: str) -> str:
     """Rows beside the paper's; both columns of ours are mean and standard deviation over seeds."""
     head = [first, "probe, %", "teacher Fréchet distance", "paper: probe, %", "paper: FID"]
@@ -76,10 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     args.preset = load_params(args.params).preset
     root = Path("work") / "replicate" / args.preset
     out = Path("reports") / args.preset / "replicate"
-    components = compare(COMPONENTS, args, root)
-    neighbours = compare(NEIGHBOUR_COUNTS, args, root)
+    components, neighbours = (
+        compare(variants, args.seeds, lambda variant, seed: score(variant, seed, args, root))
+        for variants in (COMPONENTS, NEIGHBOUR_COUNTS)
+    )
     gain = components["lease"]["probe"]["mean"] - components["rec"]["probe"]["mean"]
-    write_json(out / "lease.json", {"components": components, "neighbours": neighbours, "probe_gain": gain})
     text = "\n".join(
         [
             f"## What each objective adds (preset {args.preset}, {args.seeds} seeds, {args.epochs} epochs)\n",
@@ -89,9 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             table(neighbours, "neighbours"),
         ]
     )
-    with write_aside(out / "lease.md") as aside:
-        aside.write_text(text)
-    print(text)
+    publish(out, "lease", {"components": components, "neighbours": neighbours, "probe_gain": gain}, text)
     return 0
 
 

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_aside, write_json
 from pipeline.params import load_params
 from replicate.variants import SCHEDULES, Variant
-from replicate.work import markdown, plus_minus, read, semdict, sets, spread
+from replicate.work import compare, markdown, plus_minus, publish, read, semdict, sets
 
 SCORES = {  # our name -> key in evaluate.json, title of the column, digits
     "psnr": ("psnr", "PSNR, dB", 2),
@@ -55,16 +54,6 @@ def numbers(found: dict[str, float], entropy: dict[str, float], first: list[int]
     return {name: found[key] for name, (key, _, _) in SCORES.items()} | probes | told
 
 
-def compare(args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Row name -> title, the paper's numbers, every seed's numbers, and their mean and spread."""
-    found = {}
-    for variant in SCHEDULES:
-        runs = [score(variant, seed, args, root) for seed in range(args.seeds)]
-        means = {name: spread(run[name] for run in runs) for name in runs[0]}
-        found[variant.name] = {"title": variant.title, "paper": variant.paper, "runs": runs, **means}
-    return found
-
-
 def scores_table(found: dict[str, Any]) -> str:
     """Reconstruction and samples beside table 4."""
     paper = ("psnr", "rfid", "gfid_unguided", "gfid")
@@ -103,8 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     args.preset, args.first = params.preset, params.vcq_evaluate.probe.first
     root = Path("work") / "replicate" / f"{args.preset}-vcq"
     out = Path("reports") / args.preset / "replicate"
-    found = compare(args, root)
-    write_json(out / "vcq.json", found)
+    found = compare(SCHEDULES, args.seeds, lambda variant, seed: score(variant, seed, args, root))
     text = "\n".join(
         [
             f"## Schedules (preset {args.preset}, {args.seeds} seed{'s' * (args.seeds > 1)})\n",
@@ -114,9 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             probe_table(found, args.first),
         ]
     )
-    with write_aside(out / "vcq.md") as aside:
-        aside.write_text(text)
-    print(text)
+    publish(out, "vcq", found, text)
     return 0
 
 

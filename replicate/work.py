@@ -4,10 +4,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_aside, write_json
+from replicate.variants import Variant
 from semdict.cli import main
 
 
@@ -50,3 +52,21 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def compare(variants: Iterable[Variant], seeds: int, score: Callable[[Variant, int], dict[str, float]]) -> dict:
+    """Row name -> title, the paper's numbers, every seed's numbers, and their mean and spread."""
+    found = {}
+    for variant in variants:
+        runs = [score(variant, seed) for seed in range(seeds)]
+        means = {name: spread(run[name] for run in runs) for name in runs[0]}
+        found[variant.name] = {"title": variant.title, "paper": variant.paper, "runs": runs, **means}
+    return found
+
+
+def publish(out: Path, name: str, numbers: dict[str, Any], text: str) -> None:
+    """Write <name>.json and <name>.md, and print the text."""
+    write_json(out / f"{name}.json", numbers)
+    with write_aside(out / f"{name}.md") as aside:
+        aside.write_text(text)
+    print(text)

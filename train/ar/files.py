@@ -1,4 +1,4 @@
-"""Autoregressive models as files: plain tensors and the configuration that rebuilds the module."""
+"""Autoregressive models as files."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,20 +6,17 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import WeightsError
-from pipeline.files import write_aside
-from pipeline.safeload import load_checkpoint
 from train.ar.model import ArConfig, ArModel
+from train.modelfile import MODEL, load_model, save_model
 
+__all__ = ["MODEL", "load_ar", "save_ar"]
 KIND = "semdict-ar"
-MODEL = "model.pt"
+OTHER = "{path} is not a model that `semdict ar train` wrote; its entries are {entries}"
 
 
 def save_ar(path: Path, model: ArModel, about: dict[str, Any]) -> None:
-    """Write {"kind", "config", "model", "about"}; `about` is plain data (settings, identity of the tokens)."""
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    with write_aside(path) as aside, aside.open("wb") as file:
-        torch.save({"kind": KIND, "config": asdict(model.config), "model": state, "about": about}, file)
+    """Write the model; `about` is plain data (settings, identity of the tokens, names of the classes)."""
+    save_model(path, KIND, model, asdict(model.config), about)
 
 
 def load_ar(path: str | Path, device: str | torch.device = "cpu") -> tuple[ArModel, dict[str, Any]]:
@@ -27,14 +24,9 @@ def load_ar(path: str | Path, device: str | torch.device = "cpu") -> tuple[ArMod
 
     WeightsError when it is not an AR model or damaged.
     """
-    path = Path(path)
-    path = path / MODEL if path.is_dir() else path
-    found = load_checkpoint(path)
-    if found.get("kind") != KIND:
-        raise WeightsError(f"{path} is not a model that `semdict ar train` wrote; its entries are {list(found)[:6]}")
-    try:
-        model = ArModel(ArConfig(**{**found["config"], "sizes": tuple(found["config"]["sizes"])}))
-        model.load_state_dict(found["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{path}: the model does not fit its configuration: {error}") from None
-    return model.to(device).eval(), found["about"]
+    model, about = load_model(path, KIND, _build, OTHER)
+    return model.to(device), about
+
+
+def _build(config: dict[str, Any]) -> ArModel:
+    return ArModel(ArConfig(**{**config, "sizes": tuple(config["sizes"])}))

@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import UsageError, WeightsError
-from pipeline.files import write_aside
-from pipeline.safeload import load_checkpoint
+from pipeline.errors import UsageError
 from train.draws import rand_rows
 from train.layers import init_weights
 from train.model import MaskedTokenTransformer, ModelConfig
+from train.modelfile import load_model, save_model
 from train.objectives import Batch, Mage, Masking, Scalars
-from train.pretrained import MODEL
 
 KIND = "semdict-conditional"
+OTHER = "{path} knows no classes; `semdict condition --model {path}` teaches a pretrained model"
 DECODER = ("decoder_embed", "decoder_position", "decoder_blocks", "decoder_norm")  # what is fine-tuned; no token head
 
 
@@ -211,10 +210,8 @@ def conditions(batch: Batch, model: ConditionalTransformer) -> tuple[Tensor, Ten
 
 
 def save_conditional(path: Path, model: ConditionalTransformer, about: dict[str, Any]) -> None:
-    """Write {"kind", "config", "model", "about"}; `about` is plain data."""
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    with write_aside(path) as aside, aside.open("wb") as file:
-        torch.save({"kind": KIND, "config": model.config.to_dict(), "model": state, "about": about}, file)
+    """Write the model; `about` is plain data."""
+    save_model(path, KIND, model, model.config.to_dict(), about)
 
 
 def load_conditional(path: str | Path) -> tuple[ConditionalTransformer, dict[str, Any]]:
@@ -222,14 +219,11 @@ def load_conditional(path: str | Path) -> tuple[ConditionalTransformer, dict[str
 
     WeightsError when it is not one, or damaged.
     """
-    path = Path(path)
-    path = path / MODEL if path.is_dir() else path
-    found = load_checkpoint(path)
-    if found.get("kind") != KIND:
-        raise WeightsError(f"{path} knows no classes; `semdict condition --model {path}` teaches a pretrained model")
-    try:
-        model = ConditionalTransformer(ConditionalConfig.from_dict(found["config"]))
-        model.load_state_dict(found["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{path}: the model does not fit its configuration: {error}") from None
-    return model.requires_grad_(False).eval(), found["about"]
+    model, about = load_model(
+        path, KIND, lambda config: ConditionalTransformer(ConditionalConfig.from_dict(config)), OTHER
+    )
+    return model.requires_grad_(False), about
+
+
+def _build(config: dict[str, Any]) -> ConditionalTransformer:
+    return ConditionalTransformer(ConditionalConfig.from_dict(config))

@@ -1,0 +1,90 @@
+"""The papers' comparisons: means and tables by hand, and both from end to end on a world of twelve images."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from replicate import lease, vcq
+from replicate.variants import COMPONENTS, NEIGHBOUR_COUNTS, SCHEDULES
+from replicate.work import plus_minus, spread
+from tests import tiny
+
+
+def test_spread_by_hand():
+    assert spread([1.0, 2.0, 4.0]) == {"mean": 7 / 3, "std": pytest.approx(math.sqrt(7 / 3)), "runs": 3}
+    assert spread([5.0])["std"] == 0
+    assert plus_minus({"mean": 7 / 3, "std": 1.5}) == "2.33 ± 1.50"
+
+
+def test_rows_differ_in_one_thing_only():
+    """The baseline is LEASE without its contrast, every other row changes one key; the papers' numbers are theirs."""
+    for variants in (COMPONENTS, NEIGHBOUR_COUNTS, SCHEDULES):
+        assert len({(*variant.changes, variant.objective) for variant in variants}) == len(variants)
+        assert all(len(variant.changes) <= 1 for variant in variants)
+    printed = {variant.name: variant.paper["probe"] for variant in COMPONENTS}
+    assert printed == {"rec": 73.62, "lease": 76.11, "decoder": 74.20, "both": 76.07, "sorcen": 75.1}
+    assert [variant.paper["gfid"] for variant in SCHEDULES] == [6.43, 5.32, 4.79, 5.14]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Images, tokens and a params.yaml whose trainers take a step or two."""
+    root = tmp_path_factory.mktemp("replicate")
+    tiny.make_world(root)
+    probe = {"epochs": 2, "warmup_epochs": 1, "batch": 4}
+    teacher = {"kind": "features", "weights": str(root / "teacher.pth"), "model": tiny.TEACHER, "layers": 1}
+    short = {"steps": 2, "batch": 4, "warmup": 1, "hold": 1, "precision": "float32", "held_out": ["train"]}
+    stack = {"patch": 64, "tokens": 16, "encoder": [1, 32, 2], "decoder": [1, 32, 2], "k_max": 16}
+    tree = tiny.params(root)
+    tree["inputs"]["perceptual"] = teacher["weights"]
+    tree["kmeans"]["k"] = 32  # a table of 30 neighbours needs more words
+    tree |= {
+        "pretrain": {"size": "tiny", "width": 16, "decoder_width": 16, "batch": 4, "precision": "float32"},
+        "generate": {"batch": 4, "steps": 2},
+        "evaluate": {"batch": 4, "test_splits": ["train"], "probe": probe},
+        "scores": {"protocol": "teacher", "split": "train", "batch": 4, "kid_subsets": 2},
+        "vcq": {**short, **stack, "perceptual": [teacher], "adversarial_weight": 0.0},
+        "vcq_encode": {"batch": 4, "chunk": 4, "psnr_floor": 0.0, "psnr_images": 2},
+        "ar": {**short, "size": "tiny"},
+        "ar_sample": {"per_class": 2, "batch": 6},
+        "vcq_evaluate": {"test_splits": ["train"], "batch": 4, "probe": {**probe, "first": [2, 16]}},
+    }  # fmt: skip
+    (root / "params.yaml").write_text(yaml.safe_dump(tree))
+    tiny.run_until_centroids(root)
+    assert tiny.semdict(root, "encode") == 0
+    return root
+
+
+@pytest.mark.slow
+def test_lease_from_end_to_end_and_again_for_nothing(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    given = ["--seeds", "2", "--epochs", "1", "--samples", "6"]
+    assert lease.main(given) == 0
+    found = json.loads((world / "reports/tiny/replicate/lease.json").read_text())
+    assert set(found["components"]) == {variant.name for variant in COMPONENTS}
+    rows = found["components"]
+    assert found["probe_gain"] == rows["lease"]["probe"]["mean"] - rows["rec"]["probe"]["mean"]
+    assert rows["lease"]["runs"][0]["reconstruction"] != rows["lease"]["runs"][1]["reconstruction"], "seeds differ"
+    assert rows["lease"]["runs"] == found["neighbours"]["lease"]["runs"], "one run serves both tables"
+    table = (world / "reports/tiny/replicate/lease.md").read_text()
+    assert "76.11" in table
+    capsys.readouterr()
+    before = tiny.digest(world / "work" / "replicate")
+    assert lease.main(given) == 0
+    assert tiny.digest(world / "work" / "replicate") == before
+    assert "step" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_vcq_from_end_to_end(world, monkeypatch):
+    monkeypatch.chdir(world)
+    assert vcq.main([]) == 0
+    found = json.loads((world / "reports/tiny/replicate/vcq.json").read_text())
+    assert set(found) == {"constant", "linear", "cosine", "power"}
+    assert found["constant"]["k_mean"]["mean"] == 16
+    assert found["constant"]["k_mean"]["mean"] > found["linear"]["k_mean"]["mean"] > found["cosine"]["k_mean"]["mean"]
+    table = (world / "reports/tiny/replicate/vcq.md").read_text()
+    assert "27.98" in table
+    assert "43.77 (k = 10)" in table
