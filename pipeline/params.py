@@ -75,7 +75,10 @@ def _explain(path: Path, tree: dict, item: dict) -> str:
         return f"{path}: {dotted} is unknown; {hint}"
     if item["type"] == "missing":
         return f"{path}: {dotted} is required"
-    return f"{path}: {dotted}: {item['msg']} (found {item['input']!r})"
+    said = item["msg"].removeprefix("Value error, ")
+    if isinstance(item["input"], dict):  # a rule over a whole section: the message names its keys
+        return ": ".join(filter(None, [str(path), dotted, said]))
+    return f"{path}: {dotted}: {said} (found {item['input']!r})"
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -1,9 +1,14 @@
 """Shared fixtures. Data that is not part of the project is looked for in SEMDICT_SHARED, or in ../shared."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the commands they send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SEMDICT_SHARED", ROOT.parent / "shared"))

@@ -65,6 +65,7 @@ def repro(tmp_path_factory) -> Path:
     tree = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text())
     short = {"epochs": 1, "warmup_epochs": 0, "batch": 4, "picture_every": 0}
     tree["pretrain"] |= {**short, "width": 16, "decoder_width": 16}
+    tree["vcq"] |= {"perceptual": []}
     (folder / "params.yaml").write_text(yaml.safe_dump({**tree, **tiny.params(world)}))
     call(folder, "dvc", "repro", "-q", *STAGES)
     return folder
