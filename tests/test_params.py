@@ -63,6 +63,16 @@ def test_wrong_value_is_refused_by_name(tmp_path, tree, key, value):
         load_params(write(tmp_path, tree), [f"{key}={value}"])
 
 
+def test_a_rule_over_several_keys_says_what_to_set_and_no_more(tmp_path, tree):
+    with pytest.raises(ParamsError) as caught:
+        load_params(write(tmp_path, tree), ["kmeans.centroids=km.npy"])
+    assert str(caught.value).endswith("params.yaml: inputs.centroids is presets/none, kmeans.centroids is km.npy: set "
+                                      "inputs.centroids: km.npy")  # fmt: skip
+    with pytest.raises(ParamsError) as caught:
+        load_params(write(tmp_path, tree), ["shards.shard_rows=5000"])
+    assert str(caught.value).endswith("params.yaml: shards: shard_rows 5000 is not a multiple of chunk_rows 4096")
+
+
 def test_override_changes_one_value_and_nothing_else(tmp_path, tree):
     plain, changed = load_params(write(tmp_path, tree)), load_params(write(tmp_path, tree), ["kmeans.k=300"])
     assert changed.kmeans.k == 300
