@@ -30,7 +30,8 @@ demo: $(INSTALLED) ## run the offline demo to verified token shards and trained 
 	dvc repro
 	semdict shards verify shards/demo
 	@semdict shards info shards/demo
-	@echo 'tokens: shards/demo   runs: runs/demo   metrics, plots, pictures: reports/demo'
+	semdict report
+	@echo 'tokens: shards/demo   runs: runs/demo   metrics, plots, pictures: reports/demo   all of it: reports/demo/report.html'
 
 test: $(TESTING) ## run the tests
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile

@@ -19,9 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("train.eval.cli", "scores of an encoder or of samples: probe, knn, few-shot, fine-tune, fid"),
     "condition": ("train.eval.condition", "teach a pretrained model classes: its decoder only"),
     "generate": ("train.eval.generate", "draw images: unconditional, by class, inpaint, outpaint, reconstruct"),
-    "vcq": ("train.vcq.cli", "1-D tokenizer with a growing codebook: train, encode"),
+    "vcq": ("train.vcq.cli", "1-D tokenizer with a growing codebook: train, encode, evaluate"),
     "ar": ("train.ar.cli", "autoregressive model on its tokens: train, sample"),
     "entropy": ("pipeline.entropy_stage", "where token sets run out of information: table 1 and figure 2 of VCQ"),
+    "report": ("semdict.report.command", "one HTML page of whatever results there are"),
     "check": ("pipeline.check", "validate params.yaml and say what it would do"),
 }
 

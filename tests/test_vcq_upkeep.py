@@ -96,5 +96,5 @@ def test_lecam_is_part_of_the_discriminators_loss_only_when_weighed():
 
     (plain, terms), (loss, more) = turn(0.0), turn(0.25)
     assert "lecam" not in terms
-    assert float(loss - plain) == pytest.approx(0.25 * float(more["lecam"]), rel=1e-4)
+    assert float((loss - plain).detach()) == pytest.approx(0.25 * float(more["lecam"]), rel=1e-4)
     assert float(more["lecam"]) > 0

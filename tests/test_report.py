@@ -1,0 +1,162 @@
+"""The HTML page: shows what is there, names what is not, needs nothing else, and says what cannot be read."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.errors import SemdictError, UsageError
+from semdict.report.page import render, write_page
+from semdict.report.results import Results, read_curve
+from semdict.report.sections import markdown_tables, number
+from tests import tiny
+
+VOID = {"meta", "img", "link", "br"}
+
+
+class Outline(HTMLParser):
+    """Ids, pictures and visible text of a page; AssertionError for tags that do not close in turn."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.ids, self.sources, self.text = [], [], [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.ids += [given["id"]] if "id" in given else []
+        self.sources += [given[name] for name in ("src", "href") if name in given]
+        self.open += [] if tag in VOID else [tag]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data.strip())
+
+    def row(self, first: str) -> list[str]:
+        """The two cells of text after `first`."""
+        cells = [text for text in self.text if text]
+        return cells[cells.index(first) + 1 :][:2]
+
+
+def put(root, name, value):
+    path = root / "reports" / "small" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+@pytest.fixture
+def world(tmp_path):
+    splits = {"train": {"images": 1_281_167, "bad": 3}}
+    put(tmp_path, "manifest.json", {"splits": splits, "status": {"OK": 1_281_164, "TRUNCATED": 3}, "classes": 1000})
+    chance = {"reconstruction": 6.931, "contrast_encoder": 9.7}
+    put(tmp_path, "lease/metrics.json", {"chance": chance, "final": {"reconstruction": 5.5, "contrast_encoder": 8.25}})
+    put(tmp_path, "mage/metrics.json", {"chance": {"reconstruction": 6.931}, "final": {"reconstruction": 5.75}})
+    put(tmp_path, "lease/plots/loss.tsv", "step\tloss\n10\t7.5\n20\tnan\n30\t6.25\n")
+    put(tmp_path, "lease/probe.json", {"top1": 76.11, "protocol": [{"measure": "linear <probe>"}]})
+    few = {f"{key}_{count}_shot": float(count) for count in (16, 4, 8) for key in ("top1", "std")}
+    put(tmp_path, "lease/few_shot.json", few)
+    put(tmp_path, "lease-samples/scores.json", {"missing": [{"fid_val50k": "no Inception weights"}], "images": 240})
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 3000, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "reports" / "small" / "reconstructions.png")
+    return tmp_path
+
+
+def test_numbers_stand_beside_their_names(world):
+    page = Outline(render(Results("small", world)))
+    assert page.ids == ["tokens", "trainers", "missing"]
+    assert page.row("images, train")[0] == "1,281,167 (3 bad)"
+    assert page.row("reconstruction, nats") == ["5.50 (chance 6.93)", "5.75 (chance 6.93)"]
+    assert page.row("linear probe, top-1 %") == ["76.1", "–"], "what MAGE lacks is a dash"
+    assert page.row("8 images a class, top-1 %")[0] == "8.0 ± 8.0"
+    shots = [text for text in page.text if text.endswith("a class, top-1 %")]
+    assert [text.split()[0] for text in shots] == ["4", "8", "16"]
+    assert "lease: no fid_val50k: no Inception weights" in page.text
+
+
+def test_the_page_needs_nothing_else(world):
+    page = Outline(render(Results("small", world)))
+    assert all(source.startswith(("data:", "#")) for source in page.sources)
+    assert {source[1:] for source in page.sources if source[0] == "#"} == set(page.ids)
+    picture = next(source for source in page.sources if source.startswith("data:image/jpeg"))
+    (world / "picture.jpg").write_bytes(base64.b64decode(picture.split(",")[1]))
+    assert Image.open(world / "picture.jpg").size == (1280, 17), "no larger than a screen"
+    curve = next(source for source in page.sources if source.startswith("data:image/svg"))
+    assert ">loss<" in base64.b64decode(curve.split(",")[1]).decode()
+
+
+def test_what_is_not_there_is_named_with_its_command(world):
+    results = Results("small", world)
+    missing = {one.name: one.command for one in write_page(results, world / "page.html")}
+    assert missing["kmeans.json"] == "dvc repro kmeans"
+    assert missing["mage/probe.json"] == "dvc repro evaluate@mage"
+    assert "lease/probe.json" not in missing
+    page = Outline((world / "page.html").read_text())
+    assert page.row("vcq/metrics.json")[0] == "dvc repro vcq_train"
+
+
+def test_text_of_results_is_never_markup(world):
+    put(world, "kmeans.json", {"engine": "<script>alert(1)</script>"})
+    page = render(Results("small", world))
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "linear &lt;probe&gt;" in page
+
+
+def test_the_same_results_leave_the_file_untouched(world):
+    out = world / "page.html"
+    write_page(Results("small", world), out)
+    before = out.stat().st_mtime_ns
+    write_page(Results("small", world), out)
+    assert out.stat().st_mtime_ns == before
+    put(world, "lease/probe.json", {"top1": 10.0})
+    write_page(Results("small", world), out)
+    assert ">10.0<" in out.read_text()
+
+
+def test_stand_ins_are_called_so(world):
+    assert "stand-ins" not in render(Results("small", world))
+    (world / "reports" / "small").rename(world / "reports" / "demo")
+    assert "stand-ins" in render(Results("demo", world))
+
+
+@pytest.mark.parametrize(("text", "says"), [("{", "not JSON"), ("[1]", "no table of results")])
+def test_a_damaged_result_is_named(world, text, says):
+    path = put(world, "encode.json", text)
+    with pytest.raises(SemdictError, match=f"{re.escape(str(path))}: .*{says}"):
+        render(Results("small", world))
+
+
+def test_no_results_at_all_is_wrong_usage(world, capsys):
+    with pytest.raises(UsageError, match=r"reports/none: no results; there are \['small'\]"):
+        Results("none", world)
+    assert tiny.semdict(world, "report", "--preset", "none") == 2
+    assert "dvc repro makes them" in capsys.readouterr().err
+
+
+def test_curves_leave_out_what_is_no_number(world):
+    curve = read_curve(world / "reports/small/lease/plots/loss.tsv", "loss", "\t")
+    assert (curve.x_name, curve.x, curve.y) == ("step", [10.0, 30.0], [7.5, 6.25])
+    with pytest.raises(SemdictError, match=r"bad\.tsv"):
+        read_curve(put(world, "bad.tsv", "step\tloss\nten\t1\n"), "loss", "\t")
+
+
+def test_tables_of_the_comparisons_are_read_back():
+    text = "## One\n\n| a | b |\n| --- | --- |\n| x | 1 |\n\nwords\n\n## Two\n\n| c |\n| --- |\n| y |\n"
+    one, two = markdown_tables(text)
+    assert (one.title, one.head, one.rows) == ("One", ["a", "b"], [["x", "1"]])
+    assert (two.title, two.rows) == ("Two", [["y"]])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (1281167, "1,281,167"), (0.123456, "0.1235"), (1677.92, "1,677.9"), ("f", "f")]
+)
+def test_numbers_for_readers(value, text):
+    assert number(value) == text
