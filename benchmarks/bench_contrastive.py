@@ -1,24 +1,19 @@
 """Codebook contrast, forward and backward: ours, full logits with the table, and S and w found in each step.
 
-Example: python benchmarks/bench_contrastive.py --out benchmarks/results/contrastive.json    (--small for a quick look)
+Example: python -m benchmarks.bench_contrastive --out benchmarks/results/contrastive.json    (--small for a quick look)
 Times come from one process that runs the versions in turn; extra memory is how far a process of its own rises in one
 step above what it held before.
 """
 
 import argparse
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks import memory
-from benchmarks.report import arguments, machine, publish
+from benchmarks.report import arguments, in_child, machine, publish
 from benchmarks.timing import in_turns
 from train.losses import codebook_contrastive, neighbour_table
 
@@ -72,8 +67,8 @@ def step(version: str, given: tuple[Tensor, ...]) -> float:
 
 def in_own_process(version: str, small: bool, device: str) -> int:
     """Peak memory of one step above what was held before it, in a process of its own."""
-    command = [sys.executable, __file__, "--child", version, "--device", device, *(["--small"] if small else [])]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["extra_bytes"]
+    given = ["--child", version, "--device", device, *(["--small"] if small else [])]
+    return json.loads(in_child("benchmarks.bench_contrastive", *given))["extra_bytes"]
 
 
 def child(version: str, small: bool, device: str) -> None:

@@ -1,13 +1,12 @@
 """Decode and crop rate of the two decoders, and how fast a manifest is made, against the plain ways.
 
-Example: python benchmarks/bench_decode.py --images FOLDER --files 20000    (--small for a quick look)
+Example: python -m benchmarks.bench_decode --images FOLDER --files 20000    (--small for a quick look)
 """
 
 import hashlib
 import io
 import os
 import resource
-import sys
 import tempfile
 import time
 from functools import partial
@@ -15,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import in_turns

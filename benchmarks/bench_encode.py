@@ -1,6 +1,6 @@
 """Encode throughput: the stage (decode threads beside batched models) against a loop of one image at a time.
 
-    python benchmarks/bench_encode.py --images demo/assets/images/train --vqgan demo/assets/vqgan.ckpt \
+    python -m benchmarks.bench_encode --images demo/assets/images/train --vqgan demo/assets/vqgan.ckpt \
         --teacher demo/assets/teacher.pth
 
 Both tokenise the same files with the same weights in one process, in turns. `equal_tokens` is
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from report import arguments, machine, publish, seconds
 
+from benchmarks.report import arguments, machine, publish, seconds
 from pipeline.encode_job import EncodeJob
 from pipeline.flow import CropRecipe
 from pipeline.images import expand_views

@@ -1,6 +1,6 @@
 """Encode throughput on a GPU at real widths, random weights: MAGE's VQGAN and DINOv2 ViT-L/14, then 16,384 words.
 
-    python benchmarks/bench_encode_gpu.py --device cuda
+    python -m benchmarks.bench_encode_gpu --device cuda
 
 Needs torch and timm only. Prints images/s, the share of the peak that 129 + 165 GFLOP per image make of it (MFU), and
 how many tokens differ from float32. Images are random bytes already on the host: reading and decoding are
@@ -8,9 +8,9 @@ how many tokens differ from float32. Images are random bytes already on the host
 """
 
 import torch
-from report import arguments, machine, publish, seconds
 from timm import create_model
 
+from benchmarks.report import arguments, machine, publish, seconds
 from pipeline.kmeans import assign
 from pipeline.vqgan import Vqgan
 from pipeline.vqgan_nets import VqganConfig

@@ -1,21 +1,15 @@
 """Per-position conditional entropy: partition refinement against a dictionary of prefixes, and at ImageNet size.
 
-Example: python benchmarks/bench_entropy.py --out benchmarks/results/entropy.json      (--small for a quick look)
+Example: python -m benchmarks.bench_entropy --out benchmarks/results/entropy.json      (--small for a quick look)
 """
 
-import argparse
-import json
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks.report import arguments, machine, publish
 from pipeline.entropy import conditional_entropy
-from pipeline.files import write_json
 
 LENGTH = 256
 
@@ -51,10 +45,7 @@ def timed(function, tokens: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a hundredth of the rows")
-    parser.add_argument("--out", type=Path, default=Path("reports/bench/entropy.json"))
-    args = parser.parse_args()
+    args = arguments(__doc__, "entropy").parse_args()
     rows, compared = (12_811, 2_000) if args.small else (1_281_167, 20_000)
     share = np.arange(LENGTH) / (LENGTH - 1)
     schedules = {
@@ -62,7 +53,13 @@ def main() -> None:
         "cosine 2..16384": np.floor(2 + 16382 * (1 - np.cos(np.pi * share / 2)) + 0.5).astype(int),
         "power 2..16384": np.floor(2 + 16382 * share**2.5 + 0.5).astype(int),
     }
-    result: dict = {"rows": rows, "rows_compared": compared, "seconds": {}, "ratio_to_prefixes": {}}
+    result: dict = {
+        "machine": machine(),
+        "rows": rows,
+        "rows_compared": compared,
+        "seconds": {},
+        "ratio_to_prefixes": {},
+    }
     for name, sizes in schedules.items():
         for duplicates in (0.0, 0.1):
             case = f"{name}, {duplicates:.0%} duplicates"
@@ -72,8 +69,7 @@ def main() -> None:
             theirs, want = timed(by_prefixes, few)
             assert np.abs(curve - want).max() < 1e-9
             result["ratio_to_prefixes"][case] = theirs / ours
-    write_json(args.out, result)
-    print(json.dumps(result, indent=1))
+    publish(args.out, result)
 
 
 if __name__ == "__main__":

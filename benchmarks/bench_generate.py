@@ -1,19 +1,15 @@
 """Sampling images with LEASE: batched, against one image at a time and against a loop over the whole vocabulary.
 
-Example: python benchmarks/bench_generate.py --out benchmarks/results/generate.json    (--small for a quick look)
-         python benchmarks/bench_generate.py --device cuda --size vit_base --batch 64 --out ...
+Example: python -m benchmarks.bench_generate --out benchmarks/results/generate.json    (--small for a quick look)
+         python -m benchmarks.bench_generate --device cuda --size vit_base --batch 64 --out ...
 20 steps, random weights; only tokens are drawn, the VQGAN is not in the time. Needs torch and numpy.
 """
 
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import in_turns

@@ -1,6 +1,6 @@
 """K-means memory as the dataset grows tenfold: the sample is bounded, so the peak must stay flat.
 
-    python benchmarks/bench_kmeans_memory.py
+    python -m benchmarks.bench_kmeans_memory
 
 Each size runs in a process of its own; the figure is that process's peak resident memory above one that only imports
 the same modules. Ours draws a fixed number of patches evenly over all images (`sample_features`) and clusters them; the
@@ -9,13 +9,12 @@ per image, so that only the handling of them is measured.
 """
 
 import resource
-import subprocess
 import sys
 
 import faiss
 import numpy as np
-from report import arguments, machine, publish
 
+from benchmarks.report import arguments, in_child, machine, publish
 from pipeline.kmeans import train_centroids
 from pipeline.sample_features import points_per_row, positions_of
 
@@ -54,11 +53,7 @@ def child(kind: str, images: str) -> None:
 
 
 def peak(kind: str, images: int) -> float:
-    command = [sys.executable, __file__, "--child", kind, str(images)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return float(done.stdout.split()[-1])
+    return float(in_child("benchmarks.bench_kmeans_memory", "--child", kind, str(images)).split()[-1])
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Token shards at ImageNet size: bytes against entropy; write, verify, load, peak memory; beside .pt and zstd -19.
 
-Example: python benchmarks/bench_shards.py --out benchmarks/results/shards.json      (--small for a quick look)
+Example: python -m benchmarks.bench_shards --out benchmarks/results/shards.json      (--small for a quick look)
 Each timed part runs in a process of its own, so that its peak memory is its own.
 """
 
@@ -9,8 +9,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -150,10 +148,9 @@ def part_zstd(folder: Path, rows: int) -> dict:
 
 def child(part: str, folder: Path, rows: int) -> dict:
     """Run one part in a fresh process; adds wall seconds, CPU seconds and peak MB of that process."""
-    command = [sys.executable, __file__, "--part", part, "--folder", str(folder), "--rows", str(rows)]
-    root = str(Path(__file__).resolve().parent.parent)
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root})
-    return json.loads(done.stdout)
+    from benchmarks.report import in_child
+
+    return json.loads(in_child("benchmarks.bench_shards", "--part", part, "--folder", str(folder), "--rows", str(rows)))
 
 
 def run_part(part: str, folder: Path, rows: int) -> dict:
@@ -170,11 +167,12 @@ def run_part(part: str, folder: Path, rows: int) -> dict:
 
 def measure(folder: Path, rows: int) -> dict:
     """Every part, and the ratios that the design asks for."""
+    from benchmarks.report import machine
     from pipeline.shards_cli import summary
 
     make_raw(folder, rows)
     parts = ["write", "verify", "load", "read_one_core", "read_raw", "pt", "zstd"]
-    result = {"rows": rows, "cores": os.cpu_count(), "load_average": os.getloadavg()} | {
+    result = {"rows": rows, "machine": machine(), "load_average": os.getloadavg()} | {
         part: child(part, folder, rows) for part in parts
     }
     small = max(1, rows // 10)
@@ -213,17 +211,15 @@ def main() -> None:
     if args.part:
         print(json.dumps(run_part(args.part, args.folder, args.rows)))
         return
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     rows = 20_000 if args.small else args.rows
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         result = measure(folder, rows)
     finally:
         shutil.rmtree(folder)
-    from pipeline.files import write_json
+    from benchmarks.report import publish
 
-    write_json(args.out, result)
-    print(json.dumps(result, indent=1, sort_keys=True))
+    publish(args.out, result)
 
 
 if __name__ == "__main__":

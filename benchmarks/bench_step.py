@@ -1,24 +1,20 @@
 """One training step: LEASE, Sorcen and MAGE on cached tokens, MAGE with its VQGAN online, and a straightforward LEASE.
 
-Example: python benchmarks/bench_step.py --out benchmarks/results/step.json    (--small for a quick look)
-         python benchmarks/bench_step.py --device cuda --batch 64 --out benchmarks/results/step-gpu.json
+Example: python -m benchmarks.bench_step --out benchmarks/results/step.json    (--small for a quick look)
+         python -m benchmarks.bench_step --device cuda --batch 64 --out benchmarks/results/step-gpu.json
 A step is masks, forward, backward and AdamW. On a GPU in bfloat16 autocast, with model FLOP utilisation; needs torch
 and timm only. Times come from one process in turns, memory from a process per version.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks import memory
-from benchmarks.report import arguments, machine, publish
+from benchmarks.report import arguments, in_child, machine, publish
 from benchmarks.straight_lease import StraightLease
 from benchmarks.timing import in_turns
 from train.masking import draw_masks
@@ -164,8 +160,7 @@ def child(version: str, args: argparse.Namespace) -> None:
 
 
 def in_own_process(version: str, given: list[str]) -> dict[str, int]:
-    command = [sys.executable, __file__, *given, "--child", version]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(in_child("benchmarks.bench_step", *given, "--child", version).splitlines()[-1])
 
 
 def check_equal() -> None:

@@ -1,18 +1,14 @@
 """VCQ against its baselines, in one process: code search, autoregressive decoding, one tokenizer step, one AR step.
 
-python benchmarks/bench_vcq.py [--small] [--device cuda --peak-tflops 790] [--parts search decode]
+python -m benchmarks.bench_vcq [--small] [--device cuda --peak-tflops 790] [--parts search decode]
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import in_turns

@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -44,6 +46,14 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--small", action="store_true", help="a quick look at small sizes")
     parser.add_argument("--out", type=Path, default=Path("reports/bench") / f"{name}.json")
     return parser
+
+
+def in_child(module: str, *given: str) -> str:
+    """What `python -m module given...` prints, in a process of its own: memory that nothing else has touched."""
+    done = subprocess.run([sys.executable, "-m", module, *given], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout
 
 
 def publish(path: Path, figures: dict[str, Any]) -> None:

@@ -47,6 +47,16 @@ def test_small_run_writes_figures(name, tmp_path):
     assert not keys or figures > 0
 
 
+def test_every_benchmark_can_be_run_as_the_table_says():
+    """`python -m benchmarks.bench_NAME` finds what each script imports."""
+    names = sorted(script.stem for script in (ROOT / "benchmarks").glob("bench_*.py"))
+    code = "; ".join(f"import benchmarks.{name}; benchmarks.{name}.main" for name in names)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        assert f"benchmarks/{name}.py" not in (ROOT / "benchmarks" / f"{name}.py").read_text(), "an old way to run it"
+
+
 def test_every_benchmark_is_in_the_table():
     table = (ROOT / "benchmarks" / "README.md").read_text()
     for script in (ROOT / "benchmarks").glob("bench_*.py"):
