@@ -44,12 +44,9 @@ format: $(TESTING) ## rewrite to the project's format
 	ruff check --fix .
 	ruff format .
 
-preset: ## make preset NAME=in1k: put presets/NAME.yaml in force (your params.yaml is kept as params.yaml.before)
-	@test -f 'presets/$(NAME).yaml' || { echo "no preset '$(NAME)'; there are: $$(cd presets && ls *.yaml | sed 's/.yaml//' | xargs)"; exit 2; }
-	@if [ -f params.yaml ] && ! cmp -s params.yaml 'presets/$(NAME).yaml'; then cp params.yaml params.yaml.before; fi
-	cp 'presets/$(NAME).yaml' params.yaml
+preset: $(INSTALLED) ## make preset NAME=in1k: put presets/NAME.yaml in force (your params.yaml is kept as params.yaml.before)
+	semdict preset '$(NAME)'
 
-# Without --force DVC asks its run cache, which hashes files that earlier stages have yet to make (DVC issue 9818).
 graph: $(INSTALLED) ## show every stage that the preset would run, in order
 	dvc repro --dry --force
 

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--vqgan", default="demo/assets/vqgan.ckpt")
     parser.add_argument("--teacher", default="demo/assets/teacher.pth")
     parser.add_argument("--model", default="vit:patch=14,dim=96,depth=6,heads=3,reg=0")
-    parser.add_argument("--centroids", default="data/demo/centroids.npy")
+    parser.add_argument("--centroids", default="data/demo/kmeans/centroids.npy")
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()

@@ -41,4 +41,6 @@ def missing_inputs(settings: Params) -> list[tuple[str, str]]:
     networks = settings.vcq.perceptual if settings.vcq.perceptual_weight else []
     if not any(Path(network.weights).exists() for network in networks):  # the first that is there serves
         wanted += [("vcq.perceptual", network.weights) for network in networks]
+    if settings.vcq.warm_perceptual and settings.vcq.perceptual_weight:
+        wanted.append(("vcq.warm_perceptual", settings.vcq.warm_perceptual.weights))
     return [(key, path) for key, path in wanted if not any(c in path for c in "*?{") and not Path(path).exists()]

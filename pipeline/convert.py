@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ShardError, UsageError
-from pipeline.files import sha256_file, write_aside
+from pipeline.files import occupied, sha256_file, write_aside
 from pipeline.shards import Block, ShardSpec, TokenShards, open_shards, write_shards
 
 PT_KEYS = {"gen": "tokens_vqgan", "disc": "tokens_dino", "label": "labels"}
@@ -75,8 +75,7 @@ def import_pt(
 
 def refuse_to_replace(out: str | Path, overwrite: bool) -> None:
     """UsageError where something stands at `out` that the user did not ask to replace."""
-    out = Path(out)
-    if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not overwrite and occupied(out):
         raise UsageError(f"{out} exists; choose another name, or give --overwrite to replace the whole of it")
 
 

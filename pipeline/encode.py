@@ -5,7 +5,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import crops, device, encode_job, features, flow, images, kmeans, nearest, tokenizer, vqgan, vqgan_nets
+from pipeline import (
+    crops,
+    device,
+    encode_job,
+    features,
+    flow,
+    images,
+    kmeans,
+    nearest,
+    places,
+    tokenizer,
+    vqgan,
+    vqgan_nets,
+)
 from pipeline.device import resolve_device
 from pipeline.encode_job import EncodeJob
 from pipeline.errors import ManifestError
@@ -34,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Paths default to the preset's own; every other choice is in params.yaml."""
     add_params_arguments(parser)
     parser.add_argument("--scheduler", help="in-process | local | local-N | tcp://host:port (default: params.yaml)")
-    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest.parquet")
-    parser.add_argument("--centroids", type=Path, help="default: data/<preset>/centroids.npy")
+    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
+    parser.add_argument("--centroids", type=Path, help="default: data/<preset>/kmeans/centroids.npy")
     parser.add_argument("--out", type=Path, help="default: shards/<preset>")
     parser.add_argument("--reports", type=Path, help="default: reports/<preset>")
     parser.add_argument("--work", type=Path, default=WORK, help="where unfinished chunks wait (default: work)")
@@ -49,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     with lock(f"encode-{preset}", args.work), sigterm_interrupts():
         encode(
             settings,
-            manifest_path=args.manifest or Path("data") / preset / "manifest.parquet",
-            centroids=args.centroids or Path("data") / preset / "centroids.npy",
+            manifest_path=args.manifest or places.manifest(preset),
+            centroids=args.centroids or places.centroids(preset),
             out=args.out or Path("shards") / preset,
             reports=args.reports or Path("reports") / preset,
             root=args.work,

@@ -58,6 +58,12 @@ def replace_dir(source: Path, target: Path) -> None:
     remove(old)
 
 
+def occupied(path: str | os.PathLike) -> bool:
+    """Whether anything stands at `path`; an empty folder, as `make preset` makes them, is nothing."""
+    path = Path(path)
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
 def remove(path: str | os.PathLike) -> None:
     """Delete a file or a folder; nothing happens where there is none."""
     path = Path(path)

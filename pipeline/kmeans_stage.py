@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import places
 from pipeline.errors import SemdictError, WeightsError
 from pipeline.files import write_aside, write_json
 from pipeline.kmeans import train_centroids
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Paths default to the preset's own."""
     add_params_arguments(parser)
     parser.add_argument("--features", type=Path, help="default: data/<preset>/features.zarr")
-    parser.add_argument("--out", type=Path, help="default: data/<preset>/centroids.npy")
+    parser.add_argument("--out", type=Path, help="default: data/<preset>/kmeans/centroids.npy")
     parser.add_argument("--reports", type=Path, help="default: reports/<preset>")
     parser.add_argument("--work", type=Path, default=WORK, help="where the lock lies (default: work)")
 
@@ -31,14 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Cluster, or take over the dictionary that the user has."""
     settings = params_of(args)
-    data = Path("data") / settings.preset
-    out = args.out or data / "centroids.npy"
+    out = args.out or places.centroids(settings.preset)
     reports = args.reports or Path("reports") / settings.preset
     with lock(f"kmeans-{settings.preset}", args.work), sigterm_interrupts():
         if settings.kmeans.centroids:
             _plug_in(settings, out, reports)
         else:
-            _cluster(settings, args.features or data / "features.zarr", out, reports)
+            _cluster(settings, args.features or places.features(settings.preset), out, reports)
     return 0
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import schema
+from pipeline import places, schema
 from pipeline.errors import ManifestError
 from pipeline.files import remove, sha256_json, write_aside, write_json
 from pipeline.images import Status
@@ -125,7 +125,7 @@ def load_manifest(path: str | Path) -> Manifest:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Paths default to the preset's own; every other choice is in params.yaml."""
     add_params_arguments(parser)
-    parser.add_argument("--out", type=Path, help="default: data/<preset>/manifest.parquet")
+    parser.add_argument("--out", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--metrics", type=Path, help="default: reports/<preset>/manifest.json")
     parser.add_argument("--work", type=Path, default=WORK, help="where earlier results are remembered (default: work)")
 
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     with lock(f"manifest-{preset}", args.work), sigterm_interrupts():
         build_manifest(
             settings.manifest,
-            args.out or Path("data") / preset / "manifest.parquet",
+            args.out or places.manifest(preset),
             metrics=args.metrics or Path("reports") / preset / "manifest.json",
             cache=args.work / "manifest-cache" / preset,
             max_pixels=settings.pixels.max_pixels,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline import crops, device, features, flow, images, nearest, work
+from pipeline import crops, device, features, flow, images, nearest, places, work
 from pipeline.device import reduced_precision, resolve_device, to_device
 from pipeline.errors import ManifestError
 from pipeline.features import load_features
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Paths default to the preset's own."""
     add_params_arguments(parser)
     parser.add_argument("--scheduler", help="in-process | local | local-N | tcp://host:port (default: params.yaml)")
-    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest.parquet")
+    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--out", type=Path, help="default: data/<preset>/features.zarr")
     parser.add_argument("--work", type=Path, default=work.WORK, help="where unfinished chunks wait (default: work)")
 
@@ -41,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sample, or say why there is nothing to sample."""
     settings = params_of(args)
-    data = Path("data") / settings.preset
-    out = args.out or data / "features.zarr"
+    out = args.out or places.features(settings.preset)
     with lock(f"sample_features-{settings.preset}", args.work), sigterm_interrupts():
         if settings.kmeans.centroids:
             print(f"kmeans.centroids = {settings.kmeans.centroids} is used: nothing to sample", file=sys.stderr)
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
                 write_json(aside / "not-needed.json", {"kmeans.centroids": settings.kmeans.centroids})
             return 0
         scheduler = args.scheduler or settings.encode.scheduler
-        sample(settings, args.manifest or data / "manifest.parquet", out, args.work, scheduler)
+        sample(settings, args.manifest or places.manifest(settings.preset), out, args.work, scheduler)
     return 0
 
 

@@ -7,9 +7,11 @@ comparison continues. Writes reports/<preset>/replicate/lease.json and lease.md.
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline import places
 from pipeline.params import load_params
 from replicate.variants import COMPONENTS, NEIGHBOUR_COUNTS, Variant
 from replicate.work import compare, markdown, plus_minus, publish, read, semdict, sets
@@ -31,7 +33,7 @@ def score(variant: Variant, seed: int, args: argparse.Namespace, root: Path) -> 
     if not (here / "probe.json").exists():
         semdict("evaluate", "probe", "--model", run, "--out", here, *params)
     if not (here / "distance.json").exists():
-        reference = Path("data") / args.preset / "manifest.parquet"
+        reference = places.manifest(args.preset)
         given = ["--protocol", "teacher", "--samples", samples, "--reference", reference]
         semdict("evaluate", "fid", *given, "--out", here / "distance.json", *params)
     final = read(reports / "metrics.json")["final"]
@@ -42,17 +44,32 @@ def score(variant: Variant, seed: int, args: argparse.Namespace, root: Path) -> 
     }
 
 
-def table(found: dict[str, Any], first: str) -> str:
-    """Rows beside the paper's; both columns of ours are mean and standard deviation over seeds."""
+def table(found: dict[str, Any], variants: Iterable[Variant], first: str) -> str:
+    """Rows in the variants' order beside the paper's; ours as mean and standard deviation over seeds."""
     head = [first, "probe, %", "teacher Fréchet distance", "paper: probe, %", "paper: FID"]
     rows = [
         [
             row["title"], plus_minus(row["probe"]), plus_minus(row["teacher_frechet_distance"], 3),
-            str(row["paper"].get("probe", "–")), str(row["paper"].get("fid", "–")),
+            *(f"{row['paper'][name]:.2f}" if name in row["paper"] else "–" for name in ("probe", "fid")),
         ]
-        for row in found.values()
+        for row in (found[variant.name] for variant in variants)
     ]  # fmt: skip
     return markdown(head, rows)
+
+
+def text(found: dict[str, Any]) -> str:
+    """Both tables in Markdown, from what lease.json holds."""
+    settings = found["settings"]
+    title = "## What each objective adds (preset {preset}, {seeds} seeds, {epochs} epochs, {samples} samples)\n"
+    return "\n".join(
+        [
+            title.format(**settings),
+            table(found["components"], COMPONENTS, "objective"),
+            f"LEASE is {found['probe_gain']:+.2f} points from reconstruction only; in the paper +2.49.\n",
+            "## Number of neighbours\n",
+            table(found["neighbours"], NEIGHBOUR_COUNTS, "neighbours"),
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,22 +81,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.preset = load_params(args.params).preset
     root = Path("work") / "replicate" / args.preset
-    out = Path("reports") / args.preset / "replicate"
     components, neighbours = (
         compare(variants, args.seeds, lambda variant, seed: score(variant, seed, args, root))
         for variants in (COMPONENTS, NEIGHBOUR_COUNTS)
     )
     gain = components["lease"]["probe"]["mean"] - components["rec"]["probe"]["mean"]
-    text = "\n".join(
-        [
-            f"## What each objective adds (preset {args.preset}, {args.seeds} seeds, {args.epochs} epochs)\n",
-            table(components, "objective"),
-            f"LEASE is {gain:+.2f} points from reconstruction only; in the paper +2.49.\n",
-            "## Number of neighbours\n",
-            table(neighbours, "neighbours"),
-        ]
-    )
-    publish(out, "lease", {"components": components, "neighbours": neighbours, "probe_gain": gain}, text)
+    settings = {name: getattr(args, name) for name in ("preset", "seeds", "epochs", "samples")}
+    found = {"settings": settings, "components": components, "neighbours": neighbours, "probe_gain": gain}
+    publish(Path("reports") / args.preset / "replicate", "lease", found, text(found))
     return 0
 
 

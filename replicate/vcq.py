@@ -63,9 +63,9 @@ def scores_table(found: dict[str, Any]) -> str:
         [
             row["title"], f"{row['k_mean']['mean']:.0f}", f"{row['t_star']['mean']:.0f}",
             *(plus_minus(row[name], digits) for name, (_, _, digits) in SCORES.items()),
-            plus_minus(row["nll_bits_held_out"], 1), *(str(row["paper"][name]) for name in paper),
+            plus_minus(row["nll_bits_held_out"], 1), *(f"{row['paper'][name]:.2f}" for name in paper),
         ]
-        for row in found.values()
+        for row in (found[variant.name] for variant in SCHEDULES)
     ]  # fmt: skip
     return markdown(head, rows)
 
@@ -76,11 +76,26 @@ def probe_table(found: dict[str, Any], first: list[int]) -> str:
     head = ["schedule", "k"]
     head += [f"{titles[feature]}, {pool}" for feature, pool in (name.split("_") for name in POOLS)]
     rows = []
-    for row in found.values():
+    for row in (found[variant.name] for variant in SCHEDULES):
         for k, printed in zip(first, ("10", "256"), strict=False):
             cells = [plus_minus(row[f"{pool}_{k}"], 1) for pool in POOLS]
-            rows.append([row["title"], str(k), *cells, f"{row['paper'][f'first_{printed}']} (k = {printed})"])
+            rows.append([row["title"], str(k), *cells, f"{row['paper'][f'first_{printed}']:.2f} (k = {printed})"])
     return markdown([*head, "paper"], rows)
+
+
+def text(found: dict[str, Any]) -> str:
+    """Both tables in Markdown, from what vcq.json holds."""
+    settings, schedules = found["settings"], found["schedules"]
+    count = f"{settings['seeds']} seed{'s' * (settings['seeds'] > 1)}"
+    return "\n".join(
+        [
+            f"## Schedules (preset {settings['preset']}, {count})\n",
+            scores_table(schedules),
+            "Distances are Fréchet distances in the teacher's features, not FID.\n",
+            "## Linear probe of the first k tokens, top-1 in per cent\n",
+            probe_table(schedules, settings["first"]),
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,18 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     params = load_params(args.params)
     args.preset, args.first = params.preset, params.vcq_evaluate.probe.first
     root = Path("work") / "replicate" / f"{args.preset}-vcq"
-    out = Path("reports") / args.preset / "replicate"
-    found = compare(SCHEDULES, args.seeds, lambda variant, seed: score(variant, seed, args, root))
-    text = "\n".join(
-        [
-            f"## Schedules (preset {args.preset}, {args.seeds} seed{'s' * (args.seeds > 1)})\n",
-            scores_table(found),
-            "Distances are Fréchet distances in the teacher's features, not FID.\n",
-            "## Linear probe of the first k tokens, top-1 in per cent\n",
-            probe_table(found, args.first),
-        ]
-    )
-    publish(out, "vcq", found, text)
+    schedules = compare(SCHEDULES, args.seeds, lambda variant, seed: score(variant, seed, args, root))
+    settings = {"preset": args.preset, "seeds": args.seeds, "first": args.first}
+    found = {"settings": settings, "schedules": schedules}
+    publish(Path("reports") / args.preset / "replicate", "vcq", found, text(found))
     return 0
 
 

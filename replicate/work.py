@@ -44,8 +44,9 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def plus_minus(cell: dict[str, float], digits: int = 2) -> str:
-    """ "mean ± std" of `spread`."""
-    return f"{cell['mean']:.{digits}f} ± {cell['std']:.{digits}f}"
+    """ "mean ± std" of `spread`; the value alone where there was one run."""
+    mean = f"{cell['mean']:.{digits}f}"
+    return mean if cell["runs"] == 1 else f"{mean} ± {cell['std']:.{digits}f}"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

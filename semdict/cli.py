@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ar": ("train.ar.cli", "autoregressive model on its tokens: train, sample"),
     "entropy": ("pipeline.entropy_stage", "where token sets run out of information: table 1 and figure 2 of VCQ"),
     "report": ("semdict.report.command", "one HTML page of whatever results there are"),
+    "preset": ("pipeline.preset", "put a preset in force"),
     "check": ("pipeline.check", "validate params.yaml and say what it would do"),
 }
 

@@ -38,7 +38,7 @@ def plain_tokens(root: Path) -> tuple[np.ndarray, np.ndarray]:
     """One image at a time, PIL and matrix algebra only around the two models: what the tokens must be."""
     vqgan = load_vqgan(root / "vqgan.ckpt")
     teacher = load_features(tiny.TEACHER, weights=root / "teacher.pth", image_size=224)
-    words = np.load(root / "data" / "tiny" / "centroids.npy").astype(np.float64)
+    words = np.load(root / "data/tiny/kmeans/centroids.npy").astype(np.float64)
     gens, discs = [], []
     for path in sorted((root / "images" / "train").rglob("*.png")):
         image = Image.open(path).convert("RGB")
@@ -66,7 +66,7 @@ def test_tokens_equal_a_plain_loop(world):
 
 def test_rows_labels_and_keys_are_the_manifests(world):
     shards = open_shards(world / "shards" / "tiny")
-    manifest = load_manifest(world / "data" / "tiny" / "manifest.parquet")
+    manifest = load_manifest(world / "data/tiny/manifest/manifest.parquet")
     np.testing.assert_array_equal(shards.label[:], manifest.label)
     assert shards.index.column("key").to_pylist() == [manifest.key(i) for i in range(len(manifest))]
     assert shards.label[:].tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -74,7 +74,7 @@ def test_rows_labels_and_keys_are_the_manifests(world):
 
 def test_words_cluster_the_sampled_features(world):
     """Every word is used by the sample, and numbered by falling frequency."""
-    words = np.load(world / "data" / "tiny" / "centroids.npy")
+    words = np.load(world / "data/tiny/kmeans/centroids.npy")
     assert words.shape == (tiny.WORDS, 24)
     counts = np.bincount(open_shards(world / "shards" / "tiny").disc[:].ravel(), minlength=tiny.WORDS)
     assert counts[:4].sum() > counts[-4:].sum()
@@ -168,7 +168,7 @@ def test_models_that_do_not_fit_are_refused_with_both_sides(copy, capsys, sectio
 
 
 def test_centroids_of_another_width_are_refused(copy, capsys):
-    np.save(copy / "data" / "tiny" / "centroids.npy", np.zeros((tiny.WORDS, 40), np.float32))
+    np.save(copy / "data/tiny/kmeans/centroids.npy", np.zeros((tiny.WORDS, 40), np.float32))
     assert tiny.semdict(copy, "encode") == 1
     errors = capsys.readouterr().err
     assert "40" in errors
@@ -181,7 +181,7 @@ def test_an_existing_dictionary_can_be_plugged_in(copy):
     km = str(copy / "km.npy")
     tiny.write_params(copy, kmeans={"centroids": km}, inputs={"centroids": km})
     tiny.run_until_centroids(copy)
-    np.testing.assert_array_equal(np.load(copy / "data" / "tiny" / "centroids.npy"), words)
+    np.testing.assert_array_equal(np.load(copy / "data/tiny/kmeans/centroids.npy"), words)
     assert not (copy / "data" / "tiny" / "features.zarr" / "features").exists()
     assert tiny.semdict(copy, "encode") == 0
 

@@ -258,7 +258,7 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     from train.eval.encoder import load_encoder
 
     folders = {split: str(world / "images" / split) for split in ("train", "val")}
-    path, vqgan = world / "data/tiny/manifest.parquet", load_vqgan(world / "vqgan.ckpt")
+    path, vqgan = world / "data/tiny/manifest/manifest.parquet", load_vqgan(world / "vqgan.ckpt")
     encoder, cpu = load_encoder(world / "runs/tiny/mage"), torch.device("cpu")
     source = crops.ImageSource(path, folders, ["train"], "resize-292", vqgan, encoder, cpu, "auto", 10**8, batch=2)
     manifest, seen = load_manifest(path), []

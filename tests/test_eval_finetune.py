@@ -121,11 +121,11 @@ def ready(world) -> Path:  # noqa: F811
 
 
 def augmented(root: Path, seed: int = 0, **changes) -> Augmented:
-    manifest = load_manifest(root / "data/tiny/manifest.parquet")
+    manifest = load_manifest(root / "data/tiny/manifest/manifest.parquet")
     folders = {split: str(root / "images" / split) for split in ("train", "val")}
     plain = {"rand_augment": "rand-m9-mstd0.5-inc1", "crop_scale": (0.2, 1.0)} | changes
     rows = manifest.rows_of(["train"])
-    return Augmented(str(root / "data/tiny/manifest.parquet"), folders, rows, seed, plain["rand_augment"],
+    return Augmented(str(root / "data/tiny/manifest/manifest.parquet"), folders, rows, seed, plain["rand_augment"],
                      plain["crop_scale"], "auto", 10**8)  # fmt: skip
 
 

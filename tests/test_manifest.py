@@ -309,7 +309,7 @@ def test_a_killed_run_continues_and_ends_in_the_same_bytes(tmp_path, monkeypatch
     assert len(reads) < 60 + 2 * 30  # what was saved before a kill was not read again
     monkeypatch.chdir(tmp_path / "calm")
     assert main(["manifest"]) == 0
-    for name in ("data/t/manifest.parquet", "reports/t/manifest.json"):
+    for name in ("data/t/manifest/manifest.parquet", "reports/t/manifest.json"):
         assert (killed / name).read_bytes() == (tmp_path / "calm" / name).read_bytes(), name
 
 

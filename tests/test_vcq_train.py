@@ -42,6 +42,7 @@ def world(tmp_path_factory):
         "preset": "tiny",
         "inputs": {
             "images": "presets/none",
+            "vqgan": "none",
             "features": str(root / "net.pth"),
             "centroids": "presets/none",
             "perceptual": str(root / "net.pth"),
@@ -145,9 +146,9 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
 
 def test_image_loader_resumes_and_shares_rows(world, monkeypatch):
     monkeypatch.chdir(world)
-    if not (world / "data/tiny/manifest.parquet").exists():
+    if not (world / "data/tiny/manifest/manifest.parquet").exists():
         command(world, "manifest")
-    manifest = load_manifest(world / "data/tiny/manifest.parquet")
+    manifest = load_manifest(world / "data/tiny/manifest/manifest.parquet")
     images = {"train": str(world / "images" / "train")}
 
     def loader(**place):

@@ -59,6 +59,7 @@ def params(root: Path) -> dict:
         "preset": "tiny",
         "inputs": {
             "images": "presets/none",
+            "vqgan": str(root / "vqgan.ckpt"),
             "features": str(root / "teacher.pth"),
             "centroids": "presets/none",
             "perceptual": "presets/none",

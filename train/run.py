@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SemdictError, UsageError
-from pipeline.files import remove, replace_dir, sha256_json, write_json
+from pipeline.files import occupied, remove, replace_dir, sha256_json, write_json
 from pipeline.work import WORK, lock
 from train import dist
 from train.checkpoint import differences, plain
@@ -59,12 +59,14 @@ class Place:
 
         UsageError when `out` holds another run, or holds one and `resume` was not asked for: nothing is overwritten.
         """
-        if not self.out.exists():
+        if not occupied(self.out):
             return None
         card = self.card(self.out)
-        if card is not None and card["fingerprint"] == self.fingerprint and resume:
+        if card is None:
+            raise UsageError(f"{self.out} holds no complete run. Give another --out, or remove that folder first")
+        if card["fingerprint"] == self.fingerprint and resume:
             return card
-        changed = "; ".join(differences(card["settings"], plain(self.settings))) if card else "it is not a complete run"
+        changed = "; ".join(differences(card["settings"], plain(self.settings)))
         why = f"of other settings ({changed}; there -> now)" if changed else "already complete; --resume keeps it"
         raise UsageError(f"{self.out} holds a run {why}. Give another --out, or remove that folder first")
 

@@ -1,5 +1,7 @@
 """What params.yaml may hold: one validated section per stage, each key with its type, range and meaning."""
 
+from pathlib import PurePath
+
 from pydantic import model_validator
 
 from pipeline.schema.base import Name, Section
@@ -49,16 +51,22 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     scores: Scores = Scores()
 
+    def watched(self) -> list[tuple[str, str, str | None]]:
+        """(key of the file, what `inputs` names for it, the file or None) of everything that DVC watches."""
+        first = self.vcq.perceptual[0].weights if self.vcq.perceptual else None
+        return [
+            ("vqgan.weights", self.inputs.vqgan, self.vqgan.weights),
+            ("features.weights", self.inputs.features, self.features.weights),
+            ("kmeans.centroids", self.inputs.centroids, self.kmeans.centroids),
+            ("the first of vcq.perceptual", self.inputs.perceptual, first),
+        ]
+
     @model_validator(mode="after")
     def _watched(self) -> "Params":
-        first = self.vcq.perceptual[0].weights if self.vcq.perceptual else None
-        pairs = {
-            "features": ("features.weights", self.features.weights),
-            "centroids": ("kmeans.centroids", self.kmeans.centroids),
-            "perceptual": ("the first of vcq.perceptual", first),
-        }
-        for name, (key, path) in pairs.items():
-            watched = getattr(self.inputs, name)
-            if watched != (path or NONE):
-                raise ValueError(f"inputs.{name} is {watched}, {key} is {path}: set inputs.{name}: {path or NONE}")
+        names = ("vqgan", "features", "centroids", "perceptual")
+        for name, (key, watched, path) in zip(names, self.watched(), strict=True):
+            holds = path is not None and PurePath(watched) in PurePath(path).parents and watched != "."
+            if watched != (path or NONE) and not holds:
+                wanted = f"{path}, or a folder around it" if path else NONE
+                raise ValueError(f"inputs.{name} is {watched}, {key} is {path}: set inputs.{name}: {wanted}")
         return self

@@ -11,7 +11,7 @@ class Scores(Section):
     """Where the weights are, and the numbers that the protocols leave open."""
 
     protocol: Literal["val50k", "adm", "teacher"] = "val50k"  # teacher: where there is no Inception, as in the demo
-    reference: str | None = None  # folder of PNGs, ADM's .npz, or a manifest; None = data/<preset>/manifest.parquet
+    reference: str | None = None  # folder of PNGs, ADM's .npz, or a manifest; None = the preset's manifest
     inception: str | None = None  # weights-inception-2015-12-05-6726825d.pth; None = torch's hub cache
     inception_sha256: str | None = None  # refused when the file has another
     download: bool = True  # fetch the weights where they are neither given nor cached

@@ -10,12 +10,13 @@ NONE = "presets/none"  # stands where a preset has no file to watch
 
 
 class Inputs(Section):
-    """Files or folders that DVC watches besides the parameters; `presets/none` where there is nothing to watch.
+    """Files, or folders they lie in, that DVC watches besides the parameters; `presets/none` where there is none.
 
     An image store of millions of files is not for DVC to hash: only the demo's own images are named here.
     """
 
     images: str
+    vqgan: str
     features: str
     centroids: str
     perceptual: str

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import places
 from pipeline.errors import UsageError
 from pipeline.files import write_json
 from train.eval import scores
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.schema import Params
 
 EXAMPLE = """examples:
-  semdict evaluate fid --samples runs/demo/lease-unconditional --reference data/demo/manifest.parquet --protocol teacher
+  semdict evaluate fid --samples runs/demo/lease-unconditional --protocol teacher
   semdict evaluate fid --samples samples/lease --reference imagenet-val-256/ --protocol val50k
   semdict evaluate fid --samples runs/in1k-vcq-base/ar-samples-guided/samples.npz --protocol adm \\
       --reference VIRTUAL_imagenet256_labeled.npz
@@ -29,7 +30,7 @@ and counts; figures of different counts or protocols are not comparable."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is scored against what; the rest stands in params.yaml, section scores."""
     parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--reference", type=Path, help="default scores.reference, or data/<preset>/manifest.parquet")
+    parser.add_argument("--reference", type=Path, help="default scores.reference, or the preset's manifest")
     parser.add_argument("--protocol", choices=("val50k", "adm", "teacher"), help="default scores.protocol")
     parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
@@ -54,7 +55,7 @@ def score_samples(
     given = params.scores
     protocol = protocol or given.protocol
     samples = open_images(path, params)
-    reference = reference or Path(given.reference or Path("data") / params.preset / "manifest.parquet")
+    reference = reference or Path(given.reference or places.manifest(params.preset))
     if protocol == "adm":
         if reference.suffix != ".npz":
             raise UsageError(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline import places
 from pipeline.device import DTYPES
 from pipeline.errors import UsageError
 from train import dist, draws
@@ -64,7 +65,7 @@ class Session:
     def __init__(self, setup: Setup, world: dist.World) -> None:
         self.setup, self.world, self.given = setup, world, setup.given.finetune
         g, args, preset = self.given, setup.args, setup.params.preset
-        self.manifest = args.manifest or Path("data") / preset / "manifest.parquet"
+        self.manifest = args.manifest or places.manifest(preset)
         images = setup.params.manifest.images
         self.train_source = setup.image_source(self.manifest, images, setup.given.train_splits)
         self.test_source = setup.image_source(self.manifest, images, setup.given.test_splits)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.device import reduced_precision, resolve_device
 from pipeline.errors import UsageError
-from pipeline.files import publish_dir, sha256_file, sha256_json, write_json
+from pipeline.files import occupied, publish_dir, sha256_file, sha256_json, write_json
 from pipeline.memory import keep_freed_memory
 from pipeline.safeload import existing_file
 from train.eval.canvases import Known, hidden_cells, known_images
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     params = load_params(args.params, args.set)
     out = args.out or Path("runs") / params.preset / f"{run_name(args.model)}-{args.task}"
     drawing = Drawing(args, params)
-    if out.exists():
+    if occupied(out):
         if args.resume and (out / CARD).is_file() and drawing.made(out / CARD):
             print(f"generate: {out} holds these very images; nothing to do", file=sys.stderr)
             return 0

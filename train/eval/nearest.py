@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import places
 from pipeline.device import resolve_device
 from pipeline.files import write_json
 from train.eval.imagesets import ImageSet, open_images
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.features import PatchFeatures
 
 EXAMPLE = """example:
-  semdict evaluate nearest --samples runs/demo/lease-unconditional --reference data/demo/manifest.parquet --split train
+  semdict evaluate nearest --samples runs/demo/lease-unconditional --split train
 
 Writes nearest.png (each sample above its three nearest) and nearest.json with cosines of the teacher's patch-mean
 features, and, for scale, how near training images are to each other."""
@@ -28,7 +29,7 @@ BLOCK = 65_536  # training images compared at a time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which samples, which training images."""
     parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--reference", type=Path, help="default data/<preset>/manifest.parquet")
+    parser.add_argument("--reference", type=Path, help="default data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--split", default="train", help="of a manifest")
     parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(params.scores.device)
     teacher = load_features(given.model, given.weights, given.layer, device, given.image_size)
     samples = open_images(args.samples, params)
-    training = open_images(args.reference or Path("data") / params.preset / "manifest.parquet", params, args.split)
+    training = open_images(args.reference or places.manifest(params.preset), params, args.split)
     count = min(params.scores.shown, len(samples))
     wanted = described(samples, teacher, device, params.scores.batch, count)
     bank = described(training, teacher, device, params.scores.batch)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import places
 from pipeline.errors import UsageError
-from pipeline.files import publish_dir, write_json
+from pipeline.files import occupied, publish_dir, write_json
 
 EXAMPLE = """example:
-  semdict evaluate reference --manifest data/in1k/manifest.parquet --split val --out imagenet-val-256
+  semdict evaluate reference --manifest data/in1k/manifest/manifest.parquet --split val --out imagenet-val-256
 
 Shorter side to 256 (bilinear with antialias, as torchvision's Resize on PIL images), centre crop 256, PNG."""
 SIDE = 256
@@ -20,7 +21,7 @@ SIDE = 256
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which images, and where the PNGs go."""
-    parser.add_argument("--manifest", type=Path, help="default data/<preset>/manifest.parquet")
+    parser.add_argument("--manifest", type=Path, help="default data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--split", default="val")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
@@ -35,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.params import load_params
 
     params = load_params(args.params, args.set)
-    if args.out.exists():
+    if occupied(args.out):
         raise UsageError(f"{args.out} exists; give another --out or remove it")
-    manifest = load_manifest(args.manifest or Path("data") / params.preset / "manifest.parquet")
+    manifest = load_manifest(args.manifest or places.manifest(params.preset))
     rows = manifest.rows_of([args.split])
     good = [int(row) for row in rows[manifest.status[rows] == 0]]
     reader = manifest.reader(params.manifest.images)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline import places
 from pipeline.device import resolve_device
 from pipeline.errors import ShardError
 from pipeline.files import write_aside, write_json
@@ -31,7 +32,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=int, help="of a released encoder whose width is none of the published")
     parser.add_argument("--decoder-num-heads", type=int, help="likewise")
     parser.add_argument("--shards", type=Path, help="source tokens: token shards (default shards/<preset>)")
-    parser.add_argument("--manifest", type=Path, help="source images (default data/<preset>/manifest.parquet)")
+    parser.add_argument("--manifest", type=Path, help="source images (default data/<preset>/manifest/manifest.parquet)")
     parser.add_argument("--other-recipe", action="store_true", help="score on tokens made otherwise than the model's")
     parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
@@ -87,7 +88,7 @@ class Setup:
         preset = self.params.preset
         if self.given.source == "tokens":
             return self.token_source(self.args.shards or Path("shards") / preset, splits)
-        path = self.args.manifest or Path("data") / preset / "manifest.parquet"
+        path = self.args.manifest or places.manifest(preset)
         return self.image_source(path, self.params.manifest.images, splits)
 
     def token_source(self, path: Path, splits: list[str]) -> TokenSource:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline import places
 from pipeline.errors import UsageError
 from train.loop import DTYPES
 from train.vcq.tokenizer import Tokenizer1d, load_tokenizer
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
     parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
-    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest.parquet")
+    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--out", type=Path, help="default: shards/<preset>-vcq")
     parser.add_argument("--reports", type=Path, help="default: reports/<preset>/vcq-encode")
     parser.add_argument("--work", type=Path, default="work", help="where unfinished chunks wait (default: work)")
@@ -81,7 +82,7 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
     from train.dist import pick_device
 
     chosen, preset = params.vcq_encode, params.preset
-    manifest_path = args.manifest or Path("data") / preset / "manifest.parquet"
+    manifest_path = args.manifest or places.manifest(preset)
     manifest = load_manifest(manifest_path)
     spec = VcqSpec(str(path.resolve()), str(pick_device(chosen.device)))
     tokenizer = spec.open()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pipeline import places
 from pipeline.device import resolve_device
 from pipeline.errors import UsageError
 from pipeline.files import write_json
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
     parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
-    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest.parquet")
+    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument(
         "--samples", action="append", default=[], metavar="NAME=DIR", help="output of `semdict ar sample`, to be scored"
     )
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.tokenizer or Path("runs") / params.preset / "vcq"
     device = resolve_device(params.vcq_evaluate.device)
     model = load_tokenizer(path / "tokenizer.pt" if path.is_dir() else path, device)
-    place = Place.of(args.manifest or Path("data") / params.preset / "manifest.parquet", params)
+    place = Place.of(args.manifest or places.manifest(params.preset), params)
     out = args.out or Path("reports") / params.preset / "vcq"
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="vcq-evaluate-") as folder:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline import places
 from pipeline.files import write_json
 from train import dist
 from train.ema import Ema
@@ -43,7 +44,7 @@ FREE = {
     "measured_images",
 }
 EXAMPLE = """examples:
-  semdict vcq train --manifest data/demo/manifest.parquet --out runs/demo/vcq
+  semdict vcq train --manifest data/demo/manifest/manifest.parquet --out runs/demo/vcq
   semdict vcq train --resume                                     continue after a kill; a complete run is left alone
   semdict vcq train --set vcq.schedule=constant --out runs/demo/vcq-constant
   torchrun --nproc-per-node 8 -m train.vcq.train
@@ -56,7 +57,7 @@ SHAPE = ("image_size", "patch", "tokens", "latent_queries", "schedule", "k_min",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which images, and where the run goes; everything else stands in params.yaml, section vcq."""
-    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest.parquet")
+    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     add_run_arguments(parser, "vcq")
 
 
@@ -114,7 +115,7 @@ class Session:
         from pipeline.manifest import load_manifest
 
         self.params, self.given, self.world = params, params.vcq, world
-        self.manifest = load_manifest(args.manifest or Path("data") / params.preset / "manifest.parquet")
+        self.manifest = load_manifest(args.manifest or places.manifest(params.preset))
         self.objective = build_objective(params.vcq, world.device)
         self.reports = args.reports or Path("reports") / params.preset / "vcq"
         settings = identity(params.vcq, self.manifest.sha256[:16], self.objective)
