@@ -2,20 +2,25 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
 
-from replicate import lease, vcq
+from replicate import document, lease, vcq
 from replicate.variants import COMPONENTS, NEIGHBOUR_COUNTS, SCHEDULES
 from replicate.work import plus_minus, spread
+from semdict.marked import with_blocks
 from tests import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_spread_by_hand():
     assert spread([1.0, 2.0, 4.0]) == {"mean": 7 / 3, "std": pytest.approx(math.sqrt(7 / 3)), "runs": 3}
     assert spread([5.0])["std"] == 0
-    assert plus_minus({"mean": 7 / 3, "std": 1.5}) == "2.33 ± 1.50"
+    assert plus_minus({"mean": 7 / 3, "std": 1.5, "runs": 3}) == "2.33 ± 1.50"
+    assert plus_minus(spread([5.0]), 1) == "5.0", "one run has no spread"
 
 
 def test_rows_differ_in_one_thing_only():
@@ -26,6 +31,12 @@ def test_rows_differ_in_one_thing_only():
     printed = {variant.name: variant.paper["probe"] for variant in COMPONENTS}
     assert printed == {"rec": 73.62, "lease": 76.11, "decoder": 74.20, "both": 76.07, "sorcen": 75.1}
     assert [variant.paper["gfid"] for variant in SCHEDULES] == [6.43, 5.32, 4.79, 5.14]
+
+
+def test_the_document_holds_what_the_kept_results_say():
+    """docs/replicate.md is not edited by hand: its tables are those of docs/results/*.json."""
+    text = (ROOT / document.DOCUMENT).read_text()
+    assert with_blocks(text, document.tables(ROOT / document.RESULTS)) == text, "run python -m replicate.document"
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +80,7 @@ def test_lease_from_end_to_end_and_again_for_nothing(world, monkeypatch, capsys)
     assert rows["lease"]["runs"][0]["reconstruction"] != rows["lease"]["runs"][1]["reconstruction"], "seeds differ"
     assert rows["lease"]["runs"] == found["neighbours"]["lease"]["runs"], "one run serves both tables"
     table = (world / "reports/tiny/replicate/lease.md").read_text()
+    assert table == lease.text(found), "the tables can be made from the file alone"
     assert "76.11" in table
     capsys.readouterr()
     before = tiny.digest(world / "work" / "replicate")
@@ -82,9 +94,13 @@ def test_vcq_from_end_to_end(world, monkeypatch):
     monkeypatch.chdir(world)
     assert vcq.main([]) == 0
     found = json.loads((world / "reports/tiny/replicate/vcq.json").read_text())
-    assert set(found) == {"constant", "linear", "cosine", "power"}
-    assert found["constant"]["k_mean"]["mean"] == 16
-    assert found["constant"]["k_mean"]["mean"] > found["linear"]["k_mean"]["mean"] > found["cosine"]["k_mean"]["mean"]
+    rows = found["schedules"]
+    assert set(rows) == {variant.name for variant in SCHEDULES}
+    means = [rows[variant.name]["k_mean"]["mean"] for variant in SCHEDULES]
+    assert means[0] == 16
+    assert means == sorted(means, reverse=True)
+    assert len(set(means)) == 4
     table = (world / "reports/tiny/replicate/vcq.md").read_text()
+    assert table == vcq.text(found)
     assert "27.98" in table
     assert "43.77 (k = 10)" in table

@@ -1,0 +1,31 @@
+"""Keep what the comparisons found with the project: `python -m replicate.document` after `make replicate`.
+
+Copies reports/demo/replicate/*.json to docs/results/ and sets the tables of docs/replicate.md anew.
+"""
+
+import json
+from pathlib import Path
+
+from pipeline.files import write_json
+from replicate import lease, vcq
+from semdict.marked import rewrite
+
+REPORTS, RESULTS, DOCUMENT = Path("reports/demo/replicate"), Path("docs/results"), Path("docs/replicate.md")
+TEXTS = {"lease": lease.text, "vcq": vcq.text}
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Name of the comparison -> its tables in Markdown, from <results>/NAME.json."""
+    return {name: text(json.loads((results / f"{name}.json").read_text())) for name, text in TEXTS.items()}
+
+
+def main() -> None:
+    """Copy the results and rewrite the document."""
+    RESULTS.mkdir(exist_ok=True)
+    for name in TEXTS:
+        write_json(RESULTS / f"{name}.json", json.loads((REPORTS / f"{name}.json").read_text()))
+    rewrite(DOCUMENT, tables(RESULTS))
+
+
+if __name__ == "__main__":
+    main()
