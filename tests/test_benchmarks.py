@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import figures
+from semdict.marked import with_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 # script -> (extra options, keys that must lead to a positive number)
@@ -61,3 +65,15 @@ def test_every_benchmark_is_in_the_table():
     table = (ROOT / "benchmarks" / "README.md").read_text()
     for script in (ROOT / "benchmarks").glob("bench_*.py"):
         assert f"`{script.name}`" in table
+
+
+def test_the_figures_in_the_document_are_those_of_the_results():
+    results, document = ROOT / "benchmarks" / "results", (ROOT / "benchmarks" / "README.md").read_text()
+    assert with_blocks(document, {"figures": figures.table(results)}) == document, "run python -m benchmarks.figures"
+
+
+def test_another_result_changes_the_figures(tmp_path):
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
+    path = tmp_path / "results" / "encode.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ratio": 123.45}))
+    assert "123.45 x as many images/s" in figures.table(tmp_path / "results")
