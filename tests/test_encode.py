@@ -157,7 +157,7 @@ def test_a_file_changed_since_the_manifest_is_named(copy, capsys):
     ("sections", "said"),
     [
         ({"features": {"image_size": 112}}, "grids differ"),
-        ({"vqgan": {"weights": "missing.ckpt"}}, "missing.ckpt"),
+        ({"vqgan": {"weights": "missing.ckpt"}, "inputs": {"vqgan": "missing.ckpt"}}, "missing.ckpt"),
         ({"features": {"model": "vit:patch=14,dim=32,depth=2,heads=2,reg=0"}}, "32"),
     ],
 )

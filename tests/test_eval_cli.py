@@ -231,12 +231,12 @@ def test_mistakes_are_named(place, capsys, options, status, words):
 
 def test_a_model_of_other_tokens_is_refused(place, capsys):
     tiny.make_vqgan(place / "other.ckpt", seed=1)
-    assert tiny.semdict(place, "encode", "--set", "vqgan.weights=other.ckpt", "--out", "other") == 0
+    assert tiny.semdict(place, "encode", *tiny.other_vqgan("other.ckpt"), "--out", "other") == 0
     assert evaluate(place, "probe", "--shards", "other") == 1
     assert "gen.sha256" in capsys.readouterr().err
     assert evaluate(place, "probe", "--shards", "other", "--other-recipe") == 0
     assert report(place, "probe.json")["protocol"]["test"]["same_recipe_as_training"] == "other"
-    images_ = ("--set", "evaluate.source=images", "--set", "vqgan.weights=other.ckpt")
+    images_ = ("--set", "evaluate.source=images", *tiny.other_vqgan("other.ckpt"))
     assert evaluate(place, "knn", *images_) == 1 and "gen.sha256" in capsys.readouterr().err
 
 

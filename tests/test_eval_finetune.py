@@ -258,7 +258,7 @@ def test_the_command_trains_scores_and_resumes(ready, capsys, monkeypatch):
         (("--set", "evaluate.finetune.batch=64"), 2, "larger than the training set (12 images)"),
         (("--set", "evaluate.finetune.warmup_epochs=3"), 2, "more than epochs 2"),
         (("--set", "evaluate.finetune.rand_augment=trivial"), 2, "rand_augment"),
-        (("--set", "vqgan.weights=no.ckpt"), 1, "no.ckpt"),
+        (tiny.other_vqgan("no.ckpt"), 1, "no.ckpt"),
     ],
 )
 def test_mistakes_are_named(ready, capsys, options, status, words):

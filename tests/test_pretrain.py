@@ -17,6 +17,7 @@ import yaml
 from pipeline.convert import export
 from pipeline.shards import Block, ShardSpec, write_shards
 from semdict.cli import main
+from tests import tiny
 from train.logging import read_log
 from train.pretrained import load_pretrained
 
@@ -184,7 +185,7 @@ def test_pictures_are_drawn(place, shards):
     torch.manual_seed(0)
     config = VqganConfig(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=8, codes=CODES, dim=8)
     save_vqgan(Vqgan(config).eval(), place / "vqgan.ckpt")
-    watch = ("--set", "vqgan.weights=vqgan.ckpt", "--set", "pretrain.picture_every=2", "--set", "pretrain.pictures=3")
+    watch = (*tiny.other_vqgan("vqgan.ckpt"), "--set", "pretrain.picture_every=2", "--set", "pretrain.pictures=3")
     assert pretrain(shards, "mage", "--set", "pretrain.epochs=1", *watch) == 0
     assert pretrain(shards, "mage", "--set", "pretrain.epochs=1", "--out", "plain") == 0
     pictures = sorted((place / "runs/demo/mage/pictures").iterdir())

@@ -53,6 +53,11 @@ def make_teacher(path: Path, seed: int = 0) -> None:
     torch.save(model.state_dict(), path)
 
 
+def other_vqgan(path: str) -> tuple[str, ...]:
+    """Options that name another VQGAN, and tell DVC to watch it."""
+    return ("--set", f"vqgan.weights={path}", "--set", f"inputs.vqgan={path}")
+
+
 def params(root: Path) -> dict:
     """A complete params.yaml over the files that `make_world` writes."""
     return {
