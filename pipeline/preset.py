@@ -57,7 +57,8 @@ def put_in_force(source: Path, params: Path) -> None:
 
 def watched_folders(settings: Params) -> list[Path]:
     """Folders that DVC watches for the sake of a file that the user puts there."""
-    return [Path(folder) for _, folder, path in settings.watched() if path and folder != path]
+    named = [(getattr(settings.inputs, name), path) for name, _, path in settings.watched()]
+    return [Path(folder) for folder, path in named if path and folder != path]
 
 
 def awaited_folders(root: Path) -> list[Path]:

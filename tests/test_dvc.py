@@ -141,9 +141,8 @@ def test_another_preset_shows_the_whole_graph_and_never_the_demo(tmp_path, prese
     assert {stage for stage in definitions() if stage not in ran(output)} == set()
     assert "demo" not in output
     assert call(folder, "git", "status", "--porcelain", "--", ".", ":!params.yaml") == ""
-    shutil.rmtree(
-        folder / "shards" / preset
-    )  # a preset copied by hand has no folders: `make graph` shows it all the same
+    # a preset copied by hand has no folders: `make graph` shows it all the same
+    shutil.rmtree(folder / "shards" / preset)
     assert ran(call(folder, "dvc", "repro", "--dry", "--force")) == ran(output)
 
 
@@ -187,9 +186,7 @@ def test_a_vcq_preset_runs_to_the_end_scaled_down(tmp_path, preset, targets):
     scale_down(tree, tmp_path)
     (folder / "params.yaml").write_text(yaml.safe_dump(tree))
     call(folder, "dvc", "repro", "-q", *(targets or ["vcq_evaluate"]))
-    assert all(awaited.is_dir() for awaited in awaited_folders(folder)), (
-        "a file that a stage awaits cannot be made ahead"
-    )
+    assert all(awaited.is_dir() for awaited in awaited_folders(folder)), "an awaited file cannot be made ahead"
     schedule = codebook_sizes("cosine", 16, tree["vcq"].get("k_min", 2), tree["vcq"]["k_max"]).tolist()
     shards = open_shards(folder / "shards" / f"{preset}-vcq")
     assert shards.gen_sizes.tolist() == schedule

@@ -52,19 +52,19 @@ class Params(Section):
     scores: Scores = Scores()
 
     def watched(self) -> list[tuple[str, str, str | None]]:
-        """(key of the file, what `inputs` names for it, the file or None) of everything that DVC watches."""
+        """(key of `inputs`, key of the file it stands for, the file or None) of the weights that DVC watches."""
         first = self.vcq.perceptual[0].weights if self.vcq.perceptual else None
         return [
-            ("vqgan.weights", self.inputs.vqgan, self.vqgan.weights),
-            ("features.weights", self.inputs.features, self.features.weights),
-            ("kmeans.centroids", self.inputs.centroids, self.kmeans.centroids),
-            ("the first of vcq.perceptual", self.inputs.perceptual, first),
+            ("vqgan", "vqgan.weights", self.vqgan.weights),
+            ("features", "features.weights", self.features.weights),
+            ("centroids", "kmeans.centroids", self.kmeans.centroids),
+            ("perceptual", "the first of vcq.perceptual", first),
         ]
 
     @model_validator(mode="after")
     def _watched(self) -> "Params":
-        names = ("vqgan", "features", "centroids", "perceptual")
-        for name, (key, watched, path) in zip(names, self.watched(), strict=True):
+        for name, key, path in self.watched():
+            watched = getattr(self.inputs, name)
             holds = path is not None and PurePath(watched) in PurePath(path).parents and watched != "."
             if watched != (path or NONE) and not holds:
                 wanted = f"{path}, or a folder around it" if path else NONE
