@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import memory
 from benchmarks.report import arguments, in_child, machine, publish
 from benchmarks.timing import in_turns
-from train.losses import codebook_contrastive, neighbour_table
+from semdict.train.masked.losses import codebook_contrastive, neighbour_table
 
 SIZES = {"full": (4096, 16384, 1024), "small": (512, 4096, 256)}
 TEMPERATURE, TAU, NEIGHBOURS = 0.1, 0.1, 6

@@ -17,10 +17,10 @@ from PIL import Image
 
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import in_turns
-from pipeline import schema
-from pipeline.crops import crop_views, expand_views
-from pipeline.images import MAX_PIXELS, decode, decoder_identity
-from pipeline.manifest import build_manifest
+from semdict.pipeline.config import schema
+from semdict.pipeline.images.crops import crop_views, expand_views
+from semdict.pipeline.images.decode import MAX_PIXELS, decode, decoder_identity
+from semdict.pipeline.manifest.stage import build_manifest
 
 LINKS = 10_000  # names per file: file systems limit them
 

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from benchmarks.report import arguments, machine, publish, seconds
-from pipeline.encode_job import EncodeJob
-from pipeline.flow import CropRecipe
-from pipeline.images import expand_views
-from pipeline.manifest import load_manifest
-from pipeline.tokenizer import PairSpec
-from pipeline.work import split_rows
 from semdict.cli import main as semdict
+from semdict.pipeline.encode.worker import EncodeJob
+from semdict.pipeline.execute.chunks import split_rows
+from semdict.pipeline.images.batches import CropRecipe
+from semdict.pipeline.images.decode import expand_views
+from semdict.pipeline.manifest.stage import load_manifest
+from semdict.pipeline.tokenizers.pair import PairSpec
 
 
 def loop(paths: list[Path], pair) -> np.ndarray:

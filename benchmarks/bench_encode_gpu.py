@@ -11,9 +11,9 @@ import torch
 from timm import create_model
 
 from benchmarks.report import arguments, machine, publish, seconds
-from pipeline.kmeans import assign
-from pipeline.vqgan import Vqgan
-from pipeline.vqgan_nets import VqganConfig
+from semdict.pipeline.kmeans.clustering import assign
+from semdict.pipeline.tokenizers.vqgan import Vqgan
+from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
 
 GFLOP = {"vqgan": 129, "teacher": 165}  # per image, counted
 MODEL = "vit_large_patch14_reg4_dinov2.lvd142m"

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import in_turns
-from train.eval.sampling import Decoding, ImageDraws, decode_iteratively, once_where_equal
-from train.model import SIZES, MaskedTokenTransformer, model_config
-from train.vocab import LEASE
+from semdict.train.masked.model import SIZES, MaskedTokenTransformer, model_config
+from semdict.train.masked.sampling import Decoding, ImageDraws, decode_iteratively, once_where_equal
+from semdict.train.masked.vocab import LEASE
 
 CODES = 1024
 

@@ -15,8 +15,8 @@ import faiss
 import numpy as np
 
 from benchmarks.report import arguments, in_child, machine, publish
-from pipeline.kmeans import train_centroids
-from pipeline.sample_features import points_per_row, positions_of
+from semdict.pipeline.kmeans.clustering import train_centroids
+from semdict.pipeline.kmeans.sample_features import points_per_row, positions_of
 
 K, WIDTH, PATCHES, ITERATIONS, POINTS = 256, 64, 256, 5, 65_536
 

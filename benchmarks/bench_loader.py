@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.memory import status
 from benchmarks.report import arguments, machine, publish
-from pipeline.shards import Block, ShardSpec, write_shards
-from train.loader import ResidentLoader, TokenTable, table_from_shards
+from semdict.pipeline.shards import Block, ShardSpec, write_shards
+from semdict.train.data.tokens import ResidentLoader, TokenTable, table_from_shards
 
 LENGTH, CODES, WORDS = 256, 1024, 16384
 TURNS = 4

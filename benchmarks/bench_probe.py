@@ -23,14 +23,14 @@ from torch import Tensor
 from benchmarks.memory import status
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import in_turns, wait
-from pipeline.vqgan import Vqgan
-from pipeline.vqgan_nets import VqganConfig
-from train.eval.encoder import Encoder
-from train.eval.features import FeatureStore, encoder_features
-from train.eval.head import ArrayBatches, HeadPlan, fit_head
-from train.eval.knn import knn
-from train.eval.sources import Shown
-from train.model import MaskedTokenTransformer, model_config
+from semdict.pipeline.tokenizers.vqgan import Vqgan
+from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
+from semdict.train.eval.features import FeatureStore, encoder_features
+from semdict.train.eval.head import ArrayBatches, HeadPlan, fit_head
+from semdict.train.eval.knn import knn
+from semdict.train.eval.sources import Shown
+from semdict.train.masked.encoder import Encoder
+from semdict.train.masked.model import MaskedTokenTransformer, model_config
 
 EPOCHS, CLASSES, CODES, CELLS = 90, 1000, 1024, 256
 IMAGENET, VALIDATION, WIDTH = 1_281_167, 50_000, 768

@@ -41,7 +41,7 @@ def make_raw(folder: Path, rows: int) -> None:
 
 def raw_blocks(folder: Path, rows: int) -> Iterator:
     """Blocks read from the raw files; nothing is mapped, so that peak memory is honest."""
-    from pipeline.shards import Block
+    from semdict.pipeline.shards import Block
 
     with (folder / "gen.raw").open("rb") as gen, (folder / "disc.raw").open("rb") as disc:
         for start in range(0, rows, ROWS):
@@ -68,7 +68,7 @@ def index_stream(rows: int):
 
 def part_write(folder: Path, rows: int) -> dict:
     """Count and write; both walks over the blocks are in the time."""
-    from pipeline.shards import ShardSpec, write_shards
+    from semdict.pipeline.shards import ShardSpec, write_shards
 
     spec = ShardSpec(rows, [{"name": "centre"}], (16, 16), SIZES["gen"], SIZES["disc"], title="synthetic")
     write_shards(folder / "shards", spec, lambda: raw_blocks(folder, rows), index_stream(rows))
@@ -76,7 +76,7 @@ def part_write(folder: Path, rows: int) -> dict:
 
 
 def part_verify(folder: Path, rows: int) -> dict:
-    from pipeline.shards import verify_shards
+    from semdict.pipeline.shards import verify_shards
 
     report = verify_shards(folder / "shards")
     assert report.ok and report.rows == rows, report.problems
@@ -85,7 +85,7 @@ def part_verify(folder: Path, rows: int) -> dict:
 
 def part_load(folder: Path, rows: int) -> dict:
     """What a trainer does at its start."""
-    from pipeline.shards import open_shards
+    from semdict.pipeline.shards import open_shards
 
     loaded = open_shards(folder / "shards").load()
     assert loaded.gen.shape == (rows, 1, LENGTH)
@@ -94,8 +94,8 @@ def part_load(folder: Path, rows: int) -> dict:
 
 def part_read_one_core(folder: Path, rows: int) -> dict:
     """Original ids through the lazy arrays, one thread on one core, the allocator set as our commands set it."""
-    from pipeline.memory import keep_freed_memory
-    from pipeline.shards import open_shards
+    from semdict.pipeline.common.memory import keep_freed_memory
+    from semdict.pipeline.shards import open_shards
 
     keep_freed_memory()
 
@@ -168,7 +168,7 @@ def run_part(part: str, folder: Path, rows: int) -> dict:
 def measure(folder: Path, rows: int) -> dict:
     """Every part, and the ratios that the design asks for."""
     from benchmarks.report import machine
-    from pipeline.shards_cli import summary
+    from semdict.pipeline.shards.command import summary
 
     make_raw(folder, rows)
     parts = ["write", "verify", "load", "read_one_core", "read_raw", "pt", "zstd"]

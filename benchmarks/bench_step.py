@@ -17,10 +17,10 @@ from benchmarks import memory
 from benchmarks.report import arguments, in_child, machine, publish
 from benchmarks.straight_lease import StraightLease
 from benchmarks.timing import in_turns
-from train.masking import draw_masks
-from train.model import SIZES, MaskedTokenTransformer, model_config
-from train.objectives import Lease, Mage, Masking, Sorcen
-from train.vocab import LEASE
+from semdict.train.masked.masking import draw_masks
+from semdict.train.masked.model import SIZES, MaskedTokenTransformer, model_config
+from semdict.train.masked.objectives import Lease, Mage, Masking, Sorcen
+from semdict.train.masked.vocab import LEASE
 
 RATIO = 0.695  # about the mean of the truncated normal; one value, so that every step is alike
 WORDS, WIDTH = 16384, 1024
@@ -102,8 +102,8 @@ class Steps:
 
     def tokenizer(self) -> Callable[[], torch.Tensor]:
         """MAGE's VQGAN at its released size (narrow with --small) with random weights, on random pictures."""
-        from pipeline.vqgan import Vqgan
-        from pipeline.vqgan_nets import VqganConfig
+        from semdict.pipeline.tokenizers.vqgan import Vqgan
+        from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
 
         narrow = {"stem": 32, "widths": (32, 32, 64, 64, 128), "blocks": 1, "decoder_blocks": 1}
         net = Vqgan(VqganConfig(**narrow) if self.size == "tiny" else VqganConfig()).to(self.device).eval()

@@ -12,15 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import in_turns
-from train.ar.guidance import Guidance
-from train.ar.model import ArConfig, ArModel, preset
-from train.ar.sample import sample
-from train.optim import adamw
-from train.vcq.adversary import PatchGan
-from train.vcq.objective import LossWeights, TokenizerObjective
-from train.vcq.quantizer import full_precision, nearest_codes, search_flops
-from train.vcq.schedule import KINDS, codebook_sizes
-from train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig
+from semdict.train.ar.model import ArConfig, ArModel, preset
+from semdict.train.ar.sample import sample
+from semdict.train.engine.guidance import Guidance
+from semdict.train.engine.optim import adamw
+from semdict.train.vcq.discriminator import PatchGan
+from semdict.train.vcq.objective import LossWeights, TokenizerObjective
+from semdict.train.vcq.quantizer import full_precision, nearest_codes, search_flops
+from semdict.train.vcq.schedule import KINDS, codebook_sizes
+from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig
 
 K = 16384
 

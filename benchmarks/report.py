@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.files import write_json
+from semdict.pipeline.common.files import write_json
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

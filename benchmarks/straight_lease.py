@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.layers import EPS, init_weights, pos2d
-from train.vocab import LEASE
+from semdict.train.engine.layers import EPS, init_weights, pos2d
+from semdict.train.masked.vocab import LEASE
 
 CODES, CELLS = LEASE.codes, 256
 

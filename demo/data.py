@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import SemdictError
-from pipeline.files import sha256_file, write_aside
-from pipeline.images import crop_views, decode, expand_views
+from semdict.pipeline.common.errors import SemdictError
+from semdict.pipeline.common.files import sha256_file, write_aside
+from semdict.pipeline.images.decode import crop_views, decode, expand_views
 
 IMAGES = Path("demo/assets/images")  # where `python -m demo.images` draws
 SHIPPED = Path(__file__).parent / "weights"  # made by `make demo-weights`

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pipeline.files import write_aside
+from semdict.pipeline.common.files import write_aside
 
 REPORTS, RUNS, TARGETS = Path("reports/demo"), Path("runs/demo"), Path("docs/figures")
 

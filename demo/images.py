@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipeline.files import publish_dir
+from semdict.pipeline.common.files import publish_dir
 
 SHAPES = ("disc", "star")
 TEXTURES = ("striped", "dotted", "checked", "zigzag", "gridded", "bricked")

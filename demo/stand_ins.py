@@ -14,9 +14,9 @@ import torch
 from demo import train_teacher, train_vqgan
 from demo.data import IMAGES, SHIPPED, load_split, read_sums
 from demo.images import CLASSES
-from pipeline.errors import SemdictError, WeightsError
-from pipeline.files import sha256_file, write_aside, write_json
-from pipeline.safeload import load_tensors
+from semdict.pipeline.common.errors import SemdictError, WeightsError
+from semdict.pipeline.common.files import sha256_file, write_aside, write_json
+from semdict.pipeline.common.safeload import load_tensors
 
 TRAINERS = {"vqgan": train_vqgan, "teacher": train_teacher}
 SAMPLE = 32  # images of the val split that a stand-in is measured on

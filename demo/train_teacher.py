@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from demo.data import IMAGES, SHIPPED, as_float, load_split, note_sum
 from demo.images import CLASSES, SHAPES, TEXTURES, picture
-from pipeline.files import write_aside, write_json
+from semdict.pipeline.common.files import write_aside, write_json
 
 # B images, L = 256 patches in row-major order, E width
 PATCH, SIZE, GRID, HEADS, DEPTH, WIDTH = 14, 224, 16, 3, 6, 96

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demo.data import IMAGES, SHIPPED, as_float, load_split, note_sum, psnr
-from pipeline.files import write_aside, write_json
-from pipeline.nearest import nearest
-from pipeline.vqgan import Vqgan, load_vqgan
-from pipeline.vqgan_nets import MageBlock, Upsample, VqganConfig
+from semdict.pipeline.common.files import write_aside, write_json
+from semdict.pipeline.common.nearest import nearest
+from semdict.pipeline.tokenizers.vqgan import Vqgan, load_vqgan
+from semdict.pipeline.tokenizers.vqgan_nets import MageBlock, Upsample, VqganConfig
 
 # B images, D latent channels, N latents (cells of a batch), K codes
 CONFIG = VqganConfig(stem=64, widths=(64,) * 5, blocks=1, decoder_blocks=1, z_channels=32, codes=1024, dim=32)

@@ -6,9 +6,9 @@ Copies reports/demo/replicate/*.json to docs/results/ and sets the tables of doc
 import json
 from pathlib import Path
 
-from pipeline.files import write_json
 from replicate import lease, vcq
 from semdict.marked import rewrite
+from semdict.pipeline.common.files import write_json
 
 REPORTS, RESULTS, DOCUMENT = Path("reports/demo/replicate"), Path("docs/results"), Path("docs/replicate.md")
 TEXTS = {"lease": lease.text, "vcq": vcq.text}

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline import places
-from pipeline.params import load_params
 from replicate.variants import COMPONENTS, NEIGHBOUR_COUNTS, Variant
 from replicate.work import compare, markdown, plus_minus, publish, read, semdict, sets
+from semdict.pipeline.config import paths as places
+from semdict.pipeline.config.params import load_params
 
 SHORT = ("pretrain.warmup_epochs=1", "pretrain.sorcen.echo_warmup_epochs=3")  # a tenth, three tenths of 10 epochs
 QUIET = ("pretrain.picture_every=0", "pretrain.tensorboard=false")

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.params import load_params
 from replicate.variants import SCHEDULES, Variant
 from replicate.work import compare, markdown, plus_minus, publish, read, semdict, sets
+from semdict.pipeline.config.params import load_params
 
 SCORES = {  # our name -> key in evaluate.json, title of the column, digits
     "psnr": ("psnr", "PSNR, dB", 2),

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_aside, write_json
 from replicate.variants import Variant
 from semdict.cli import main
+from semdict.pipeline.common.files import write_aside, write_json
 
 
 def semdict(*arguments: str | Path | int) -> None:

@@ -5,26 +5,32 @@ import importlib
 import os
 import sys
 
-from pipeline.errors import SemdictError
 from semdict import __version__
+from semdict.pipeline.common.errors import SemdictError
 
 # command -> (module, what it does). A module offers add_arguments(parser) and run(args) -> exit status or None.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "manifest": ("pipeline.manifest", "list the images: key, label, split, size, SHA-256, status"),
-    "sample-features": ("pipeline.sample_features", "draw teacher patch features for k-means"),
-    "kmeans": ("pipeline.kmeans_stage", "cluster the sampled features into the discriminative dictionary"),
-    "encode": ("pipeline.encode", "turn every image into generative and discriminative tokens"),
-    "shards": ("pipeline.shards_cli", "info, verify, import, export of token shards"),
-    "pretrain": ("train.pretrain", "train lease, sorcen or mage on token shards"),
-    "evaluate": ("train.eval.cli", "scores of an encoder or of samples: probe, knn, few-shot, fine-tune, fid"),
-    "condition": ("train.eval.condition", "teach a pretrained model classes: its decoder only"),
-    "generate": ("train.eval.generate", "draw images: unconditional, by class, inpaint, outpaint, reconstruct"),
-    "vcq": ("train.vcq.cli", "1-D tokenizer with a growing codebook: train, encode, evaluate"),
-    "ar": ("train.ar.cli", "autoregressive model on its tokens: train, sample"),
-    "entropy": ("pipeline.entropy_stage", "where token sets run out of information: table 1 and figure 2 of VCQ"),
+    "manifest": ("semdict.pipeline.manifest.stage", "list the images: key, label, split, size, SHA-256, status"),
+    "sample-features": ("semdict.pipeline.kmeans.sample_features", "draw teacher patch features for k-means"),
+    "kmeans": ("semdict.pipeline.kmeans.stage", "cluster the sampled features into the discriminative dictionary"),
+    "encode": ("semdict.pipeline.encode.stage", "turn every image into generative and discriminative tokens"),
+    "shards": ("semdict.pipeline.shards.command", "info, verify, import, export of token shards"),
+    "pretrain": ("semdict.train.masked.pretrain", "train lease, sorcen or mage on token shards"),
+    "evaluate": ("semdict.train.eval.cli", "scores of an encoder or of samples: probe, knn, few-shot, fine-tune, fid"),
+    "condition": ("semdict.train.masked.condition", "teach a pretrained model classes: its decoder only"),
+    "generate": (
+        "semdict.train.masked.generate",
+        "draw images: unconditional, by class, inpaint, outpaint, reconstruct",
+    ),
+    "vcq": ("semdict.train.vcq.cli", "1-D tokenizer with a growing codebook: train, encode, evaluate"),
+    "ar": ("semdict.train.ar.cli", "autoregressive model on its tokens: train, sample"),
+    "entropy": (
+        "semdict.pipeline.analysis.stage",
+        "where token sets run out of information: table 1 and figure 2 of VCQ",
+    ),
     "report": ("semdict.report.command", "one HTML page of whatever results there are"),
-    "preset": ("pipeline.preset", "put a preset in force"),
-    "check": ("pipeline.check", "validate params.yaml and say what it would do"),
+    "preset": ("semdict.pipeline.config.presets", "put a preset in force"),
+    "check": ("semdict.pipeline.config.checks", "validate params.yaml and say what it would do"),
 }
 
 

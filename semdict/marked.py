@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.files import write_aside
+from semdict.pipeline.common.files import write_aside
 
 
 def with_blocks(document: str, blocks: Mapping[str, str]) -> str:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.crops import crop_views, expand_views
-from pipeline.device import to_device
-from pipeline.features import PatchFeatures, build_vit, load_features
-from pipeline.tokenizer import PairTokenizer
-from pipeline.vqgan import Vqgan, load_vqgan, save_vqgan
-from pipeline.vqgan_nets import VqganConfig
+from semdict.pipeline.common.device import to_device
+from semdict.pipeline.images.crops import crop_views, expand_views
+from semdict.pipeline.tokenizers.features import PatchFeatures, build_vit, load_features
+from semdict.pipeline.tokenizers.pair import PairTokenizer
+from semdict.pipeline.tokenizers.vqgan import Vqgan, load_vqgan, save_vqgan
+from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
 
 SIDE, CELL = 16, 16  # cells a side; pixels of a 256-pixel crop per cell
 CELLS = torch.arange(SIDE * SIDE)

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.ar.head import grouped_nll, masked_logits
-from train.ar.model import ArConfig, ArModel, KvCache, drop_labels, parameter_count, preset, rope_table, rotate
-from train.ar.nll import nll_bits
-from train.optim import groups
-from train.vcq.schedule import codebook_sizes
+from semdict.train.ar.head import grouped_nll, masked_logits
+from semdict.train.ar.model import ArConfig, ArModel, KvCache, drop_labels, parameter_count, preset, rope_table, rotate
+from semdict.train.ar.nll import nll_bits
+from semdict.train.engine.optim import groups
+from semdict.train.vcq.schedule import codebook_sizes
 
 SIZES = tuple(codebook_sizes("cosine", 16, 2, 64).tolist())
 TINY = preset("tiny", SIZES, classes=5)

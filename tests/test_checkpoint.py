@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import WeightsError
-from train import checkpoint
-from train.logging import RunLog, read_log
-from train.run import fingerprint
+from semdict.pipeline.common.errors import WeightsError
+from semdict.train.engine import checkpoint
+from semdict.train.engine.logging import RunLog, read_log
+from semdict.train.engine.run import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 

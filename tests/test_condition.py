@@ -17,23 +17,23 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import save_file
 
-from pipeline.errors import UsageError, WeightsError
-from pipeline.shards import Block, ShardSpec, write_shards
 from semdict.cli import main
-from tests.test_pretrain import CODES, ENV, ROOT, WORDS, write_tokens
-from train.draws import batch_generator
-from train.eval.conditional import (
+from semdict.pipeline.common.errors import UsageError, WeightsError
+from semdict.pipeline.shards import Block, ShardSpec, write_shards
+from semdict.train.engine.logging import read_log
+from semdict.train.engine.rng import batch_generator
+from semdict.train.masked.conditional import (
     ConditionalConfig,
     ConditionalTransformer,
     Telling,
     load_conditional,
     save_conditional,
 )
-from train.logging import read_log
-from train.model import MaskedTokenTransformer, model_config
-from train.objectives import Masking
-from train.pretrained import load_pretrained, save_pretrained
-from train.released import load_released
+from semdict.train.masked.model import MaskedTokenTransformer, model_config
+from semdict.train.masked.objectives import Masking
+from semdict.train.masked.pretrained import load_pretrained, save_pretrained
+from semdict.train.masked.released import load_released
+from tests.test_pretrain import CODES, ENV, ROOT, WORDS, write_tokens
 
 TAUGHT = {"decoder_embed", "decoder_position", "decoder_blocks", "decoder_norm"}  # of the pretrained model
 SHAPE = {"width": 32, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2, "grid": 4}
@@ -252,7 +252,7 @@ def test_a_run_learns_what_it_is_told_and_leaves_the_rest(place, shards, capsys)
 
 def test_kill_9_and_resume_is_bit_exact(place, shards):
     options = ("--set", "condition.epochs=30", "--set", "condition.dropout=0.1")
-    module = [sys.executable, "-m", "train.eval.condition", *command(shards, *options)[1:]]
+    module = [sys.executable, "-m", "semdict.train.masked.condition", *command(shards, *options)[1:]]
     process = subprocess.Popen(module, env=ENV, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(place.glob("work/condition-*/checkpoints/step-00000006.pt")):
@@ -274,7 +274,7 @@ def test_kill_9_and_resume_is_bit_exact(place, shards):
 def test_two_processes_reproduce_the_curve(place, shards):
     assert main(command(shards)) == 0
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    module = [*runner, "-m", "train.eval.condition", *command(shards, "--out", "two", "--reports", "r")[1:]]
+    module = [*runner, "-m", "semdict.train.masked.condition", *command(shards, "--out", "two", "--reports", "r")[1:]]
     process = subprocess.run(module, env=ENV, stderr=subprocess.PIPE, text=True, timeout=180, check=False)
     assert process.returncode == 0, process.stderr
     one, two = (read_log(path / "log.jsonl") for path in (place / "runs" / "demo" / "base-conditional", place / "two"))
@@ -376,7 +376,7 @@ def test_tokens_without_labels_teach_nothing(place, capsys):
 
 
 def test_defaults_are_table_a5():
-    from pipeline.schema.condition import Condition
+    from semdict.pipeline.config.schema.condition import Condition
 
     c = Condition()
     assert (c.base_lr, c.weight_decay, c.betas, c.batch, c.epochs) == (1.5e-4, 0.05, [0.9, 0.95], 4096, 300)

@@ -17,11 +17,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.convert import export, import_pt, pieces
-from pipeline.errors import SemdictError, ShardError, UsageError
-from pipeline.export_webdataset import percent
-from pipeline.shards import FILL, Block, ShardSpec, open_shards, verify_shards, write_shards
 from semdict.cli import main
+from semdict.pipeline.common.errors import SemdictError, ShardError, UsageError
+from semdict.pipeline.shards import FILL, Block, ShardSpec, open_shards, verify_shards, write_shards
+from semdict.pipeline.shards.convert import export, import_pt, pieces
+from semdict.pipeline.shards.export_webdataset import percent
 
 KEYS = ("a.b/c.d.JPEG", "../up", "/abs", "ünïcode key", "100%", "plain")
 

@@ -11,7 +11,8 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from pipeline.crops import (
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.images.crops import (
     RANDOM_RATIO,
     RANDOM_SCALE,
     Box,
@@ -21,7 +22,6 @@ from pipeline.crops import (
     crop_views,
     expand_views,
 )
-from pipeline.errors import UsageError
 from tests.image_files import picture
 
 SIZES = [

@@ -13,9 +13,9 @@ from scipy.spatial import ConvexHull
 from demo import stand_ins, train_teacher, train_vqgan
 from demo.data import as_float, load_split, psnr
 from demo.images import CLASSES, SHAPES, picture, write_images
-from pipeline.errors import WeightsError
-from pipeline.features import load_features
-from pipeline.vqgan import load_vqgan
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.tokenizers.features import load_features
+from semdict.pipeline.tokenizers.vqgan import load_vqgan
 
 UNSEEN = 987  # seed of images that no training saw
 

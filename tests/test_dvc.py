@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.preset import awaited_folders
-from pipeline.shards import open_shards, verify_shards
 from semdict.cli import COMMANDS
+from semdict.pipeline.config.presets import awaited_folders
+from semdict.pipeline.shards import open_shards, verify_shards
+from semdict.train.vcq.schedule import codebook_sizes
 from tests import tiny
-from train.vcq.schedule import codebook_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("manifest", "sample_features", "kmeans", "encode")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.features import load_features
-from pipeline.manifest import load_manifest
-from pipeline.shards import open_shards, verify_shards
-from pipeline.vqgan import load_vqgan
+from semdict.pipeline.manifest.stage import load_manifest
+from semdict.pipeline.shards import open_shards, verify_shards
+from semdict.pipeline.tokenizers.features import load_features
+from semdict.pipeline.tokenizers.vqgan import load_vqgan
 from tests import tiny
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.entropy import (
+from semdict.pipeline.analysis.estimates import (
     cliff_position,
     conditional_entropy,
     cooccurrence,

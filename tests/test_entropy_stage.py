@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.entropy_curves import EntropyCurves, curves_of, equation_1, spent
-from pipeline.entropy_figure import draw
-from pipeline.shards import Block, ShardSpec, write_shards
 from semdict.cli import main
+from semdict.pipeline.analysis.curves import EntropyCurves, curves_of, equation_1, spent
+from semdict.pipeline.analysis.figures import draw
+from semdict.pipeline.shards import Block, ShardSpec, write_shards
+from semdict.train.vcq.schedule import cliff, cliff_uniform, codebook_sizes
 from tests.token_sets import make_index, make_set, write
-from train.vcq.schedule import cliff, cliff_uniform, codebook_sizes
 
 L = 16
 

@@ -11,13 +11,13 @@ import torch
 import yaml
 from PIL import Image
 
-from pipeline.shards import open_shards
-from pipeline.vqgan import load_vqgan
+from semdict.pipeline.shards import open_shards
+from semdict.pipeline.tokenizers.vqgan import load_vqgan
+from semdict.train.eval.head import HeadPlan
+from semdict.train.eval.knn import knn
+from semdict.train.eval.probe import probe
+from semdict.train.masked.pretrained import load_pretrained
 from tests import tiny
-from train.eval.head import HeadPlan
-from train.eval.knn import knn
-from train.eval.probe import probe
-from train.pretrained import load_pretrained
 
 MODEL = {"size": "tiny", "width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 1,
          "decoder_heads": 2, "epochs": 1, "warmup_epochs": 0, "batch": 6, "precision": "float32", "device": "cpu",
@@ -252,10 +252,10 @@ def test_help(capsys):
 
 
 def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
-    from pipeline.crops import ViewSpec, crop_views
-    from pipeline.manifest import load_manifest
-    from train.eval import crops
-    from train.eval.encoder import load_encoder
+    from semdict.pipeline.images.crops import ViewSpec, crop_views
+    from semdict.pipeline.manifest.stage import load_manifest
+    from semdict.train.eval import crops
+    from semdict.train.masked.encoder import load_encoder
 
     folders = {split: str(world / "images" / split) for split in ("train", "val")}
     path, vqgan = world / "data/tiny/manifest/manifest.parquet", load_vqgan(world / "vqgan.ckpt")

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import SemdictError, ShardError, WeightsError
+from semdict.pipeline.common.errors import SemdictError, ShardError, WeightsError
+from semdict.train.data.tokens import class_names
+from semdict.train.eval.features import FeatureStore, encoder_features
+from semdict.train.eval.sources import Shown, TokenSource
+from semdict.train.masked.encoder import Encoder, load_encoder, run_name
+from semdict.train.masked.model import MaskedTokenTransformer, model_config
+from semdict.train.masked.pretrained import save_pretrained
 from tests.token_sets import make_set, write
-from train.eval.encoder import Encoder, load_encoder, run_name
-from train.eval.features import FeatureStore, encoder_features
-from train.eval.sources import Shown, TokenSource
-from train.loader import class_names
-from train.model import MaskedTokenTransformer, model_config
-from train.pretrained import save_pretrained
 
 CPU = torch.device("cpu")
 HEADS = {"num_heads": 4, "decoder_num_heads": 6}
@@ -156,7 +156,7 @@ def test_dropout_belongs_to_the_embedding_and_to_its_own_calls(tmp_path):
 
 
 def test_token_sources(shards, tmp_path):
-    from pipeline.shards import open_shards
+    from semdict.pipeline.shards import open_shards
 
     encoder = saved(tmp_path / "a")
     source = TokenSource(shards, ["train"], encoder, CPU)

@@ -9,17 +9,17 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
-from pipeline.errors import WeightsError
-from pipeline.manifest import load_manifest
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.manifest.stage import load_manifest
+from semdict.train.data.augment import Augmented, AugmentedLoader, make_transform
+from semdict.train.engine import rng as draws
+from semdict.train.engine.layers import drop_path
+from semdict.train.engine.logging import read_log
+from semdict.train.eval.classifier import Classifier, layer_groups, load_classifier, save_classifier
+from semdict.train.eval.finetune import MIXING, Classify
 from tests import tiny
 from tests.test_eval_cli import evaluate, report, table, world  # noqa: F401
 from tests.test_eval_features import small_model
-from train import draws
-from train.eval.augment import Augmented, AugmentedLoader, make_transform
-from train.eval.classifier import Classifier, layer_groups, load_classifier, save_classifier
-from train.eval.finetune import MIXING, Classify
-from train.layers import drop_path
-from train.logging import read_log
 
 FINETUNE = {"epochs": 2, "batch": 6, "base_lr": 0.01, "warmup_epochs": 1, "precision": "float32", "log_every": 1,
             "save_every": 1, "tensorboard": False}  # fmt: skip
@@ -219,7 +219,7 @@ def finetune(root: Path, *options: str) -> int:
 
 
 def test_the_command_trains_scores_and_resumes(ready, capsys, monkeypatch):
-    from train import loop
+    from semdict.train.engine import loop
 
     assert finetune(ready, "--run", "runs/whole") == 0
     found, whole = report(ready, "finetune.json"), load_classifier(ready / "runs/whole/model.pt")[0]

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import SemdictError, UsageError
-from train.eval.few_shot import balanced, summary
-from train.eval.head import ArrayBatches, HeadPlan, LinearHead, fit_head, per_cent
-from train.eval.knn import knn, neighbours, vote
-from train.eval.probe import probe
+from semdict.pipeline.common.errors import SemdictError, UsageError
+from semdict.train.eval.few_shot import balanced, summary
+from semdict.train.eval.head import ArrayBatches, HeadPlan, LinearHead, fit_head, per_cent
+from semdict.train.eval.knn import knn, neighbours, vote
+from semdict.train.eval.probe import probe
 
 WIDTH, CLASSES = 16, 4
 
@@ -125,8 +125,8 @@ def test_bad_requests_are_refused():
 @pytest.mark.parametrize("k", [1, 7, 20])
 def test_knn_equals_scikit_learn(k, weighted, monkeypatch):
     sklearn = pytest.importorskip("sklearn.neighbors")
-    monkeypatch.setattr("train.eval.knn.TRAIN_ROWS", 37)  # blocks that do not divide the set
-    monkeypatch.setattr("train.eval.knn.TEST_ROWS", 19)
+    monkeypatch.setattr("semdict.train.eval.knn.TRAIN_ROWS", 37)  # blocks that do not divide the set
+    monkeypatch.setattr("semdict.train.eval.knn.TEST_ROWS", 19)
     (x, y), (xt, yt) = blobs(300, 0), blobs(101, 1)
     weights = (lambda d: np.exp((1 - d) / 0.07)) if weighted else "uniform"
     theirs = sklearn.KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute").fit(x[:, 0], y)

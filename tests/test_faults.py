@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.shards import verify_shards
+from semdict.pipeline.shards import verify_shards
 from tests import tiny
 
 KILLS = 24
@@ -44,7 +44,7 @@ def undisturbed(world) -> dict[str, str]:
 NURSERY = """
 import os, sys, torch
 torch.set_num_threads(1)
-import pipeline.encode
+import semdict.pipeline.encode.stage
 from semdict.cli import main
 for line in sys.stdin:
     pid = os.fork()
@@ -211,7 +211,7 @@ def test_the_second_of_two_runs_is_told(copy):
 
 
 def test_a_full_disk_is_named_and_the_run_continues_later(copy, undisturbed, monkeypatch, capsys):
-    from pipeline import work
+    from semdict.pipeline.execute import chunks as work
 
     real, written = work.np.savez, []
 

@@ -10,8 +10,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from pipeline.errors import WeightsError
-from pipeline.features import PatchFeatures, build_vit, load_features
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.tokenizers.features import PatchFeatures, build_vit, load_features
 
 SPEC = "vit:patch=14,dim=24,depth=3,heads=2,reg=0"
 WITH_REGISTERS = "vit:patch=14,dim=24,depth=3,heads=2,reg=4"
@@ -226,7 +226,7 @@ def test_no_weights_and_no_network():
     with pytest.raises(WeightsError, match=r"no published weights.*features\.weights"):
         load_features(SPEC)
     code = (
-        "from pipeline.features import load_features\n"
+        "from semdict.pipeline.tokenizers.features import load_features\n"
         "try: load_features('vit_tiny_patch16_224.augreg_in21k_ft_in1k')\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

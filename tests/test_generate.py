@@ -10,16 +10,21 @@ import torch
 import yaml
 from PIL import Image
 
-from pipeline.schema import Generate
-from pipeline.shards import Block, ShardSpec, write_shards
-from pipeline.vqgan import load_vqgan
 from semdict.cli import main
+from semdict.pipeline.config.schema import Generate
+from semdict.pipeline.shards import Block, ShardSpec, write_shards
+from semdict.pipeline.tokenizers.vqgan import load_vqgan
+from semdict.train.masked.conditional import (
+    ConditionalConfig,
+    ConditionalTransformer,
+    load_conditional,
+    save_conditional,
+)
+from semdict.train.masked.context import known_images
+from semdict.train.masked.model import MaskedTokenTransformer, model_config
+from semdict.train.masked.pretrained import load_pretrained, save_pretrained
+from semdict.train.masked.samplers import open_drawer
 from tests import tiny
-from train.eval.canvases import known_images
-from train.eval.conditional import ConditionalConfig, ConditionalTransformer, load_conditional, save_conditional
-from train.eval.drawers import open_drawer
-from train.model import MaskedTokenTransformer, model_config
-from train.pretrained import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 5
@@ -129,7 +134,7 @@ def test_files_say_what_was_drawn(world, capsys):
 
 def test_the_tokenizer_decodes_a_few_images_at_a_time(world, monkeypatch):
     assert generate("--out", "at-once") == 0
-    monkeypatch.setattr("train.eval.generate.DECODED", 1)
+    monkeypatch.setattr("semdict.train.masked.generate.DECODED", 1)
     assert generate("--out", "apart") == 0
     assert differ(pixels(world / "at-once"), pixels(world / "apart")) <= 1
 

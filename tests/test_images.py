@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import images
-from pipeline.errors import UsageError
-from pipeline.images import BadImage, Status, decode, decoder_identity, probe, resolve_decoder
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.images import decode as images
+from semdict.pipeline.images.decode import BadImage, Status, decode, decoder_identity, probe, resolve_decoder
 from tests.image_files import bad_files, encoded, good_files, huge_jpeg, huge_png, picture
 
 DECODERS = ["simplejpeg", "pillow"]

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipeline.kmeans
-from pipeline import nearest as search
-from pipeline.errors import SemdictError
-from pipeline.kmeans import assign, train_centroids
+from semdict.pipeline.common import nearest as search
+from semdict.pipeline.common.errors import SemdictError
+from semdict.pipeline.kmeans import clustering
+from semdict.pipeline.kmeans.clustering import assign, train_centroids
 
 ENGINES = ("faiss", "torch")
 
@@ -150,7 +150,7 @@ def test_torch_engine_does_not_depend_on_its_chunks(monkeypatch):
     points = blobs()
     whole = train_centroids(points, 10, 4, engine="torch", device="cpu")
     monkeypatch.setattr(search, "CPU_CELLS", 70)
-    monkeypatch.setattr(pipeline.kmeans, "SLAB_BYTES", 500)
+    monkeypatch.setattr(clustering, "SLAB_BYTES", 500)
     parts = train_centroids(points, 10, 4, engine="torch", device="cpu")
     assert np.allclose(whole.centroids, parts.centroids, atol=1e-6) and np.array_equal(whole.counts, parts.counts)
 
@@ -160,7 +160,7 @@ def test_half_precision_memory_maps_are_sampled(tmp_path, engine, monkeypatch):
     points = blobs(3000).astype(np.float16)
     points.tofile(tmp_path / "features")
     stored = np.memmap(tmp_path / "features", dtype=np.float16, mode="r", shape=points.shape)
-    monkeypatch.setattr(pipeline.kmeans, "SLAB_BYTES", 8 * 4 * 100)
+    monkeypatch.setattr(clustering, "SLAB_BYTES", 8 * 4 * 100)
     got = train_centroids(stored, 6, 4, engine=engine, max_points_per_centroid=50, device="cpu")
     assert got.points == 300 == got.counts.sum()
     drawn = np.sort(np.random.default_rng(0).choice(3000, 300, replace=False, shuffle=False))
@@ -189,7 +189,7 @@ def test_reading_memory_is_flat(tmp_path, monkeypatch):
             reads.append(rows.stop - rows.start)
             return np.random.default_rng(rows.start).normal(size=(rows.stop - rows.start, 16)).astype(np.float16)
 
-    monkeypatch.setattr(pipeline.kmeans, "SLAB_BYTES", 16 * 4 * 1000)
+    monkeypatch.setattr(clustering, "SLAB_BYTES", 16 * 4 * 1000)
     got = train_centroids(Counting(), 8, 2, engine="torch", max_points_per_centroid=40, device="cpu")
     assert got.points == 320 and max(reads) == 1000
 
@@ -197,7 +197,7 @@ def test_reading_memory_is_flat(tmp_path, monkeypatch):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_unsound_features_are_refused_by_row(engine, bad, monkeypatch):
-    monkeypatch.setattr(pipeline.kmeans, "SLAB_BYTES", 8 * 4 * 100)
+    monkeypatch.setattr(clustering, "SLAB_BYTES", 8 * 4 * 100)
     points = blobs()
     points[433, 5] = bad
     with pytest.raises(SemdictError, match="row 433 "):
@@ -233,7 +233,7 @@ def test_wrong_requests_are_refused():
 
 def test_without_faiss_the_torch_engine_serves_and_faiss_is_imported_late():
     code = (
-        "import sys; import pipeline.kmeans as km; assert 'faiss' not in sys.modules\n"
+        "import sys; import semdict.pipeline.kmeans.clustering as km; assert 'faiss' not in sys.modules\n"
         "km.importlib.util.find_spec = lambda name: None\n"
         "import numpy as np; x = np.random.default_rng(0).normal(size=(50, 4))\n"
         "assert km.train_centroids(x, 3, 2).engine.startswith('torch')\n"

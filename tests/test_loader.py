@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.convert import export
-from pipeline.errors import ShardError, UsageError
-from pipeline.shards import Block, ShardSpec, write_shards
-from train import draws
-from train.loader import ResidentLoader, TokenTable, recipe_of, table_from_shards
-from train.streaming import StreamingLoader, find_blocks, read_about
+from semdict.pipeline.common.errors import ShardError, UsageError
+from semdict.pipeline.shards import Block, ShardSpec, write_shards
+from semdict.pipeline.shards.convert import export
+from semdict.train.data.streaming import StreamingLoader, find_blocks, read_about
+from semdict.train.data.tokens import ResidentLoader, TokenTable, recipe_of, table_from_shards
+from semdict.train.engine import rng as draws
 
 ROWS, VIEWS, LENGTH, BAD = 90, 3, 4, (0, 7, 88)
 
@@ -44,8 +44,8 @@ def shards(tmp_path_factory):
     index = pa.table({**names, "label_name": [""] * ROWS, "reason": [""] * ROWS})
     write_shards(folder / "set", spec, [Block(gen, disc, np.arange(ROWS, dtype=np.int32), status)], index)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.export_webdataset.BLOCK_ROWS", 8)
-        patch.setattr("pipeline.export_webdataset.TAR_ROWS", 24)
+        patch.setattr("semdict.pipeline.shards.export_webdataset.BLOCK_ROWS", 8)
+        patch.setattr("semdict.pipeline.shards.export_webdataset.TAR_ROWS", 24)
         export(folder / "set", folder / "tars", "webdataset")
     return folder
 

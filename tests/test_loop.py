@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.errors import InterruptedRun, SemdictError, UsageError, WeightsError
+from semdict.pipeline.common.errors import InterruptedRun, SemdictError, UsageError, WeightsError
+from semdict.train.data.tokens import ResidentLoader
+from semdict.train.engine import checkpoint, dist
+from semdict.train.engine.logging import read_log
+from semdict.train.engine.loop import Phase, Plan, Run, fit
+from semdict.train.engine.optim import Lars, adamw, groups, scaled_lr, warmup_cosine
+from semdict.train.engine.run import Place, held
 from tests import toy
-from train import checkpoint, dist
-from train.loader import ResidentLoader
-from train.logging import read_log
-from train.loop import Phase, Plan, Run, fit
-from train.optim import Lars, adamw, groups, scaled_lr, warmup_cosine
-from train.run import Place, held
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -227,6 +227,8 @@ def test_lars_against_its_equation():
 def test_training_needs_torch_only():
     """None in sys.modules makes an import fail."""
     names = ["zarr", "dvc", "dask", "distributed", "faiss", "webdataset", "pyarrow", "pydantic", "yaml", "tensorboard"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({names})); import train.loop, train.pretrain, train.streaming"
+    block = f"import sys; sys.modules.update(dict.fromkeys({names}))"
+    trainer = "import semdict.train.engine.loop, semdict.train.masked.pretrain, semdict.train.data.streaming"
+    code = f"{block}; {trainer}"
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

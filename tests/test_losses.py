@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import losses
-from train.losses import (
+from semdict.train.masked import losses
+from semdict.train.masked.losses import (
     codebook_contrastive,
     dictionary_loss,
     info_nce,

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import schema
-from pipeline.errors import ManifestError
-from pipeline.images import MAX_PIXELS, BadImage, Status
-from pipeline.manifest import COLUMNS, build_manifest, load_manifest
 from semdict.cli import main
+from semdict.pipeline.common.errors import ManifestError
+from semdict.pipeline.config import schema
+from semdict.pipeline.images.decode import MAX_PIXELS, BadImage, Status
+from semdict.pipeline.manifest.stage import COLUMNS, build_manifest, load_manifest
 from tests.image_files import bad_files, encoded, good_files, picture
 from tests.test_sources import write, write_parquet, write_tar
 
@@ -220,7 +220,7 @@ def test_null_images_in_parquet_are_empty(tmp_path):
 
 def test_a_file_that_changes_meanwhile_is_named(tmp_path, monkeypatch):
     tree = make_tree(tmp_path / "train")
-    from pipeline import manifest as stage
+    from semdict.pipeline.manifest import stage
 
     listed = stage.list_images
 

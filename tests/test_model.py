@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.layers import KERNELS, Recompute, dropout, pos2d, table_std
-from train.masking import draw_masks
-from train.model import SIZES, MaskedTokenTransformer, ModelConfig, model_config
-from train.vocab import LEASE, MAGE, lean
+from semdict.train.engine.layers import KERNELS, Recompute, dropout, pos2d, table_std
+from semdict.train.masked.masking import draw_masks
+from semdict.train.masked.model import SIZES, MaskedTokenTransformer, ModelConfig, model_config
+from semdict.train.masked.vocab import LEASE, MAGE, lean
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "decoder_width": 24, "decoder_depth": 1, "decoder_heads": 3, "grid": 4}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.shards import open_shards
+from semdict.pipeline.shards import open_shards
 from tests.token_sets import make_set, write
 
 
@@ -22,7 +22,7 @@ def test_neighbours_are_those_of_brute_force(tmp_path):
 
 
 def test_duplicate_centroids_keep_self_first():
-    from pipeline.neighbours import neighbour_table
+    from semdict.pipeline.kmeans.neighbours import neighbour_table
 
     centroids = np.repeat(np.eye(4, dtype=np.float32), 3, axis=0)
     ids, weights = neighbour_table(centroids, rows=5)
@@ -32,7 +32,7 @@ def test_duplicate_centroids_keep_self_first():
 
 @pytest.mark.golden
 def test_neighbours_equal_the_published_code(golden):
-    from pipeline.neighbours import neighbour_table
+    from semdict.pipeline.kmeans.neighbours import neighbour_table
 
     want = np.load(golden / "lease_neighbours.npz")
     ids, weights = neighbour_table(np.load(golden / "lease_dictionary_raw.npy"))

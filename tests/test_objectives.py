@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.errors import UsageError
-from train.draws import batch_generator
-from train.ema import Ema, beta
-from train.model import MaskedTokenTransformer, model_config
-from train.objectives import Lease, Mage, Masking, Sorcen
+from semdict.pipeline.common.errors import UsageError
+from semdict.train.engine.ema import Ema, beta
+from semdict.train.engine.rng import batch_generator
+from semdict.train.masked.model import MaskedTokenTransformer, model_config
+from semdict.train.masked.objectives import Lease, Mage, Masking, Sorcen
 
 SHAPE = {"grid": 4, "width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
 CODES, WORDS, DIM = 30, 24, 8

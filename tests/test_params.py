@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.errors import ParamsError
-from pipeline.params import load_params
 from semdict.cli import main
+from semdict.pipeline.common.errors import ParamsError
+from semdict.pipeline.config.params import load_params
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.errors import ParamsError
-from pipeline.files import occupied
-from pipeline.params import load_params
-from pipeline.preset import put_in_force, watched_folders
 from semdict.cli import main
+from semdict.pipeline.common.errors import ParamsError
+from semdict.pipeline.common.files import occupied
+from semdict.pipeline.config.params import load_params
+from semdict.pipeline.config.presets import put_in_force, watched_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 

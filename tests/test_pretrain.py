@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 
-from pipeline.convert import export
-from pipeline.shards import Block, ShardSpec, write_shards
 from semdict.cli import main
+from semdict.pipeline.shards import Block, ShardSpec, write_shards
+from semdict.pipeline.shards.convert import export
+from semdict.train.engine.logging import read_log
+from semdict.train.masked.pretrained import load_pretrained
 from tests import tiny
-from train.logging import read_log
-from train.pretrained import load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -71,7 +71,16 @@ def start(shards: Path, objective: str, *options: str, processes: int = 1) -> su
     runner = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
-    command = [sys.executable, *runner, "-m", "train.pretrain", "--objective", objective, "--shards", str(shards)]
+    command = [
+        sys.executable,
+        *runner,
+        "-m",
+        "semdict.train.masked.pretrain",
+        "--objective",
+        objective,
+        "--shards",
+        str(shards),
+    ]
     return subprocess.Popen([*command, *options], env=ENV, stderr=subprocess.PIPE, text=True)
 
 
@@ -154,7 +163,7 @@ def test_two_processes_when_nothing_is_visible(place, shards):
 
 def test_streaming_trains_from_tars(place, shards, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.export_webdataset.BLOCK_ROWS", 8)
+        patch.setattr("semdict.pipeline.shards.export_webdataset.BLOCK_ROWS", 8)
         export(shards, place / "tars", "webdataset")
     options = ("--set", "pretrain.loader=streaming", "--set", "pretrain.epochs=1")
     assert pretrain(place / "tars", "lease", *options) == 1 and "--centroids" in capsys.readouterr().err
@@ -179,8 +188,8 @@ def test_the_online_classifier_changes_nothing_but_its_own(place, shards):
 def test_pictures_are_drawn(place, shards):
     from PIL import Image
 
-    from pipeline.vqgan import Vqgan, save_vqgan
-    from pipeline.vqgan_nets import VqganConfig
+    from semdict.pipeline.tokenizers.vqgan import Vqgan, save_vqgan
+    from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
 
     torch.manual_seed(0)
     config = VqganConfig(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=8, codes=CODES, dim=8)

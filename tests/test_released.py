@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.errors import WeightsError
-from train.ema import Ema, beta
-from train.model import MaskedTokenTransformer, model_config
-from train.objectives import Lease, Mage, Sorcen
-from train.released import load_released, released_teacher, save_released
-from train.vocab import LEASE, MAGE
+from semdict.pipeline.common.errors import WeightsError
+from semdict.train.engine.ema import Ema, beta
+from semdict.train.masked.model import MaskedTokenTransformer, model_config
+from semdict.train.masked.objectives import Lease, Mage, Sorcen
+from semdict.train.masked.released import load_released, released_teacher, save_released
+from semdict.train.masked.vocab import LEASE, MAGE
 
 LATENT, LOGITS, LOSS, FEATURE, HEAD = 5e-5, 1e-4, 1e-5, 2e-5, 1e-4
 HEADS = {"num_heads": 4, "decoder_num_heads": 6}
@@ -336,7 +336,7 @@ def test_saving_into_another_family_or_size_is_refused(tmp_path):
 
 
 def test_released_head_counts_are_known():
-    from train.released import DECODER_HEADS, HEADS
+    from semdict.train.masked.released import DECODER_HEADS, HEADS
 
     assert HEADS == {768: 12, 1024: 16} and DECODER_HEADS == {768: 16, 1024: 16}
 

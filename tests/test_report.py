@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import SemdictError, UsageError
+from semdict.pipeline.common.errors import SemdictError, UsageError
 from semdict.report.page import render, write_page
 from semdict.report.results import Results, read_curve
 from semdict.report.sections import markdown_tables, number

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import WeightsError
-from pipeline.safeload import load_array, load_checkpoint, load_tensors
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.common.safeload import load_array, load_checkpoint, load_tensors
 
 
 class Bomb:

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UsageError
-from train.eval.canvases import box_cells, hidden_cells
-from train.eval.sampling import (
+from semdict.pipeline.common.errors import UsageError
+from semdict.train.masked.context import box_cells, hidden_cells
+from semdict.train.masked.model import MaskedTokenTransformer, model_config
+from semdict.train.masked.released import load_released
+from semdict.train.masked.sampling import (
     Decoding,
     ImageDraws,
     cells_to_hide,
@@ -21,8 +23,6 @@ from train.eval.sampling import (
     least_confident,
     once_where_equal,
 )
-from train.model import MaskedTokenTransformer, model_config
-from train.released import load_released
 
 CODES, MASK = 7, 7
 

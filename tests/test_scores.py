@@ -14,14 +14,14 @@ from PIL import Image
 from scipy import linalg
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from pipeline.errors import WeightsError
-from pipeline.params import load_params
 from semdict.cli import main
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.config.params import load_params
+from semdict.train.eval import scores
+from semdict.train.eval.frechet import frechet_distance, gaussian
+from semdict.train.eval.imagesets import open_images
+from semdict.train.eval.nearest import nearest
 from tests import tiny
-from train.eval import scores
-from train.eval.frechet import frechet_distance, gaussian
-from train.eval.imagesets import open_images
-from train.eval.nearest import nearest
 
 SIDE, COUNT = 40, 6
 
@@ -174,7 +174,7 @@ def test_weights_of_another_sum_are_refused(world, params):
 
 def test_precision_and_recall_by_brute_force(world, params):
     """Against the definition (Kynkaanniemi et al., arXiv:1904.06991) on the teacher's features."""
-    from pipeline.features import load_features
+    from semdict.pipeline.tokenizers.features import load_features
 
     one, two = images(world, "one", params), images(world, "two", params)
     found = scores.teacher(one, two, params).scores
@@ -241,7 +241,7 @@ def test_nearest_training_images_are_found(world):
 
 
 def test_nearest_is_a_full_search(monkeypatch):
-    monkeypatch.setattr("train.eval.nearest.BLOCK", 7)
+    monkeypatch.setattr("semdict.train.eval.nearest.BLOCK", 7)
     rng = torch.Generator().manual_seed(0)
     wanted, bank = torch.randn(4, 5, generator=rng), torch.randn(50, 5, generator=rng)
     cosine, number = nearest(wanted, bank, 3)

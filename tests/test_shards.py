@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import ShardError
-from pipeline.shards import FILL, Block, ShardSpec, open_shards, verify_shards, write_shards
+from semdict.pipeline.common.errors import ShardError
+from semdict.pipeline.shards import FILL, Block, ShardSpec, open_shards, verify_shards, write_shards
 from tests.token_sets import cut, make_index, make_set, tree, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +153,7 @@ def test_size_is_near_the_entropy(tmp_path):
     size = (path / "tokens.zarr/gen/c/0/0/0").stat().st_size
     assert 0.99 < size / entropy < 1.01
     book = open_shards(path)
-    from pipeline.shards_cli import summary
+    from semdict.pipeline.shards.command import summary
 
     found = summary(path)["codebooks"]["gen"]
     assert found["order0_entropy_bits"] == pytest.approx(8 * entropy / gen.size, abs=1e-4)

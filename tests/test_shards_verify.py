@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import ShardError
-from pipeline.shards import FILL, Block, NotShardsError, ShardSpec, open_shards, verify_shards, write_shards
 from semdict.cli import main
+from semdict.pipeline.common.errors import ShardError
+from semdict.pipeline.shards import FILL, Block, NotShardsError, ShardSpec, open_shards, verify_shards, write_shards
 from tests.token_sets import cut, make_index, make_set, tree, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +108,7 @@ def test_whole_but_wrong_content_is_found(tmp_path):
     """Files whose checksums were renewed after tampering still contradict each other."""
     import zarr
 
-    from pipeline.shards_write import write_sums
+    from semdict.pipeline.shards.writer import write_sums
 
     spec, block = make_set(rows=32, gen_sizes=[4] * 8 + [40] * 8)
     path = write(tmp_path / "s", spec, block)
@@ -225,7 +225,7 @@ def test_what_is_not_a_shard_directory(tmp_path, capsys):
     group.write_text(sound.replace('"version": 1', '"version": 2'))
     with pytest.raises(NotShardsError, match="version 2"):
         open_shards(path)
-    from pipeline.shards_write import write_sums
+    from semdict.pipeline.shards.writer import write_sums
 
     write_sums(path)
     assert main(["shards", "verify", str(path)]) == 2

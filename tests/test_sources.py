@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import folders
-from pipeline.errors import ManifestError
-from pipeline.reader import ByteReader
-from pipeline.sources import list_images
+from semdict.pipeline.common.errors import ManifestError
+from semdict.pipeline.manifest import folders
+from semdict.pipeline.manifest.reader import ByteReader
+from semdict.pipeline.manifest.sources import list_images
 from tests.image_files import encoded, picture
 
 PNG = encoded(picture(4, 5))

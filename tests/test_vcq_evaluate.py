@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import ManifestError, UsageError
-from pipeline.schema import VcqEvaluate
-from pipeline.schema.vcq_evaluate import FirstK
-from train.vcq.choices import CONTRADICTIONS, OPEN
-from train.vcq.evaluate import sample_folders
-from train.vcq.first_k import first_features, first_k_probe
-from train.vcq.latents import Latents
-from train.vcq.schedule import codebook_sizes
+from semdict.pipeline.common.errors import ManifestError, UsageError
+from semdict.pipeline.config.schema import VcqEvaluate
+from semdict.pipeline.config.schema.vcq_evaluate import FirstK
+from semdict.train.eval.first_k import first_features, first_k_probe
+from semdict.train.eval.vcq import sample_folders
+from semdict.train.eval.vcq_latents import Latents
+from semdict.train.vcq.choices import CONTRADICTIONS, OPEN
+from semdict.train.vcq.schedule import codebook_sizes
 
 L, D, K, CLASSES = 16, 4, 32, 5
 PLAN = FirstK(first=[3, L], epochs=60, batch=64, base_lr=100.0, warmup_epochs=4)

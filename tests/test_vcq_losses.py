@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.errors import WeightsError
-from train.vcq.adversary import (
+from semdict.pipeline.common.errors import WeightsError
+from semdict.train.engine.lr_schedule import ramp, warmup_hold_linear
+from semdict.train.vcq.discriminator import (
     PatchGan,
     cutout,
     diff_augment,
@@ -16,10 +17,9 @@ from train.vcq.adversary import (
     recolour,
     translate,
 )
-from train.vcq.objective import LossWeights, TokenizerObjective
-from train.vcq.perceptual import LpipsVgg, PerceptualLoss, PerceptualSource, choose_perceptual, load_perceptual
-from train.vcq.rate import ramp, warmup_hold_linear
-from train.vcq.tokenizer import Reconstruction
+from semdict.train.vcq.objective import LossWeights, TokenizerObjective
+from semdict.train.vcq.perceptual import LpipsVgg, PerceptualLoss, PerceptualSource, choose_perceptual, load_perceptual
+from semdict.train.vcq.tokenizer import Reconstruction
 
 
 def rng(seed=0):

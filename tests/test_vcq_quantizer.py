@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.vcq import quantizer as module
-from train.vcq.quantizer import VariableQuantizer, nearest_codes, position_groups, search_flops
-from train.vcq.schedule import KINDS, codebook_sizes
-from train.vcq.usage import CodeReset, CodeUsage, expected_hits
+from semdict.train.vcq import quantizer as module
+from semdict.train.vcq.quantizer import VariableQuantizer, nearest_codes, position_groups, search_flops
+from semdict.train.vcq.schedule import KINDS, codebook_sizes
+from semdict.train.vcq.usage import CodeReset, CodeUsage, expected_hits
 
 L, K, D = 24, 96, 5
 

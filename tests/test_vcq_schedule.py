@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from train.vcq.schedule import (
+from semdict.train.vcq.schedule import (
     KINDS,
     bits_per_pixel,
     bits_per_position,

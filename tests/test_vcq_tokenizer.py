@@ -6,11 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.errors import WeightsError
-from train.optim import groups
-from train.vcq.rate import ramp
-from train.vcq.schedule import KINDS
-from train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig, load_tokenizer, parameter_count, save_tokenizer
+from semdict.pipeline.common.errors import WeightsError
+from semdict.train.engine.lr_schedule import ramp
+from semdict.train.engine.optim import groups
+from semdict.train.vcq.schedule import KINDS
+from semdict.train.vcq.tokenizer import (
+    PRESETS,
+    Tokenizer1d,
+    TokenizerConfig,
+    load_tokenizer,
+    parameter_count,
+    save_tokenizer,
+)
 
 TINY = PRESETS["tiny"]
 PLAIN = replace(TINY, latent_queries=False)

@@ -8,14 +8,14 @@ import pytest
 import torch
 import yaml
 
-from pipeline.errors import UsageError
-from pipeline.manifest import load_manifest
-from pipeline.shards import open_shards, verify_shards
 from semdict.cli import main
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.manifest.stage import load_manifest
+from semdict.pipeline.shards import open_shards, verify_shards
+from semdict.train.ar.files import load_ar
+from semdict.train.data.images import ImageLoader
+from semdict.train.vcq.tokenizer import load_tokenizer
 from tests.tiny import TEACHER, digest, make_images, make_teacher
-from train.ar.files import load_ar
-from train.vcq.images import ImageLoader
-from train.vcq.tokenizer import load_tokenizer
 
 VCQ = {
     "size": "tiny", "image_size": 256, "patch": 64, "tokens": 16, "encoder": [1, 32, 2], "decoder": [1, 32, 2],

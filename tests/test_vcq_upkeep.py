@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from train.optim import adamw
-from train.vcq.adversary import LeCam, PatchGan
-from train.vcq.objective import LossWeights, TokenizerObjective
-from train.vcq.quantizer import VariableQuantizer
-from train.vcq.schedule import codebook_sizes
-from train.vcq.usage import CodeReset, Revival
+from semdict.train.engine.optim import adamw
+from semdict.train.vcq.discriminator import LeCam, PatchGan
+from semdict.train.vcq.objective import LossWeights, TokenizerObjective
+from semdict.train.vcq.quantizer import VariableQuantizer
+from semdict.train.vcq.schedule import codebook_sizes
+from semdict.train.vcq.usage import CodeReset, Revival
 
 L, D, K = 8, 4, 64
 

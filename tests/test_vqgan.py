@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.errors import WeightsError
-from pipeline.vqgan import Vqgan, load_vqgan, save_vqgan
-from pipeline.vqgan_nets import Downsample, GridAttention, MageBlock, TamingBlock, VqganConfig
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.tokenizers.vqgan import Vqgan, load_vqgan, save_vqgan
+from semdict.pipeline.tokenizers.vqgan_nets import Downsample, GridAttention, MageBlock, TamingBlock, VqganConfig
 
 TINY = VqganConfig(stem=32, widths=(32, 64, 64), blocks=1, decoder_blocks=1, z_channels=16, codes=50, dim=16)
 TAMING = VqganConfig("taming", 32, (32, 64, 64), 1, 2, 12, 40, 8, attention=(2,), strided=True)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import BusyError
-from pipeline.files import publish_dir, write_aside
-from pipeline.work import Chunk, ChunkStore, code_identity, fingerprint, lock, run_chunks, split_rows
+from semdict.pipeline.common.errors import BusyError
+from semdict.pipeline.common.files import publish_dir, write_aside
+from semdict.pipeline.execute.chunks import Chunk, ChunkStore, code_identity, fingerprint, lock, run_chunks, split_rows
 
 
 @dataclass
@@ -115,7 +115,7 @@ def test_the_second_run_is_told_who_holds_the_lock(tmp_path):
 
 def test_a_killed_run_holds_nothing(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from pipeline.work import lock\n"
+        "import sys, time; from pathlib import Path; from semdict.pipeline.execute.chunks import lock\n"
         f"with lock('x', Path({str(tmp_path)!r})):\n    print('held', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
@@ -130,7 +130,7 @@ def test_a_killed_run_holds_nothing(tmp_path):
 
 def test_sigterm_ends_a_block_like_ctrl_c(tmp_path):
     script = (
-        "import time\nfrom pipeline.work import sigterm_interrupts\n"
+        "import time\nfrom semdict.pipeline.execute.chunks import sigterm_interrupts\n"
         "with sigterm_interrupts():\n    print('up', flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen(

@@ -10,9 +10,9 @@ import torch
 import yaml
 from PIL import Image
 
-from pipeline.vqgan import Vqgan, save_vqgan
-from pipeline.vqgan_nets import VqganConfig
 from semdict.cli import main
+from semdict.pipeline.tokenizers.vqgan import Vqgan, save_vqgan
+from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
 
 TEACHER = "vit:patch=14,dim=24,depth=2,heads=2,reg=0"
 CODES, WORDS = 64, 16

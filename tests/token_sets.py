@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.shards import FILL, Block, ShardSpec, write_shards
+from semdict.pipeline.shards import FILL, Block, ShardSpec, write_shards
 
 
 def make_index(rows: int, split=lambda row: "train") -> pa.Table:

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import SemdictError
-from train import dist, draws
-from train.loader import Batch, ResidentLoader, TokenTable
-from train.loop import Clock, Phase, Plan, Run, fit
-from train.optim import adamw, warmup_cosine
+from semdict.pipeline.common.errors import SemdictError
+from semdict.train.data.tokens import ResidentLoader, TokenTable
+from semdict.train.engine import dist
+from semdict.train.engine import rng as draws
+from semdict.train.engine.batch import Batch
+from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit
+from semdict.train.engine.optim import adamw, warmup_cosine
 
 CODES, LENGTH, ROWS = 8, 6, 50
 

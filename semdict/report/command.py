@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.params import add_params_arguments, params_of
+from semdict.pipeline.config.params import add_params_arguments, params_of
 
 EXAMPLE = """examples:
   semdict report

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import jinja2
 
-from pipeline.files import write_aside
 from semdict import __version__
+from semdict.pipeline.common.files import write_aside
 from semdict.report.results import Results
 from semdict.report.sections import Missing, absent, sections
 

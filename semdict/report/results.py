@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import SemdictError, UsageError
+from semdict.pipeline.common.errors import SemdictError, UsageError
 
 NOT_TRAINERS = ("vcq", "ar", "vcq-encode")
 

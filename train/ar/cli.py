@@ -1,12 +1,12 @@
 """`semdict ar`: train the autoregressive model on token shards, sample from it."""
 
-from train.actions import Actions
+from semdict.train.actions import Actions
 
 ACTIONS = Actions(
     "ar",
     {
-        "train": ("train.ar.train", "train on the gen tokens of a shard directory"),
-        "sample": ("train.ar.generate", "draw images: codes from the model, pixels from the tokenizer"),
+        "train": ("semdict.train.ar.train", "train on the gen tokens of a shard directory"),
+        "sample": ("semdict.train.ar.generate", "draw images: codes from the model, pixels from the tokenizer"),
     },
 )
 EXAMPLE = f"""{ACTIONS.listing()}

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from train.ar.model import ArConfig, ArModel
-from train.modelfile import MODEL, load_model, save_model
+from semdict.train.ar.model import ArConfig, ArModel
+from semdict.train.engine.modelfile import MODEL, load_model, save_model
 
 __all__ = ["MODEL", "load_ar", "save_ar"]
 KIND = "semdict-ar"

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pipeline.errors import UsageError
-from pipeline.files import publish_dir, write_json
-from train.ar.files import load_ar
-from train.ar.guidance import Guidance
-from train.ar.sample import sample
-from train.ar.train import check_tokenizer
-from train.dist import pick_device
-from train.vcq.tokenizer import load_tokenizer
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.files import publish_dir, write_json
+from semdict.train.ar.files import load_ar
+from semdict.train.ar.sample import sample
+from semdict.train.ar.train import check_tokenizer
+from semdict.train.engine.dist import pick_device
+from semdict.train.engine.guidance import Guidance
+from semdict.train.vcq.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from pipeline.schema import ArSample
+    from semdict.pipeline.config.schema import ArSample
 
 EXAMPLE = """examples:
   semdict ar sample --model runs/demo/ar --tokenizer runs/demo/vcq --out samples
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels, tokens), grid.png and sampling.json."""
-    from pipeline.params import load_params
-    from pipeline.preview import save_grid, to_uint8
+    from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.images.visualize import save_grid, to_uint8
 
     params = load_params(args.params, args.set)
     given, runs = drawing(params.ar_sample, args.draw), Path("runs") / params.preset

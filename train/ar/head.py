@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.vcq.quantizer import position_groups
+from semdict.train.vcq.quantizer import position_groups
 
 
 def masked_logits(hidden_BLE: Tensor, weight_VE: Tensor, sizes: tuple[int, ...]) -> Tensor:

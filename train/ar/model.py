@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.ar.head import grouped_nll, masked_logits
-from train.draws import rand_rows
+from semdict.train.ar.head import grouped_nll, masked_logits
+from semdict.train.engine.rng import rand_rows
 
 MASK_MODES = ("train", "sample_only", "off")
 

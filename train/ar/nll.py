@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from train.ar.model import ArModel
+from semdict.train.ar.model import ArModel
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.ar.guidance import Guidance, combine, scales
-from train.ar.model import ArModel, KvCache
+from semdict.train.ar.model import ArModel, KvCache
+from semdict.train.engine.guidance import Guidance, combine, scales
 
 
 def uniforms(seed: int, images_B: list[int], length: int) -> Tensor:

@@ -8,26 +8,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ShardError
-from pipeline.files import write_json
-from train import dist
-from train.ar.files import MODEL, save_ar
-from train.ar.model import SHAPES, ArConfig, ArModel, drop_labels
-from train.ar.nll import nll_bits
-from train.loader import Batch, ResidentLoader, class_names, recipe_of, table_from_shards
-from train.loop import DTYPES, Clock, Phase, Plan, Run, fit
-from train.optim import adamw
-from train.run import Place
-from train.stage import add_run_arguments, run_stage
-from train.vcq.rate import warmup_hold_linear
+from semdict.pipeline.common.errors import ShardError
+from semdict.pipeline.common.files import write_json
+from semdict.train.ar.files import MODEL, save_ar
+from semdict.train.ar.model import SHAPES, ArConfig, ArModel, drop_labels
+from semdict.train.ar.nll import nll_bits
+from semdict.train.data.tokens import ResidentLoader, class_names, recipe_of, table_from_shards
+from semdict.train.engine import dist
+from semdict.train.engine.batch import Batch
+from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit
+from semdict.train.engine.lr_schedule import warmup_hold_linear
+from semdict.train.engine.optim import adamw
+from semdict.train.engine.run import Place
+from semdict.train.engine.stage import add_run_arguments, run_stage
 
 if TYPE_CHECKING:
-    from pipeline.schema import Ar, Params
+    from semdict.pipeline.config.schema import Ar, Params
 
 EXAMPLE = """examples:
   semdict ar train --shards shards/demo-vcq --out runs/demo/ar
   semdict ar train --resume                                      continue after a kill; a complete run is left alone
-  torchrun --nproc-per-node 8 -m train.ar.train --shards shards/in1k-vcq-base
+  torchrun --nproc-per-node 8 -m semdict.train.ar.train --shards shards/in1k-vcq-base
 
 Writes model.pt, and nll.json: bits per position on training and held-out images."""
 VERSION = 1  # raised when the same settings would train something else
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or say that there is nothing to do."""
-    from pipeline.params import load_params
+    from semdict.pipeline.config.params import load_params
 
     params = load_params(args.params, args.set)
     with dist.joined(params.ar.device) as world:
@@ -76,7 +77,7 @@ class Session:
     """One call of the command."""
 
     def __init__(self, params: "Params", path: Path, world: dist.World, args: argparse.Namespace) -> None:
-        from pipeline.shards import open_shards
+        from semdict.pipeline.shards import open_shards
 
         self.given, self.path, self.world = params.ar, path, world
         shards = open_shards(path)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import WeightsError
-from pipeline.files import write_aside
-from pipeline.safeload import load_checkpoint
-from train.layers import EPS
-from train.model import MaskedTokenTransformer, ModelConfig
-from train.optim import groups
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.common.files import write_aside
+from semdict.pipeline.common.safeload import load_checkpoint
+from semdict.train.engine.layers import EPS
+from semdict.train.engine.optim import groups
+from semdict.train.masked.model import MaskedTokenTransformer, ModelConfig
 
 KIND = "semdict-classifier"
 HEAD_STD = 2e-5  # of the released fine-tuning's head

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import UsageError
+from semdict.pipeline.common.errors import UsageError
 
 
 @dataclass(frozen=True)

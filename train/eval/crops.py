@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.device import reduced_precision, to_device
-from pipeline.errors import ManifestError, UsageError
-from train import draws
-from train.eval.encoder import Encoder
-from train.eval.sources import Shown
-from train.loader import class_names
+from semdict.pipeline.common.device import reduced_precision, to_device
+from semdict.pipeline.common.errors import ManifestError, UsageError
+from semdict.train.data.tokens import class_names
+from semdict.train.engine import rng as draws
+from semdict.train.eval.sources import Shown
+from semdict.train.masked.encoder import Encoder
 
 if TYPE_CHECKING:
-    from pipeline.crops import ViewSpec
-    from pipeline.vqgan import Vqgan
+    from semdict.pipeline.images.crops import ViewSpec
+    from semdict.pipeline.tokenizers.vqgan import Vqgan
 
 AHEAD = 3  # batches decoded before they are asked for
 ROWS = 128  # images of a training batch that share a forward pass and its dropout's draw; part of the result
@@ -44,9 +44,9 @@ class ImageSource:
         device: torch.device, decoder: str, max_pixels: int, batch: int = 64, workers: int = 0,
         other_recipe: bool = False,
     ) -> None:  # fmt: skip
-        from pipeline.crops import crop_identity, expand_views
-        from pipeline.images import decoder_identity
-        from pipeline.manifest import load_manifest
+        from semdict.pipeline.images.crops import crop_identity, expand_views
+        from semdict.pipeline.images.decode import decoder_identity
+        from semdict.pipeline.manifest.stage import load_manifest
 
         self.manifest = load_manifest(manifest)
         rows = self.manifest.rows_of(splits) if splits else np.arange(len(self.manifest))
@@ -72,7 +72,7 @@ class ImageSource:
 
     def stream(self, view: str, batch: int) -> Iterator[Shown]:
         """The test crop of every image once, in order."""
-        from pipeline.crops import ViewSpec
+        from semdict.pipeline.images.crops import ViewSpec
 
         if view != self.crop:
             raise ManifestError(f"there is no view {view!r}; images are shown as {self.crop}")
@@ -89,7 +89,7 @@ class ImageSource:
 
         Everything is drawn from (seed, epoch, row). An image that cannot be decoded is replaced by the next one.
         """
-        from pipeline.crops import ViewSpec
+        from semdict.pipeline.images.crops import ViewSpec
 
         order, spec, place = np.concatenate(parts), ViewSpec("random", epoch), 0
         jobs = ([(int(self.rows[i]), spec) for i in part] for part in parts)
@@ -133,8 +133,8 @@ class ImageSource:
             return torch.cat([self.vqgan.encode(part) for part in images.float().split(self.batch)])
 
     def _crop(self, row: int, spec: "ViewSpec", seed: int) -> np.ndarray | None:
-        from pipeline.flow import CropRecipe, load_crop
-        from pipeline.images import BadImage
+        from semdict.pipeline.images.batches import CropRecipe, load_crop
+        from semdict.pipeline.images.decode import BadImage
 
         recipe = CropRecipe(self.crop, (spec,), self.decoder, self.max_pixels, seed)
         try:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pipeline.errors import WeightsError
-from pipeline.files import sha256_file
-from pipeline.safeload import load_tensors
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.common.files import sha256_file
+from semdict.pipeline.common.safeload import load_tensors
 
 if TYPE_CHECKING:
-    from pipeline.schema import Params
+    from semdict.pipeline.config.schema import Params
 
 INCEPTION = "inception-v3-compat"
 TEACHER, TEACHER_LAYER = "semdict-teacher", "patch-mean"
@@ -68,7 +68,7 @@ def register_teacher(params: "Params", device: torch.device) -> str:
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    from pipeline.features import load_features
+    from semdict.pipeline.tokenizers.features import load_features
 
     given = params.features
     teacher = load_features(given.model, given.weights, given.layer, device=str(device), image_size=given.image_size)

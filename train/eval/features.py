@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.device import reduced_precision
-from pipeline.errors import SemdictError
-from pipeline.files import PART, remove, sha256_json, write_aside, write_json
-from train.eval.encoder import Encoder
-from train.eval.sources import Source
-from train.model import MaskedTokenTransformer
+from semdict.pipeline.common.device import reduced_precision
+from semdict.pipeline.common.errors import SemdictError
+from semdict.pipeline.common.files import PART, remove, sha256_json, write_aside, write_json
+from semdict.train.eval.sources import Source
+from semdict.train.masked.encoder import Encoder
+from semdict.train.masked.model import MaskedTokenTransformer
 
 VERSION = 1  # raised when the same model and tokens would give other features
 EVERY = 30.0  # seconds between lines of progress
@@ -81,7 +81,7 @@ class FeatureStore:
 
     def get(self, source: Source, views: list[str]) -> FeatureSet:
         """The features of some views, [] = all; made where they are not there yet. Images that are bad are left out."""
-        from pipeline.work import lock, sigterm_interrupts
+        from semdict.pipeline.execute.chunks import lock, sigterm_interrupts
 
         name = f"features-{self.fingerprint(source)}"
         chosen, arrays, bad = views or source.views, {}, set()

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UsageError
-from train import draws
-from train.eval.head import HeadPlan
-from train.eval.probe import ProbeResult, probe_batches, training_batches
-from train.eval.setup import Setup, add_common_arguments, same_classes, write_table
+from semdict.pipeline.common.errors import UsageError
+from semdict.train.engine import rng as draws
+from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_table
+from semdict.train.eval.head import HeadPlan
+from semdict.train.eval.probe import ProbeResult, probe_batches, training_batches
 
 EXAMPLE = """examples:
   semdict evaluate few-shot --model runs/demo/lease --shards shards/demo

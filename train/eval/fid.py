@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import places
-from pipeline.errors import UsageError
-from pipeline.files import write_json
-from train.eval import scores
-from train.eval.imagesets import open_images
-from train.eval.reference import reference_crop
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.files import write_json
+from semdict.pipeline.config import paths as places
+from semdict.train.eval import scores
+from semdict.train.eval.imagesets import open_images
+from semdict.train.eval.reference import reference_crop
 
 if TYPE_CHECKING:
-    from pipeline.schema import Params
+    from semdict.pipeline.config.schema import Params
 
 EXAMPLE = """examples:
   semdict evaluate fid --samples runs/demo/lease-unconditional --protocol teacher
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score and write one JSON file."""
-    from pipeline.params import load_params
+    from semdict.pipeline.config.params import load_params
 
     params = load_params(args.params, args.set)
     found, about = score_samples(args.samples, params, args.protocol, args.reference)

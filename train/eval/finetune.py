@@ -15,26 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import places
-from pipeline.device import DTYPES
-from pipeline.errors import UsageError
-from train import dist, draws
-from train.eval.augment import Augmented, AugmentedLoader
-from train.eval.classifier import Classifier, layer_groups, save_classifier
-from train.eval.crops import ImageSource
-from train.eval.head import per_cent
-from train.eval.setup import Setup, add_common_arguments, same_classes, write_confusion
-from train.loader import Batch
-from train.logging import RunLog
-from train.loop import Clock, Phase, Plan, Run, fit
-from train.optim import scaled_lr, warmup_cosine
-from train.run import Place
-from train.stage import run_stage, say
+from semdict.pipeline.common.device import DTYPES
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.config import paths as places
+from semdict.train.data.augment import Augmented, AugmentedLoader
+from semdict.train.engine import dist
+from semdict.train.engine import rng as draws
+from semdict.train.engine.batch import Batch
+from semdict.train.engine.logging import RunLog
+from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit
+from semdict.train.engine.optim import scaled_lr, warmup_cosine
+from semdict.train.engine.run import Place
+from semdict.train.engine.stage import run_stage, say
+from semdict.train.eval.classifier import Classifier, layer_groups, save_classifier
+from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_confusion
+from semdict.train.eval.crops import ImageSource
+from semdict.train.eval.head import per_cent
 
 EXAMPLE = """examples:
   semdict evaluate fine-tune --model runs/demo/lease
   semdict evaluate fine-tune --model runs/demo/lease --resume          continue after a kill
-  torchrun --nproc-per-node 8 -m train.eval.finetune --model runs/in1k/lease
+  torchrun --nproc-per-node 8 -m semdict.train.eval.finetune --model runs/in1k/lease
 
 Always trains from images. Writes finetune.json and finetune_confusion.csv; the classifier goes to --run."""
 
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune, or say that there is nothing to do; then write the scores."""
-    from pipeline.params import load_params
+    from semdict.pipeline.config.params import load_params
 
     with dist.joined(load_params(args.params, args.set).evaluate.device) as world:
         Session(Setup.of(args, world.device), world).go()

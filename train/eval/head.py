@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import SemdictError, UsageError
-from train import draws
-from train.optim import Lars, scaled_lr, warmup_cosine
+from semdict.pipeline.common.errors import SemdictError, UsageError
+from semdict.train.engine import rng as draws
+from semdict.train.engine.optim import Lars, scaled_lr, warmup_cosine
 
 NORM_EPS = 1e-6  # of the released probe's batch norm
 HEAD_STD = 0.01  # of the released probe's weights

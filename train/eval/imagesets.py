@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.errors import SemdictError, UsageError
-from pipeline.files import sha256_file, sha256_json
+from semdict.pipeline.common.errors import SemdictError, UsageError
+from semdict.pipeline.common.files import sha256_file, sha256_json
 
 if TYPE_CHECKING:
-    from pipeline.schema import Params
+    from semdict.pipeline.config.schema import Params
 
 Crop = Callable[[bytes], np.ndarray]
 CARDS = ("generate.json", "sampling.json")  # what a generator writes beside its samples
@@ -86,9 +86,9 @@ class ManifestSplit(ImageSet):
     """
 
     def __init__(self, path: Path, params: "Params", split: str, limit: int = 0, crop: Crop | None = None) -> None:
-        from pipeline.crops import expand_views
-        from pipeline.images import decoder_identity
-        from pipeline.manifest import load_manifest
+        from semdict.pipeline.images.crops import expand_views
+        from semdict.pipeline.images.decode import decoder_identity
+        from semdict.pipeline.manifest.stage import load_manifest
 
         manifest = load_manifest(path)
         rows = manifest.rows_of([split])
@@ -107,7 +107,7 @@ class ManifestSplit(ImageSet):
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Tensor:
-        from pipeline.images import crop_views, decode
+        from semdict.pipeline.images.decode import crop_views, decode
 
         row = int(self.rows[number])
         if self.crop is not None:

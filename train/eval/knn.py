@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.errors import UsageError
-from pipeline.nearest import exact_float32
-from train.eval.classmap import ClassMap, load_class_map
-from train.eval.features import FeatureSet
-from train.eval.head import per_cent, shared
-from train.eval.setup import Setup, add_common_arguments, same_classes, write_confusion
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.nearest import exact_float32
+from semdict.train.eval.classmap import ClassMap, load_class_map
+from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_confusion
+from semdict.train.eval.features import FeatureSet
+from semdict.train.eval.head import per_cent, shared
 
 if TYPE_CHECKING:
-    from pipeline.schema.evaluate import SecondSet
+    from semdict.pipeline.config.schema.evaluate import SecondSet
 
 EXAMPLE = """examples:
   semdict evaluate knn --model runs/demo/lease --shards shards/demo

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import places
-from pipeline.device import resolve_device
-from pipeline.files import write_json
-from train.eval.imagesets import ImageSet, open_images
+from semdict.pipeline.common.device import resolve_device
+from semdict.pipeline.common.files import write_json
+from semdict.pipeline.config import paths as places
+from semdict.train.eval.imagesets import ImageSet, open_images
 
 if TYPE_CHECKING:
-    from pipeline.features import PatchFeatures
+    from semdict.pipeline.tokenizers.features import PatchFeatures
 
 EXAMPLE = """example:
   semdict evaluate nearest --samples runs/demo/lease-unconditional --split train
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Find the nearest of the first `scores.shown` samples; write the picture and the cosines."""
-    from pipeline.features import load_features
-    from pipeline.params import load_params
-    from pipeline.preview import save_grid
+    from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.images.visualize import save_grid
+    from semdict.pipeline.tokenizers.features import load_features
 
     params = load_params(args.params, args.set)
     given = params.features

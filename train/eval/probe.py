@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.eval.crops import CropBatches
-from train.eval.features import encoder_features
-from train.eval.head import ArrayBatches, Batches, Curve, HeadPlan, LinearHead, fit_head, per_cent, predict
-from train.eval.setup import Setup, add_common_arguments, same_classes, write_confusion, write_curve
+from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_confusion, write_curve
+from semdict.train.eval.crops import CropBatches
+from semdict.train.eval.features import encoder_features
+from semdict.train.eval.head import ArrayBatches, Batches, Curve, HeadPlan, LinearHead, fit_head, per_cent, predict
 
 EXAMPLE = """examples:
   semdict evaluate probe --model runs/demo/lease --shards shards/demo

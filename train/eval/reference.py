@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import places
-from pipeline.errors import UsageError
-from pipeline.files import occupied, publish_dir, write_json
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.files import occupied, publish_dir, write_json
+from semdict.pipeline.config import paths as places
 
 EXAMPLE = """example:
   semdict evaluate reference --manifest data/in1k/manifest/manifest.parquet --split val --out imagenet-val-256
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """Write the folder whole or not at all; rows with a status are left out and counted."""
     from tqdm import tqdm
 
-    from pipeline.manifest import load_manifest
-    from pipeline.params import load_params
+    from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.manifest.stage import load_manifest
 
     params = load_params(args.params, args.set)
     if occupied(args.out):

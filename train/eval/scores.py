@@ -12,15 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.device import resolve_device
-from pipeline.errors import UsageError
-from pipeline.files import sha256_file
-from train.eval.extractors import INCEPTION, TEACHER, MissingWeightsError, inception_file, plain_copy, register_teacher
-from train.eval.frechet import frechet_distance, gaussian
-from train.eval.imagesets import ImageSet, read_npz
+from semdict.pipeline.common.device import resolve_device
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.files import sha256_file
+from semdict.train.eval.extractors import (
+    INCEPTION,
+    TEACHER,
+    MissingWeightsError,
+    inception_file,
+    plain_copy,
+    register_teacher,
+)
+from semdict.train.eval.frechet import frechet_distance, gaussian
+from semdict.train.eval.imagesets import ImageSet, read_npz
 
 if TYPE_CHECKING:
-    from pipeline.schema import Params
+    from semdict.pipeline.config.schema import Params
 
 POOL = "2048"
 VAL50K = {

@@ -1,4 +1,4 @@
-"""What a frozen encoder is shown: token views of a shard directory (images: `train.eval.crops`).
+"""What a frozen encoder is shown: token views of a shard directory (images: `semdict.train.eval.crops`).
 
 N labelled images, L grid cells, B rows of a batch.
 """
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import ShardError
-from pipeline.files import sha256_file
-from train.eval.encoder import Encoder
-from train.loader import class_names, recipe_of
+from semdict.pipeline.common.errors import ShardError
+from semdict.pipeline.common.files import sha256_file
+from semdict.train.data.tokens import class_names, recipe_of
+from semdict.train.masked.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class TokenSource:
     def __init__(
         self, path: Path, splits: list[str], encoder: Encoder, device: torch.device, other_recipe: bool = False
     ) -> None:
-        from pipeline.shards import open_shards
-        from pipeline.shards_format import SUMS
+        from semdict.pipeline.shards import open_shards
+        from semdict.pipeline.shards.format import SUMS
 
         shards = open_shards(path)
         gen = shards.meta["codebooks"]["gen"]

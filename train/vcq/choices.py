@@ -2,7 +2,7 @@
 
 Paper: "Taming the Entropy Cliff: Variable Codebook Size Quantization for Autoregressive Visual Generation",
 arXiv:2605.06207v1. D1-D13 are places where the paper contradicts itself or arithmetic; O1-O20 are left open by it.
-`python -m train.vcq.choices` prints the table.
+`python -m semdict.train.vcq.choices` prints the table.
 """
 
 from typing import NamedTuple

@@ -1,13 +1,13 @@
 """`semdict vcq`: train the 1-D tokenizer with a growing codebook, encode images with it, measure it."""
 
-from train.actions import Actions
+from semdict.train.actions import Actions
 
 ACTIONS = Actions(
     "vcq",
     {
-        "train": ("train.vcq.train", "train the tokenizer and its discriminator on the images of a manifest"),
-        "encode": ("train.vcq.encode", "turn every image into its tokens, as a shard directory"),
-        "evaluate": ("train.vcq.evaluate", "reconstruction, use of the codebook, first-k-token probe, samples"),
+        "train": ("semdict.train.vcq.train", "train the tokenizer and its discriminator on the images of a manifest"),
+        "encode": ("semdict.train.vcq.encode", "turn every image into its tokens, as a shard directory"),
+        "evaluate": ("semdict.train.eval.vcq", "reconstruction, use of the codebook, first-k-token probe, samples"),
     },
 )
 EXAMPLE = f"""{ACTIONS.listing()}

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import places
-from pipeline.errors import UsageError
-from train.loop import DTYPES
-from train.vcq.tokenizer import Tokenizer1d, load_tokenizer
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.config import paths as places
+from semdict.train.engine.loop import DTYPES
+from semdict.train.vcq.tokenizer import Tokenizer1d, load_tokenizer
 
 EXAMPLE = """examples:
   semdict vcq encode --tokenizer runs/demo/vcq --out shards/demo-vcq
@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode what is missing, publish, report; 0 when the shard directory stands whole."""
-    from pipeline.params import load_params
-    from pipeline.work import lock, sigterm_interrupts
+    from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.execute.chunks import lock, sigterm_interrupts
 
     params = load_params(args.params, args.set)
     path = args.tokenizer or Path("runs") / params.preset / "vcq"
@@ -73,13 +73,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _encode(params, args: argparse.Namespace, path: Path) -> None:
-    from pipeline.files import write_json
-    from pipeline.manifest import load_manifest
-    from pipeline.probe import probe
-    from pipeline.publish import Publication, encode_and_publish
-    from pipeline.schema import Vqgan
-    from pipeline.work import ChunkStore
-    from train.dist import pick_device
+    from semdict.pipeline.common.files import write_json
+    from semdict.pipeline.config.schema import Vqgan
+    from semdict.pipeline.encode.assemble import Publication, encode_and_publish
+    from semdict.pipeline.encode.preflight import probe
+    from semdict.pipeline.execute.chunks import ChunkStore
+    from semdict.pipeline.manifest.stage import load_manifest
+    from semdict.train.engine.dist import pick_device
 
     chosen, preset = params.vcq_encode, params.preset
     manifest_path = args.manifest or places.manifest(preset)
@@ -108,12 +108,15 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
 
 def _job(params, manifest, manifest_path: Path, spec: VcqSpec, model: Tokenizer1d):
     """The picklable job and the description of its shards."""
-    from pipeline import crops, encode_job, flow, images
-    from pipeline.encode_job import EncodeJob
-    from pipeline.images import crop_identity, decoder_identity, expand_views
-    from pipeline.shards import ShardSpec
-    from pipeline.work import code_identity, fingerprint
-    from train.vcq import quantizer, tokenizer
+    from semdict.pipeline.encode import worker as encode_job
+    from semdict.pipeline.encode.worker import EncodeJob
+    from semdict.pipeline.execute.chunks import code_identity, fingerprint
+    from semdict.pipeline.images import batches as flow
+    from semdict.pipeline.images import crops
+    from semdict.pipeline.images import decode as images
+    from semdict.pipeline.images.decode import crop_identity, decoder_identity, expand_views
+    from semdict.pipeline.shards import ShardSpec
+    from semdict.train.vcq import quantizer, tokenizer
 
     chosen, pixels = params.vcq_encode, params.pixels
     views = tuple(expand_views(list(chosen.views)))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from train.vcq.adversary import LeCam, diff_augment, frozen, hinge_discriminator, hinge_generator
-from train.vcq.perceptual import PerceptualLoss
-from train.vcq.rate import ramp
-from train.vcq.tokenizer import Reconstruction
+from semdict.train.engine.lr_schedule import ramp
+from semdict.train.vcq.discriminator import LeCam, diff_augment, frozen, hinge_discriminator, hinge_generator
+from semdict.train.vcq.perceptual import PerceptualLoss
+from semdict.train.vcq.tokenizer import Reconstruction
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import WeightsError
-from pipeline.files import sha256_file
-from pipeline.safeload import load_tensors
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.common.files import sha256_file
+from semdict.pipeline.common.safeload import load_tensors
 
 KINDS = ("lpips-vgg", "logits", "features")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -198,7 +198,7 @@ def _timm(path: Path, model: str, classes: bool) -> nn.Module:
     """A timm network with the weights of `path`; without its classifier where only features are used."""
     import timm
 
-    from pipeline.features import SPEC, load_features
+    from semdict.pipeline.tokenizers.features import SPEC, load_features
 
     if model.startswith(SPEC):  # a ViT without a registered name, such as a teacher trained here
         return load_features(model, weights=str(path)).vit.requires_grad_(False).eval()

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import WeightsError
-from pipeline.files import sha256_file, write_aside
-from pipeline.safeload import load_checkpoint
-from train.layers import EPS, Block
-from train.vcq.quantizer import VariableQuantizer
-from train.vcq.schedule import codebook_sizes
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.common.files import sha256_file, write_aside
+from semdict.pipeline.common.safeload import load_checkpoint
+from semdict.train.engine.layers import EPS, Block
+from semdict.train.vcq.quantizer import VariableQuantizer
+from semdict.train.vcq.schedule import codebook_sizes
 
 FORMAT = "semdict-vcq-1"
 

@@ -10,26 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline import places
-from pipeline.files import write_json
-from train import dist
-from train.ema import Ema
-from train.loader import Batch
-from train.logging import RunLog
-from train.loop import DTYPES, Clock, Phase, Plan, Run, fit
-from train.optim import adamw
-from train.run import Place
-from train.stage import add_run_arguments, run_stage, say
-from train.vcq.adversary import PatchGan
-from train.vcq.images import ImageLoader, as_images
-from train.vcq.objective import LossWeights, TokenizerObjective
-from train.vcq.perceptual import PerceptualSource, choose_perceptual, load_perceptual
-from train.vcq.rate import ramp, warmup_hold_linear
-from train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig, save_tokenizer
-from train.vcq.usage import CodeReset, CodeUsage, Revival
+from semdict.pipeline.common.files import write_json
+from semdict.pipeline.config import paths as places
+from semdict.train.data.images import ImageLoader, as_images
+from semdict.train.engine import dist
+from semdict.train.engine.batch import Batch
+from semdict.train.engine.ema import Ema
+from semdict.train.engine.logging import RunLog
+from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit
+from semdict.train.engine.lr_schedule import ramp, warmup_hold_linear
+from semdict.train.engine.optim import adamw
+from semdict.train.engine.run import Place
+from semdict.train.engine.stage import add_run_arguments, run_stage, say
+from semdict.train.vcq.discriminator import PatchGan
+from semdict.train.vcq.objective import LossWeights, TokenizerObjective
+from semdict.train.vcq.perceptual import PerceptualSource, choose_perceptual, load_perceptual
+from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig, save_tokenizer
+from semdict.train.vcq.usage import CodeReset, CodeUsage, Revival
 
 if TYPE_CHECKING:
-    from pipeline.schema import Params, Vcq
+    from semdict.pipeline.config.schema import Params, Vcq
 
 VERSION = 1  # raised when the same settings would train something else
 FREE = {
@@ -47,7 +47,7 @@ EXAMPLE = """examples:
   semdict vcq train --manifest data/demo/manifest/manifest.parquet --out runs/demo/vcq
   semdict vcq train --resume                                     continue after a kill; a complete run is left alone
   semdict vcq train --set vcq.schedule=constant --out runs/demo/vcq-constant
-  torchrun --nproc-per-node 8 -m train.vcq.train
+  torchrun --nproc-per-node 8 -m semdict.train.vcq.train
 
 Writes tokenizer.pt (averaged weights), tokenizer-raw.pt, usage.json and reconstructions.png."""
 TOKENIZER, RAW = "tokenizer.pt", "tokenizer-raw.pt"  # averaged weights, and those of the last step
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or say that there is nothing to do."""
-    from pipeline.params import load_params
+    from semdict.pipeline.config.params import load_params
 
     params = load_params(args.params, args.set)
     with dist.joined(params.vcq.device) as world:
@@ -112,7 +112,7 @@ class Session:
     """One call of the command."""
 
     def __init__(self, params: "Params", world: dist.World, args: argparse.Namespace) -> None:
-        from pipeline.manifest import load_manifest
+        from semdict.pipeline.manifest.stage import load_manifest
 
         self.params, self.given, self.world = params, params.vcq, world
         self.manifest = load_manifest(args.manifest or places.manifest(params.preset))
@@ -198,7 +198,7 @@ class Session:
 
     def finish(self, model: Tokenizer1d, average: Ema) -> dict[str, Any]:
         """Write both tokenizers and a grid of held-out reconstructions; PSNR in dB of each."""
-        from pipeline.preview import psnr, save_grid
+        from semdict.pipeline.images.visualize import psnr, save_grid
 
         given, folder = self.given, self.place.folder
         loader = self.loader(given.held_out or given.splits, 1)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.draws import key
-from train.vcq.quantizer import VariableQuantizer
+from semdict.train.engine.rng import key
+from semdict.train.vcq.quantizer import VariableQuantizer
 
 RESET = 41  # stream of the seed
 

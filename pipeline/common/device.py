@@ -1,0 +1,41 @@
+"""Where the models run and how exactly: device names, precision, and bytes on their way to the device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.nearest import exact_float32
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> str:
+    """ "auto" is the first GPU where there is one, else the CPU."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {name} was asked for, but torch sees no GPU; use device: auto or cpu")
+    return name
+
+
+@contextmanager
+def reduced_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Autocast to `precision`, or true float32: TF32 changes which code is nearest."""
+    if precision == "float32":
+        with exact_float32():
+            yield
+    else:
+        with torch.autocast(device.type, dtype=DTYPES[precision]):
+            yield
+
+
+def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1] on `device`; copied as bytes, divided there."""
+    batch = torch.from_numpy(pixels)
+    if device.type == "cuda":
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    return batch.permute(0, 3, 1, 2).float().div_(255)

@@ -1,0 +1,178 @@
+"""Stage `encode`: every manifest row to aligned generative and discriminative tokens in one shard directory."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from semdict.pipeline.common import device, nearest
+from semdict.pipeline.common.device import resolve_device
+from semdict.pipeline.common.errors import ManifestError
+from semdict.pipeline.common.files import sha256_file, write_json
+from semdict.pipeline.common.memory import keep_freed_memory
+from semdict.pipeline.config import paths as places
+from semdict.pipeline.config.params import add_params_arguments, params_of
+from semdict.pipeline.config.schema import Params
+from semdict.pipeline.encode import worker as encode_job
+from semdict.pipeline.encode.assemble import Publication, encode_and_publish
+from semdict.pipeline.encode.preflight import probe
+from semdict.pipeline.encode.worker import EncodeJob
+from semdict.pipeline.execute.chunks import WORK, ChunkStore, code_identity, fingerprint, lock, sigterm_interrupts
+from semdict.pipeline.images import batches as flow
+from semdict.pipeline.images import crops
+from semdict.pipeline.images import decode as images
+from semdict.pipeline.images.decode import crop_identity, decoder_identity, expand_views
+from semdict.pipeline.kmeans import clustering as kmeans
+from semdict.pipeline.manifest.stage import Manifest, load_manifest
+from semdict.pipeline.shards import ShardSpec
+from semdict.pipeline.tokenizers import features, vqgan, vqgan_nets
+from semdict.pipeline.tokenizers import pair as tokenizer
+from semdict.pipeline.tokenizers.pair import PairSpec, PairTokenizer
+
+SHAPING = (crops, device, encode_job, features, flow, images, kmeans, nearest, tokenizer, vqgan, vqgan_nets)
+EXAMPLE = """example:
+  semdict encode                                        what `dvc repro encode` runs
+  semdict encode --scheduler local-2                    two processes on this machine
+  semdict encode --scheduler tcp://10.0.0.1:8786        join a running Dask cluster (shared folder needed)
+
+A killed run continues where it stopped: the same command again."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Paths default to the preset's own; every other choice is in params.yaml."""
+    add_params_arguments(parser)
+    parser.add_argument("--scheduler", help="in-process | local | local-N | tcp://host:port (default: params.yaml)")
+    parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
+    parser.add_argument("--centroids", type=Path, help="default: data/<preset>/kmeans/centroids.npy")
+    parser.add_argument("--out", type=Path, help="default: shards/<preset>")
+    parser.add_argument("--reports", type=Path, help="default: reports/<preset>")
+    parser.add_argument("--work", type=Path, default=WORK, help="where unfinished chunks wait (default: work)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode what is missing, publish, report; 0 when the shard directory stands whole."""
+    settings = params_of(args)
+    preset = settings.preset
+    keep_freed_memory()
+    with lock(f"encode-{preset}", args.work), sigterm_interrupts():
+        encode(
+            settings,
+            manifest_path=args.manifest or places.manifest(preset),
+            centroids=args.centroids or places.centroids(preset),
+            out=args.out or Path("shards") / preset,
+            reports=args.reports or Path("reports") / preset,
+            root=args.work,
+            scheduler=args.scheduler or settings.encode.scheduler,
+        )
+    return 0
+
+
+def encode(
+    settings: Params, *, manifest_path: Path, centroids: Path, out: Path, reports: Path, root: Path, scheduler: str
+) -> None:
+    """Probe a sample, run the chunks, assemble and publish; nothing appears at `out` before all of it is there."""
+    manifest = load_manifest(manifest_path)
+    if len(manifest) == 0:
+        raise ManifestError(f"{manifest_path} lists no images; run `dvc repro manifest`")
+    spec = pair_spec(settings, centroids)
+    pair = spec.open()
+    recipe = make_recipe(settings, pair, centroids)
+    job = make_job(settings, manifest, manifest_path, spec, pair, recipe)
+    store = ChunkStore(root, f"encode-{settings.preset}", job.fingerprint)
+    words = pair.centroids.cpu().numpy()
+    metrics = {"probe": probe(job, pair, manifest, settings.vqgan, settings.encode, reports, words)}
+    metrics["images"] = encode_and_publish(
+        Publication(
+            job=job,
+            manifest=manifest,
+            store=store,
+            spec=shard_spec(settings, manifest, pair, recipe, job.fingerprint),
+            out=out,
+            chunk=settings.encode.chunk,
+            max_bad_fraction=settings.manifest.max_bad_fraction,
+            storage=settings.shards,
+            centroids=words,
+        ),
+        scheduler,
+    )
+    write_json(reports / "encode.json", metrics)
+    store.sweep()
+
+
+def pair_spec(settings: Params, centroids: Path) -> PairSpec:
+    """The tokenizer pair that params.yaml names, with absolute paths (workers may start elsewhere)."""
+    weights = settings.features.weights
+    return PairSpec(
+        vqgan=str(Path(settings.vqgan.weights).resolve()),
+        features_model=settings.features.model,
+        features_weights=str(Path(weights).resolve()) if weights else None,
+        features_layer=settings.features.layer,
+        features_image_size=settings.features.image_size,
+        centroids=str(Path(centroids).resolve()),
+        device=resolve_device(settings.encode.device),
+    )
+
+
+def make_recipe(settings: Params, pair: PairTokenizer, centroids: Path) -> dict[str, Any]:
+    """What a token set carries about how it was made; trainers and probes compare it."""
+    chosen = settings.encode
+    return {
+        "crop": crop_identity(settings.pixels.crop, expand_views(list(chosen.views)), chosen.seed),
+        "decoder": decoder_identity(settings.pixels.decoder),
+        "input_range": [0, 1],
+        "precision": chosen.precision,
+        "gen": pair.vqgan.identity,
+        "disc": {**pair.teacher.identity, "centroids_sha256": sha256_file(centroids), "metric": "squared L2"},
+    }
+
+
+def make_job(
+    settings: Params, manifest: Manifest, manifest_path: Path, spec: PairSpec, pair: PairTokenizer, recipe: dict
+) -> EncodeJob:
+    """The picklable job; its fingerprint covers pixels, weights, recipe, batch borders and code."""
+    chosen = settings.encode
+    name = fingerprint(
+        manifest=manifest.sha256,
+        recipe=recipe,
+        batch=chosen.batch,
+        chunk=chosen.chunk,
+        max_pixels=settings.pixels.max_pixels,
+        device=pair.device.type,
+        code=code_identity(*SHAPING),
+    )
+    crop_recipe = flow.CropRecipe(
+        crop=settings.pixels.crop,
+        views=tuple(expand_views(list(chosen.views))),
+        decoder=settings.pixels.decoder,
+        max_pixels=settings.pixels.max_pixels,
+        seed=chosen.seed,
+    )
+    return EncodeJob(
+        fingerprint=name,
+        manifest=str(Path(manifest_path).resolve()),
+        images=tuple((split, str(Path(where).absolute())) for split, where in settings.manifest.images.items()),
+        recipe=crop_recipe,
+        spec=spec,
+        streams=("gen", "disc"),
+        length=pair.vqgan.grid**2,
+        batch=chosen.batch,
+        workers=chosen.workers,
+        precision=chosen.precision,
+    )
+
+
+def shard_spec(settings: Params, manifest: Manifest, pair: PairTokenizer, recipe: dict, name: str) -> ShardSpec:
+    """Counts, grid, codebooks, views, recipe and provenance of the shard directory."""
+    grid = pair.vqgan.grid
+    return ShardSpec(
+        rows=len(manifest),
+        views=[{**asdict(view), "name": view.name} for view in expand_views(list(settings.encode.views))],
+        grid=(grid, grid),
+        gen_sizes=int(pair.vqgan.codebook_size),
+        disc_size=len(pair.centroids),
+        recipe=recipe,
+        fingerprint=name,
+        title=settings.shards.title,
+        licence=settings.shards.licence,
+        source=settings.shards.source,
+    )

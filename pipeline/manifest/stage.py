@@ -1,0 +1,226 @@
+"""Stage `manifest`: list the images, row by row; the only stage that looks at the image store itself."""
+
+import argparse
+import csv
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from semdict.pipeline.common.errors import ManifestError
+from semdict.pipeline.common.files import remove, sha256_json, write_aside, write_json
+from semdict.pipeline.config import paths as places
+from semdict.pipeline.config import schema
+from semdict.pipeline.config.params import add_params_arguments, params_of
+from semdict.pipeline.execute.chunks import WORK, lock, sigterm_interrupts
+from semdict.pipeline.images.decode import Status
+from semdict.pipeline.manifest.reader import Reader
+from semdict.pipeline.manifest.scan import scan
+from semdict.pipeline.manifest.sources import Listing, list_images
+
+EXAMPLE = """examples:
+  semdict manifest                                  what `dvc repro manifest` runs
+  semdict manifest --set manifest.workers=32        more threads for a slow network drive
+  semdict manifest --set manifest.images.train=/data/train --out /tmp/train.parquet --metrics /tmp/train.json
+
+Images seen before are not read again unless their size or time changed; a killed run continues where it stopped."""
+
+COLUMNS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.int32()),  # -1 = none
+        ("label_name", pa.string()),  # "" = none
+        ("split", pa.string()),
+        ("source", pa.string()),  # relative to the split's root folder
+        ("offset", pa.int64()),  # byte offset in a tar, row number in a parquet file, else 0
+        ("bytes", pa.int64()),
+        ("width", pa.int32()),  # pixels; 0 where the status is not OK
+        ("height", pa.int32()),
+        ("sha256", pa.string()),  # of the encoded image; "" where it could not be read
+        ("status", pa.uint8()),  # images.Status
+        ("reason", pa.string()),
+    ]
+)
+META = b"semdict.manifest"
+SHOWN = 5  # bad images named in an error message
+
+
+class Manifest:
+    """The rows of a manifest.parquet. Row number = identity of an image in every later stage.
+
+    `table` has COLUMNS; `label` (N,) int32 and `status` (N,) uint8 are NumPy; `classes[i]` names label i.
+    """
+
+    def __init__(self, table: pa.Table):
+        self.table = table.combine_chunks()
+        meta = json.loads((table.schema.metadata or {}).get(META, b"{}"))
+        self.classes: list[str] = meta.get("classes", [])
+        self.label: np.ndarray = self.table["label"].to_numpy()
+        self.status: np.ndarray = self.table["status"].to_numpy()
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def key(self, row: int) -> str:
+        """The image's name: split/path without suffix."""
+        return self.table["key"][row].as_py()
+
+    def reason(self, row: int) -> str:
+        """Why the row's status is not OK; "" where it is."""
+        return self.table["reason"][row].as_py()
+
+    def rows_of(self, splits: list[str]) -> np.ndarray:
+        """(n,) int64 ascending row numbers of the splits named."""
+        return np.flatnonzero(pc.is_in(self.table["split"], pa.array(splits, pa.string())).to_numpy())
+
+    def reader(self, images: Mapping[str, str]) -> Reader:
+        """Bytes of any row, checked against it; `images` as in params.yaml."""
+        return Reader(images, self.table)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex fingerprint of the content (all columns and class names), whatever library version wrote the file."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for field in COLUMNS:
+            digest.update(f"\n{field.name}:{field.type}\n".encode())
+            column = self.table[field.name]
+            if pa.types.is_string(field.type):
+                digest.update(pc.binary_length(column).to_numpy().tobytes())
+                for chunk in column.chunks:
+                    digest.update(_text_bytes(chunk))
+            else:
+                digest.update(column.to_numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _text_bytes(strings: pa.StringArray) -> memoryview:
+    """The characters of an Arrow string array, end to end, as UTF-8."""
+    _, offsets, data = strings.buffers()
+    ends = np.frombuffer(offsets, np.int32)[[strings.offset, strings.offset + len(strings)]]
+    return memoryview(data)[ends[0] : ends[1]] if data is not None else memoryview(b"")
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Read a manifest.parquet; ManifestError when it is missing, damaged or has other columns."""
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise ManifestError(f"{path} does not exist; run `dvc repro manifest`") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); run `dvc repro -f manifest`"
+        ) from None
+    if not table.schema.equals(COLUMNS):
+        raise ManifestError(f"{path} has columns {table.schema.names}, expected {COLUMNS.names} of fixed types")
+    return Manifest(table)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Paths default to the preset's own; every other choice is in params.yaml."""
+    add_params_arguments(parser)
+    parser.add_argument("--out", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
+    parser.add_argument("--metrics", type=Path, help="default: reports/<preset>/manifest.json")
+    parser.add_argument("--work", type=Path, default=WORK, help="where earlier results are remembered (default: work)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the manifest and its metrics; 0 when both stand."""
+    settings = params_of(args)
+    preset = settings.preset
+    with lock(f"manifest-{preset}", args.work), sigterm_interrupts():
+        build_manifest(
+            settings.manifest,
+            args.out or places.manifest(preset),
+            metrics=args.metrics or Path("reports") / preset / "manifest.json",
+            cache=args.work / "manifest-cache" / preset,
+            max_pixels=settings.pixels.max_pixels,
+        )
+    return 0
+
+
+def build_manifest(settings: schema.Manifest, out: Path, metrics: Path, cache: Path, max_pixels: int) -> Manifest:
+    """List, look at and write; nothing appears at `out` before all of it is known.
+
+    `cache` remembers results between runs, and receives `bad.csv` (key, source, status, reason) when images are bad.
+    ManifestError when nothing can be listed or more than `max_bad_fraction` of the images are bad.
+    """
+    listing = list_images(settings.images, settings.layout)
+    known = scan(listing.table, settings.images, _cache_folder(cache, max_pixels), max_pixels, settings.workers)
+    manifest = Manifest(_assemble(listing, known))
+    _report_bad(manifest, cache / "bad.csv", settings.max_bad_fraction)
+    with write_aside(out) as aside:
+        pq.write_table(manifest.table, aside, compression="zstd")
+    write_json(metrics, _metrics(manifest, listing))
+    return manifest
+
+
+def _cache_folder(cache: Path, max_pixels: int) -> Path:
+    """Results depend on the limit and on Pillow's readers; what another recipe left is deleted."""
+    from PIL import Image
+
+    folder = cache / sha256_json({"version": 1, "max_pixels": max_pixels, "pillow": Image.__version__})[:16]
+    for other in cache.glob("*") if cache.is_dir() else []:
+        if other.is_dir() and other != folder:
+            remove(other)
+    return folder
+
+
+def _assemble(listing: Listing, known: pa.Table) -> pa.Table:
+    """The manifest's columns from what was listed and what was seen."""
+    arrays = [(known if name in known.column_names else listing.table)[name] for name in COLUMNS.names]
+    meta = {META: json.dumps({"format": 1, "classes": listing.classes, "layouts": listing.layouts}).encode()}
+    return pa.table(arrays, schema=COLUMNS.with_metadata(meta))
+
+
+def _report_bad(manifest: Manifest, path: Path, max_bad_fraction: float) -> None:
+    """Write the bad rows for people to look at; ManifestError when they are too many."""
+    remove(path)
+    bad = np.flatnonzero(manifest.status)
+    if not len(bad):
+        return
+    rows = manifest.table.take(pa.array(bad)).select(["key", "source", "status", "reason"]).to_pylist()
+    with write_aside(path) as aside, aside.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["key", "source", "status", "reason"])
+        writer.writerows([row["key"], row["source"], Status(row["status"]).name, row["reason"]] for row in rows)
+    counts = Counter(Status(row["status"]).name for row in rows)
+    summary = (
+        f"{len(bad)} of {len(manifest)} images are bad ({', '.join(f'{n} {s}' for s, n in sorted(counts.items()))})"
+    )
+    print(f"{summary}: see {path}", file=sys.stderr)
+    if len(bad) > max_bad_fraction * len(manifest):
+        first = "; ".join(f"{row['key']}: {row['reason']}" for row in rows[:SHOWN])
+        raise ManifestError(
+            f"{summary}, more than manifest.max_bad_fraction {max_bad_fraction:g}. First: {first}. All are in {path}; "
+            "repair or remove them, or raise the limit"
+        )
+
+
+def _metrics(manifest: Manifest, listing: Listing) -> dict:
+    """Counts that DVC tracks; nothing that changes from run to run."""
+    splits = manifest.table["split"].to_numpy(zero_copy_only=False)
+    names = [Status(code).name for code in np.unique(manifest.status)]
+    by_split = {}
+    for split in listing.layouts:
+        status = manifest.status[splits == split]
+        by_split[split] = {"images": len(status), "bad": int(np.count_nonzero(status))}
+    good = pc.filter(manifest.table["sha256"], pa.array(manifest.status == 0))
+    return {
+        "images": len(manifest),
+        "bad": int(np.count_nonzero(manifest.status)),
+        "status": {name: int(np.count_nonzero(manifest.status == Status[name])) for name in names},
+        "splits": by_split,
+        "classes": len(manifest.classes),
+        "bytes": int(pc.sum(manifest.table["bytes"]).as_py()),
+        "duplicates": len(good) - pc.count_distinct(good).as_py(),
+        "ignored_files": dict(sorted(listing.ignored.items())),
+        "fingerprint": manifest.sha256,
+    }

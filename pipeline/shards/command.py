@@ -1,0 +1,172 @@
+"""`semdict shards`: info, verify, import, export."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = """examples:
+  semdict shards info shards/demo --json
+  semdict shards verify shards/demo
+  semdict shards import tokens.pt shards/lease --centroids km_16k.npy
+  semdict shards export shards/demo tokens.pt --to pt
+  semdict shards export shards/demo tars/ --to webdataset
+  semdict shards export shards/demo hub/ --to hf"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Four sub-commands."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="info|verify|import|export")
+    info = actions.add_parser("info", help="counts, grid, codebooks, bytes, bits per token, entropy, provenance")
+    info.add_argument("dir", type=Path)
+    info.add_argument("--json", action="store_true", help="machine-readable")
+    verify = actions.add_parser("verify", help="read every byte; exit 0 sound, 1 damaged, 2 not a shard directory")
+    verify.add_argument("dir", type=Path)
+    importer = actions.add_parser("import", help="from the published .pt layout (tokens_vqgan, labels, tokens_dino)")
+    importer.add_argument("file", type=Path)
+    importer.add_argument("dir", type=Path)
+    importer.add_argument("--centroids", type=Path, help="(K, D) .npy of the discriminative codebook")
+    importer.add_argument("--gen-size", type=int, help="entries of the generative codebook (1024)")
+    importer.add_argument("--disc-size", type=int, help="entries of the discriminative codebook (16384)")
+    importer.add_argument("--split", default="train")
+    importer.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    exporter = actions.add_parser("export", help="to the authors' .pt, webdataset tars or a Hugging Face folder")
+    exporter.add_argument("dir", type=Path)
+    exporter.add_argument("out", type=Path)
+    exporter.add_argument("--to", required=True, choices=("pt", "webdataset", "hf"))
+    exporter.add_argument("--split", help="one split only")
+    exporter.add_argument("--view", type=int, help="pt: which view of a set with several")
+    exporter.add_argument(
+        "--dtype", choices=("int16", "int32", "int64"), help="pt: integer type (as imported, or int64)"
+    )
+    exporter.add_argument("--per-sample", action="store_true", help="webdataset: one image per sample, not a block")
+    exporter.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Dispatch; returns the exit status."""
+    return {"info": _info, "verify": _verify, "import": _import, "export": _export}[args.action](args)
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """What `info --json` prints. Bits per token count the file bytes of an array, against its order-0 entropy."""
+    import pyarrow.parquet as pq
+
+    from semdict.pipeline.shards import open_shards
+    from semdict.pipeline.shards.entropy import order0_entropy
+    from semdict.pipeline.shards.format import INDEX, TOKENS
+
+    shards = open_shards(path)
+    status = shards.status[:]
+    good = int((status == 0).sum())
+    codebooks = {}
+    for name, sizes in shards.spec.sizes.items():
+        files = (path / TOKENS / name / "c").rglob("*")
+        stored = sum(file.stat().st_size for file in files if file.is_file())
+        tokens = good * len(shards.views) * shards.spec.length
+        count = shards.counts[name]
+        codebooks[name] = {
+            "size": int(sizes.max()),
+            "sizes_vary": bool(sizes.min() != sizes.max()),
+            "used": int((count > 0).sum()),
+            "tokens": tokens,
+            "bytes": stored,
+            "bits_per_token": round(8 * stored / tokens, 4) if tokens else None,
+            "order0_entropy_bits": round(order0_entropy(count), 4),
+        }
+    column = pq.read_table(path / INDEX, columns=["split"])["split"]
+    splits = {str(item["values"]): item["counts"] for item in column.value_counts().to_pylist()}
+    kept = ("format", "version", "title", "licence", "source", "fingerprint", "recipe", "libraries", "codec")
+    every = [file for file in path.rglob("*") if file.is_file()]
+    return {
+        "path": str(path),
+        "rows": len(shards),
+        "bad_rows": len(shards) - good,
+        "labelled_rows": int((shards.label[:] >= 0).sum()),
+        "splits": splits,
+        "views": list(shards.views),
+        "grid": list(shards.grid),
+        "codebooks": codebooks,
+        "centroids": None if shards.centroids is None else list(shards.centroids.shape),
+        "bytes": sum(file.stat().st_size for file in every),
+        "files": len(every),
+        **{key: shards.meta[key] for key in kept},
+    }
+
+
+def _info(args: argparse.Namespace) -> int:
+    found = summary(args.dir)
+    print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else _as_text(found))
+    return 0
+
+
+def _as_text(found: dict[str, Any]) -> str:
+    views = ", ".join(str(view.get("name", "?")) for view in found["views"])
+    splits = ", ".join(f"{name} {rows:,}" for name, rows in found["splits"].items())
+    lines = [
+        f"{found['path']}: {found['title'] or 'untitled'} (format {found['version']}, {found['codec']})",
+        f"rows       {found['rows']:,} ({splits}), {found['bad_rows']:,} without tokens",
+        f"grid       {' x '.join(map(str, found['grid']))}, views: {views}",
+    ]
+    for name, book in found["codebooks"].items():
+        ratio = f"{book['bits_per_token'] / book['order0_entropy_bits']:.4f} x" if book["order0_entropy_bits"] else "-"
+        lines.append(
+            f"{name:<10} {book['used']:,} of {book['size']:,} codes used, {book['bytes']:,} bytes = "
+            f"{book['bits_per_token']} bits per token, order-0 entropy {book['order0_entropy_bits']} ({ratio})"
+        )
+    lines += [
+        f"size       {found['bytes']:,} bytes in {found['files']} files",
+        f"licence    {found['licence']}; source: {found['source'] or 'not stated'}",
+        f"made with  fingerprint {found['fingerprint'] or '-'}",
+        *("           " + line for line in json.dumps(found["recipe"], indent=1, ensure_ascii=False).splitlines()),
+    ]
+    return "\n".join(lines)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from semdict.pipeline.shards import verify_shards
+
+    report = verify_shards(args.dir)
+    for problem in report.problems:
+        print(f"{args.dir}: {problem}")
+    if report.ok:
+        print(
+            f"{args.dir}: sound; {report.rows:,} rows ({report.bad_rows:,} without tokens), "
+            f"{report.files} files, {report.bytes:,} bytes read"
+        )
+    return 0 if report.ok else 1
+
+
+def _import(args: argparse.Namespace) -> int:
+    from semdict.pipeline.shards.convert import import_pt
+
+    done = import_pt(
+        args.file,
+        args.dir,
+        args.centroids,
+        gen_size=args.gen_size,
+        disc_size=args.disc_size,
+        split=args.split,
+        overwrite=args.overwrite,
+    )
+    if done.ignored:
+        print(f"{args.file}: not imported, no tokens: {', '.join(done.ignored)}")
+    print(f"{args.dir}: {done.rows:,} rows, codebooks {done.gen_size} and {done.disc_size or 'none'}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from semdict.pipeline.shards.convert import export
+
+    left_out = export(
+        args.dir,
+        args.out,
+        args.to,
+        split=args.split,
+        view=args.view,
+        dtype=args.dtype,
+        per_sample=args.per_sample,
+        overwrite=args.overwrite,
+    )
+    print(f"{args.out}: written as {args.to}" + (f"; {left_out:,} rows without tokens left out" if left_out else ""))
+    return 0

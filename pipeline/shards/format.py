@@ -1,0 +1,252 @@
+"""Format 1 of a token shard directory in one place: names, sizes, metadata, and the refusal of what is not one.
+
+N rows (images), V views, L grid cells, K codebook entries. `shards/README.md` says the same in words.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semdict.pipeline.common.errors import ShardError
+
+FORMAT = "semdict-token-shards"
+VERSION = 1
+FILL = 65535  # stands where there is no token; a codebook therefore has at most 65535 entries
+TOKENS = "tokens.zarr"
+INDEX = "index.parquet"
+INDEX_COLUMNS = ("key", "split", "label_name", "reason")
+CODEBOOKS = "codebooks"
+SUMS = "SHA256SUMS"
+NEIGHBOURS = 6  # a word and its five nearest
+TAU = 0.1  # temperature of the neighbour weights
+ROW_CHUNK = 1 << 21  # rows in one chunk of `label` and `status`: one file each for ImageNet-1k
+
+
+class NotShardsError(ShardError):
+    """The path holds no token shard directory that this version can read, exit 2."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a token set is, before any token is written.
+
+    rows: N. views: V dicts that describe each crop (a name at least). grid: cells per axis, (16, 16) or (256,) for a
+    1-D tokenizer; L is their product. gen_sizes: K, or L numbers where position t uses ids < K_t. disc_size: entries
+    of the discriminative codebook, None where the set has generative tokens only. recipe: crop, transform, decoder and
+    model identities (JSON-able); trainers compare it. fingerprint: of manifest and parameters.
+    """
+
+    rows: int
+    views: Sequence[dict]
+    grid: Sequence[int]
+    gen_sizes: int | Sequence[int]
+    disc_size: int | None = None
+    recipe: dict = field(default_factory=dict)
+    fingerprint: str = ""
+    title: str = ""
+    licence: str = "other"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        sizes = [self.gen_sizes] * self.length if isinstance(self.gen_sizes, (int, np.integer)) else self.gen_sizes
+        object.__setattr__(self, "grid", tuple(int(side) for side in self.grid))
+        object.__setattr__(self, "views", tuple(dict(view) for view in self.views))
+        object.__setattr__(self, "gen_sizes", tuple(int(size) for size in sizes))
+        if self.rows < 1 or not self.views:
+            raise ShardError(f"a token set needs at least one row and one view, got {self.rows} and {len(self.views)}")
+        if len(self.gen_sizes) != self.length:
+            raise ShardError(f"gen_sizes names {len(self.gen_sizes)} positions, the grid {self.grid} has {self.length}")
+        for name, size in (("gen", self.gen_size), ("disc", self.disc_size or 1), ("gen", min(self.gen_sizes))):
+            if not 1 <= size <= FILL:
+                raise ShardError(f"{name}: codebook size {size} is outside 1..{FILL} (ids are stored as uint16)")
+
+    @property
+    def length(self) -> int:
+        """L, the number of grid cells."""
+        return math.prod(int(side) for side in self.grid)
+
+    @property
+    def gen_size(self) -> int:
+        """K of the generative codebook, the largest of `gen_sizes`."""
+        return max(self.gen_sizes)
+
+    @property
+    def sizes(self) -> dict[str, np.ndarray]:
+        """Array name -> (L,) int64 codebook size per position; `disc` only where there is one."""
+        sizes = {"gen": np.array(self.gen_sizes, np.int64)}
+        if self.disc_size is not None:
+            sizes["disc"] = np.full(self.length, self.disc_size, np.int64)
+        return sizes
+
+
+@dataclass
+class Block:
+    """Consecutive rows. gen, disc (n, V, L) uint16; label (n,) int32, -1 = none; status (n,) uint8, 0 = ok.
+
+    Where status is not 0 the tokens are 65535; a writer sets them so, whatever they were.
+    """
+
+    gen: np.ndarray
+    disc: np.ndarray | None
+    label: np.ndarray
+    status: np.ndarray
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows are cut: a chunk is the unit of reading, a shard (one file) that of writing."""
+
+    rows: int
+    chunk_rows: int
+    shard_rows: int
+
+    @classmethod
+    def fit(cls, rows: int, chunk_rows: int, shard_rows: int) -> "Layout":
+        """At most these sizes; chunks of equal size, since rows that pad the last one cost bytes too.
+
+        ShardError where a shard is no whole number of chunks.
+        """
+        if chunk_rows < 1 or shard_rows < 1 or shard_rows % chunk_rows:
+            raise ShardError(f"shard_rows {shard_rows} is not a positive multiple of chunk_rows {chunk_rows}")
+        chunks = math.ceil(rows / chunk_rows)
+        chunk = math.ceil(rows / chunks)
+        return cls(rows, chunk, chunk * min(chunks, shard_rows // chunk_rows))
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.rows / self.shard_rows)
+
+    @property
+    def chunks(self) -> int:
+        return math.ceil(self.rows / self.chunk_rows)
+
+    def shard(self, number: int) -> slice:
+        """The rows of shard `number`."""
+        return slice(number * self.shard_rows, min(self.rows, (number + 1) * self.shard_rows))
+
+    def chunk(self, number: int) -> slice:
+        """The rows of chunk `number`."""
+        return slice(number * self.chunk_rows, min(self.rows, (number + 1) * self.chunk_rows))
+
+
+def metadata(spec: ShardSpec, layout: Layout, codec: str) -> dict[str, Any]:
+    """The group attributes; equal input gives equal bytes, so there is no date in them."""
+    uniform = len(set(spec.gen_sizes)) == 1
+    codebooks = {"gen": {"size": spec.gen_size, "sizes": None if uniform else list(spec.gen_sizes)}}
+    if spec.disc_size is not None:
+        codebooks["disc"] = {"size": int(spec.disc_size), "sizes": None}
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "rows": int(spec.rows),
+        "views": [dict(view) for view in spec.views],
+        "grid": list(spec.grid),
+        "codebooks": codebooks,
+        "fill": FILL,
+        "recipe": spec.recipe,
+        "fingerprint": spec.fingerprint,
+        "title": spec.title,
+        "licence": spec.licence,
+        "source": spec.source,
+        "codec": codec,
+        "chunk_rows": layout.chunk_rows,
+        "shard_rows": layout.shard_rows,
+        "libraries": _libraries(),
+    }
+    try:
+        return json.loads(json.dumps(meta, sort_keys=True, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ShardError(f"views and recipe must be plain JSON values: {error}") from None
+
+
+def _libraries() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("numcodecs", "numpy", "pcodec", "pyarrow", "zarr")}
+
+
+def read_metadata(path: Path) -> tuple[dict[str, Any], ShardSpec, Layout]:
+    """The attributes of a shard directory; NotShardsError names what is missing or newer than this version."""
+    group = path / TOKENS / "zarr.json"
+    try:
+        meta = json.loads(group.read_bytes())["attributes"]
+    except FileNotFoundError:
+        what = "does not exist" if not path.exists() else f"has no {TOKENS}/zarr.json"
+        raise NotShardsError(f"{path} is not a token shard directory: it {what}") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise NotShardsError(f"{path} is not a token shard directory: {group} cannot be read ({error})") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise NotShardsError(f"{path} is not a token shard directory: {group} does not say format {FORMAT!r}")
+    if meta.get("version") != VERSION:
+        raise NotShardsError(
+            f"{path} is format version {meta.get('version')}, this program reads version {VERSION}: install a newer one"
+        )
+    try:
+        return meta, _spec(meta), Layout(meta["rows"], meta["chunk_rows"], meta["shard_rows"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ShardError(f"{group}: the attributes are damaged ({type(error).__name__}: {error})") from None
+
+
+def _spec(meta: dict[str, Any]) -> ShardSpec:
+    """The ShardSpec that a set was written with."""
+    gen, disc = meta["codebooks"]["gen"], meta["codebooks"].get("disc")
+    kept = {key: meta[key] for key in ("rows", "views", "grid", "recipe", "fingerprint", "title", "licence", "source")}
+    return ShardSpec(gen_sizes=gen["sizes"] or gen["size"], disc_size=disc["size"] if disc else None, **kept)
+
+
+def import_zarr() -> Any:
+    """The zarr module; its warning that pcodec is not a core codec of the format is answered in `shards/README.md`."""
+    import warnings
+
+    import zarr
+
+    warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
+    return zarr
+
+
+def token_file(name: str, shard: int) -> str:
+    """Path of one shard file of `gen` or `disc`, relative to the directory."""
+    return f"{TOKENS}/{name}/c/{shard}/0/0"
+
+
+def expected_files(spec: ShardSpec, layout: Layout, centroids: bool) -> list[str]:
+    """Every file of a whole directory but SHA256SUMS, sorted; relative, with forward slashes."""
+    files = [f"{TOKENS}/zarr.json", INDEX]
+    for name in spec.sizes:
+        files += [token_file(name, shard) for shard in range(layout.shards)]
+        files += [f"{TOKENS}/{name}_ids/c/0", f"{CODEBOOKS}/{name}_counts.npy"]
+        files += [f"{TOKENS}/{array}/zarr.json" for array in (name, f"{name}_ids")]
+    for name in ("label", "status"):
+        files += [f"{TOKENS}/{name}/c/{chunk}" for chunk in range(math.ceil(spec.rows / ROW_CHUNK))]
+    files += [f"{TOKENS}/complete/c/0", *(f"{TOKENS}/{name}/zarr.json" for name in ("label", "status", "complete"))]
+    if centroids:
+        files += [f"{CODEBOOKS}/{name}.npy" for name in ("centroids", "neighbour_ids", "neighbour_weights")]
+    return sorted(files)
+
+
+def files_under(path: Path) -> list[str]:
+    """Every file below `path`, sorted; relative, with forward slashes."""
+    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+
+
+def look_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """`table[ids]` for a (65536,) table and uint16 ids of any shape, read-only; about five times numpy's speed."""
+    import pyarrow as pa
+
+    return pa.array(table).take(pa.array(ids.reshape(-1))).to_numpy(zero_copy_only=True).reshape(ids.shape)
+
+
+def histogram(ids: np.ndarray) -> np.ndarray:
+    """(65536,) int64 counts of uint16 ids of any shape, in pieces that stay in cache."""
+    flat, step = ids.reshape(-1), 1 << 18
+    total = np.zeros(FILL + 1, np.int64)
+    for start in range(0, flat.size, step):
+        total += np.bincount(flat[start : start + step], minlength=FILL + 1)
+    return total

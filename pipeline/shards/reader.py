@@ -1,0 +1,268 @@
+"""Open a token shard directory: lazy arrays with original ids, whole-set decoding for trainers."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from semdict.pipeline.common.errors import ShardError
+from semdict.pipeline.shards.format import (
+    CODEBOOKS,
+    FILL,
+    INDEX,
+    TOKENS,
+    Block,
+    expected_files,
+    import_zarr,
+    look_up,
+    read_metadata,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def open_shards(path: str | Path) -> "TokenShards":
+    """Open a shard directory; only metadata is read.
+
+    NotShardsError (exit 2): no shard directory, or a newer format. ShardError: incomplete, a file is missing.
+    """
+    return TokenShards(path)
+
+
+class LazyArray:
+    """A zarr array that slices to numpy; token ranks become the original ids. Damage raises ShardError."""
+
+    def __init__(self, name: str, stored: Any, table: np.ndarray | None = None) -> None:
+        self.name, self.stored, self.table = name, stored, table
+        self.shape, self.dtype, self.ndim = stored.shape, np.dtype(stored.dtype), stored.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        if isinstance(key, np.ndarray) and key.dtype == bool and key.ndim == 1:
+            key = np.flatnonzero(key)  # a mask of rows
+        values = np.asarray(decode(self.name, self.stored, key))
+        return values if self.table is None else look_up(self.table, values)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[...], dtype)
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {self.dtype} {self.shape}>"
+
+
+def decode(name: str, stored: Any, key: Any) -> np.ndarray:
+    """`stored[key]`; what a codec or the file system says becomes a ShardError with the way out."""
+    try:
+        return stored[key]
+    except IndexError:
+        raise  # the caller's mistake
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise ShardError(f"{name}[{key}] cannot be read: {reason}; `semdict shards verify` names the chunk") from error
+
+
+@dataclass
+class LoadedTokens:
+    """Tokens of the good rows, in memory.
+
+    gen, disc (n, V, L) uint8, int16 or uint16, the smallest that holds the codebook (disc None where there is none);
+    label (n,) int32; rows (n,) int64, the manifest row of each; left_out: rows not ok within the split.
+    """
+
+    gen: np.ndarray
+    disc: np.ndarray | None
+    label: np.ndarray
+    rows: np.ndarray
+    left_out: int
+
+
+class TokenShards:
+    """N images as tokens: gen, disc (N, V, L) uint16 (disc may be None), label (N,) int32, status (N,) uint8.
+
+    All four are lazy and slice to numpy; tokens of a row whose status is not 0 are 65535. `meta` holds the attributes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        zarr = import_zarr()
+        self.path = Path(path)
+        self.meta, self.spec, self.layout = read_metadata(self.path)
+        self._require_files()
+        try:
+            group = zarr.open_group(self.path / TOKENS, mode="r")
+            stored = {name: group[name] for name in (*self.spec.sizes, "label", "status", "complete")}
+            tables = {name: group[f"{name}_ids"][:] for name in self.spec.sizes}
+            done = stored["complete"][:]
+        except (KeyError, ValueError, RuntimeError, OSError, TypeError, AttributeError, IndexError) as error:
+            raise ShardError(f"{self.path} is damaged: {error}; `semdict shards verify` says where") from error
+        self._check(stored, done)
+        self.gen = LazyArray("gen", stored["gen"], tables["gen"])
+        self.disc = LazyArray("disc", stored["disc"], tables["disc"]) if "disc" in stored else None
+        self.label, self.status = LazyArray("label", stored["label"]), LazyArray("status", stored["status"])
+
+    def __len__(self) -> int:
+        return self.layout.rows
+
+    def __repr__(self) -> str:
+        books = " x ".join(str(sizes.max()) for sizes in self.spec.sizes.values())
+        return f"<TokenShards {self.path}: {len(self)} rows, {len(self.spec.views)} views, grid {self.grid}, {books}>"
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Cells per axis; their product is L."""
+        return self.spec.grid
+
+    @property
+    def views(self) -> tuple[dict, ...]:
+        """One dict per view: name and what else the encoder recorded."""
+        return self.spec.views
+
+    @property
+    def gen_sizes(self) -> np.ndarray:
+        """(L,) int64: position t of `gen` uses ids below gen_sizes[t]."""
+        return self.spec.sizes["gen"]
+
+    @property
+    def disc_size(self) -> int | None:
+        """Entries of the discriminative codebook."""
+        return self.spec.disc_size
+
+    @property
+    def recipe(self) -> dict:
+        """Crop, transform, decoder and model identities that made these tokens."""
+        return self.meta["recipe"]
+
+    @cached_property
+    def index(self) -> "pa.Table":
+        """index.parquet: key, split, label_name, reason; row n belongs to token row n."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.path / INDEX)
+
+    @cached_property
+    def centroids(self) -> np.ndarray | None:
+        """(K, D) float32 of the discriminative codebook, memory-mapped; None where it was not given."""
+        return self._book("centroids")
+
+    @cached_property
+    def neighbours(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """ids (K, 6) int32, weights (K, 6) float32: each word's nearest, itself first; None without centroids."""
+        ids = self._book("neighbour_ids")
+        return None if ids is None else (ids, self._book("neighbour_weights"))
+
+    @cached_property
+    def counts(self) -> dict[str, np.ndarray]:
+        """Array name -> (K,) int64 occurrences of each id in the good rows."""
+        return {name: self._book(f"{name}_counts") for name in self.spec.sizes}
+
+    def split_rows(self, split: str | None) -> np.ndarray:
+        """(N,) bool: the rows of a split, all of them for None; ShardError lists the splits there are."""
+        if split is None:
+            return np.ones(len(self), bool)
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        column = pq.read_table(self.path / INDEX, columns=["split"])["split"]
+        chosen = pc.equal(column, split).to_numpy(zero_copy_only=False).astype(bool)
+        if not chosen.any():
+            raise ShardError(
+                f"{self.path} has no split {split!r}; it has {sorted(map(str, column.unique().to_pylist()))}"
+            )
+        return chosen
+
+    def read(self, rows: slice) -> Block:
+        """Consecutive rows in memory, ids as they were encoded."""
+        disc = None if self.disc is None else self.disc[rows]
+        return Block(self.gen[rows], disc, self.label[rows], self.status[rows])
+
+    def blocks(self, rows: int | None = None) -> Iterator[Block]:
+        """All rows in order, `rows` at a time; by default a whole shard, which is decoded fastest."""
+        step = rows or self.layout.shard_rows
+        for start in range(0, len(self), step):
+            yield self.read(slice(start, min(start + step, len(self))))
+
+    def load(self, split: str | None = None, workers: int = 0) -> LoadedTokens:
+        """Decode every good row, of one split or all, into the smallest integer type; `workers` 0 = one per core.
+
+        Memory: the result and two shards per worker.
+        """
+        status, label = self.status[:], self.label[:]
+        chosen = self.split_rows(split)
+        good = chosen & (status == 0)
+        starts = np.concatenate([[0], np.cumsum(good)])
+        tokens = {}
+        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+            jobs = []
+            for name, sizes in self.spec.sizes.items():
+                dtype = smallest_dtype(int(sizes.max()))
+                tokens[name] = np.empty((int(starts[-1]), *self.gen.shape[1:]), dtype)
+                for shard in range(self.layout.shards):
+                    jobs.append(pool.submit(self._load_shard, name, shard, good, starts, tokens[name]))
+            for job in jobs:
+                job.result()
+        left_out = int(chosen.sum() - good.sum())
+        return LoadedTokens(tokens["gen"], tokens.get("disc"), label[good], np.flatnonzero(good), left_out)
+
+    def _load_shard(self, name: str, shard: int, good: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
+        """Fill out[starts[a] : starts[b]] with the good rows a..b of one shard."""
+        array: LazyArray = getattr(self, name)
+        where = self.layout.shard(shard)
+        keep = good[where]
+        if not keep.any():
+            return
+        ranks = np.asarray(decode(name, array.stored, where))
+        ranks = ranks if keep.all() else ranks[keep]
+        target = out[starts[where.start] : starts[where.stop]]
+        step = max(1, (1 << 20) // max(1, ranks[0].size))
+        for start in range(0, len(ranks), step):
+            ids = look_up(array.table, ranks[start : start + step])
+            if ids.max() == FILL:
+                raise ShardError(
+                    f"{name}: a row of {where} has no tokens though its status is 0; run `semdict shards verify`"
+                )
+            target[start : start + step] = ids
+
+    def _book(self, name: str) -> np.ndarray | None:
+        file = self.path / CODEBOOKS / f"{name}.npy"
+        try:
+            return np.load(file, mmap_mode="r", allow_pickle=False) if file.exists() else None
+        except (ValueError, OSError) as error:
+            raise ShardError(f"{file} is damaged: {error}") from None
+
+    def _require_files(self) -> None:
+        """A missing shard file would read as 65535 without an error, so look before."""
+        names = expected_files(self.spec, self.layout, centroids=False)
+        missing = [name for name in names if not (self.path / name).is_file()]
+        if missing:
+            raise ShardError(
+                f"{self.path} is incomplete: {missing[0]} is missing ({len(missing)} of {len(names)} files)"
+            )
+
+    def _check(self, stored: dict[str, Any], done: np.ndarray) -> None:
+        """Shapes agree with the attributes and every chunk is marked as written."""
+        cells = (len(self.spec.views), self.spec.length)
+        for name in self.spec.sizes:
+            if stored[name].shape != (len(self), *cells) or stored[name].dtype != np.uint16:
+                raise ShardError(
+                    f"{self.path}: {name} is {stored[name].shape}, the attributes say {(len(self), *cells)}"
+                )
+        for name in ("label", "status"):
+            if stored[name].shape != (len(self),):
+                raise ShardError(f"{self.path}: {name} is {stored[name].shape}, the attributes say {(len(self),)}")
+        if len(done) != self.layout.chunks or not (done == 1).all():
+            first = int(np.flatnonzero(done != 1)[0]) if (done != 1).any() else len(done)
+            raise ShardError(
+                f"{self.path} is incomplete: chunk {first} of {self.layout.chunks} is not marked as written"
+            )
+
+
+def smallest_dtype(size: int) -> np.dtype:
+    """The smallest integer type for ids 0..size-1; signed where torch has no unsigned one that indexes well."""
+    return np.dtype(np.uint8 if size <= 1 << 8 else np.int16 if size <= 1 << 15 else np.uint16)

@@ -1,0 +1,238 @@
+"""Token sets larger than memory: the tars that `semdict shards export --to webdataset` writes, read block by block.
+
+A block is a tar sample of some thousand rows, which can be read at its offset without the rest of its tar. Every rank
+reads its own blocks, a window of them at a time, and draws from the window in random order. All order comes from
+counters, so a position is one number.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semdict.pipeline.common.errors import ShardError, UsageError
+from semdict.train.data.tokens import VIEW, even_share, recipe_of
+from semdict.train.engine import rng as draws
+from semdict.train.engine.batch import Batch
+
+WINDOW = 64  # blocks shuffled together: 65,536 rows of 1 KiB by default
+BLOCKS, WITHIN = 3, 4  # streams of one seed, beside those of train.loader
+COLUMNS = {"gen": "gen.npy", "disc": "disc.npy", "label": "cls.npy"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where the columns of some rows stand: column -> (offset, bytes) in a tar; first = number of the first row."""
+
+    tar: Path
+    name: str
+    places: dict[str, tuple[int, int]]
+    first: int
+    rows: int
+
+
+def read_about(folder: str | Path) -> dict[str, Any]:
+    """The folder's dataset.json: shapes, codebooks, recipe, tars of each split; ShardError if it names no blocks."""
+    path = Path(folder) / "dataset.json"
+    try:
+        about = json.loads(path.read_text())
+        tars, rows = about["tars"], about["rows_per_sample"]
+    except FileNotFoundError:
+        raise ShardError(f"{path} does not exist: {folder} was not written by `semdict shards export`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is damaged ({error}); export the shards again") from None
+    if not isinstance(tars, dict) or rows == 1:
+        raise ShardError(f"{folder} holds one image per sample; export again without --per-sample to train from it")
+    return about
+
+
+def find_blocks(folder: str | Path, about: dict[str, Any], splits: list[str]) -> list[Block]:
+    """Every block of the splits' tars, in order; only headers are read. ShardError names a tar that is damaged."""
+    missing = [split for split in splits if split not in about["tars"]]
+    if missing:
+        raise ShardError(f"{folder} has no split {missing[0]!r}; it has {sorted(about['tars'])}")
+    blocks: list[Block] = []
+    for name in (tar for split in splits for tar in about["tars"][split]):
+        path = Path(folder) / name
+        if path.name != name:
+            raise ShardError(f"{folder}/dataset.json names {name!r}, which is not a file of that folder")
+        try:
+            blocks += _blocks_of(path, sum(block.rows for block in blocks[-1:]) + (blocks[-1].first if blocks else 0))
+        except (OSError, tarfile.TarError, ValueError, KeyError) as error:
+            raise ShardError(f"{path} cannot be read ({error}); export the shards again") from None
+    return blocks
+
+
+def _blocks_of(path: Path, first: int) -> Iterator[Block]:
+    """The samples of one tar; the number of rows stands in the header of the label array."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+        for member in tar:
+            base, _, extension = member.name.partition(".")
+            for column, wanted in COLUMNS.items():
+                if extension == wanted:
+                    samples.setdefault(base, {})[column] = (member.offset_data, member.size)
+        for base, places in samples.items():
+            file.seek(places["label"][0])
+            version = np.lib.format.read_magic(file)
+            shape = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
+                     np.lib.format.read_array_header_2_0)(file)[0]  # fmt: skip
+            yield Block(path, base, places, first, shape[0])
+            first += shape[0]
+
+
+class StreamingLoader:
+    """Endless shuffled batches from block tars, `batch` rows over all ranks; the batches are those of ResidentLoader.
+
+    In epoch e the blocks are put in order by (seed, e) and dealt out to the ranks in turn; each rank cuts its blocks
+    into windows of `window` and shuffles the rows of one window. An epoch ends for all ranks after `steps_per_epoch`
+    batches, which the rank with the fewest rows can always fill: the rest is left out of that epoch, other rows each
+    time. No row comes twice in an epoch. Memory: two windows.
+
+    The order depends on the number of ranks, so a position cannot be taken up by another number of them; it is refused.
+    `row` counts rows in the order of the export. Bad rows are not in the tars.
+    """
+
+    left_out = 0
+
+    def __init__(
+        self,
+        folder: str | Path,
+        splits: list[str],
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        window: int = WINDOW,
+    ) -> None:
+        self._share = even_share(batch, world)
+        self.about = read_about(folder)
+        self.blocks = find_blocks(folder, self.about, splits)
+        self.batch, self.seed, self.rank, self.world, self.window = batch, seed, rank, world, window
+        self.device, self.recipe = torch.device(device), recipe_of(self.about)
+        self.views = len(self.about["views"])
+        self.steps_per_epoch = self._fewest_rows() // self._share
+        if not self.steps_per_epoch:
+            raise UsageError(
+                f"{folder}: {len(self.blocks)} blocks, {sum(b.rows for b in self.blocks)} rows are too few for {world} "
+                f"processes with {self._share} rows each a step; use fewer processes, a smaller batch, "
+                "or pretrain.loader=resident"
+            )
+        self._step, self._epoch = 0, -1
+        self._order: list[list[Block]] = []  # this rank's windows in the epoch at hand
+        self._starts = np.zeros(1, np.int64)  # first row of each window in this rank's epoch
+        self._held: dict[int, dict[str, np.ndarray]] = {}
+
+    def _fewest_rows(self) -> int:
+        """Rows of the unluckiest rank: dealt the smallest blocks, and no more of them than anyone."""
+        return sum(sorted(block.rows for block in self.blocks)[: len(self.blocks) // self.world])
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch belongs to."""
+        return self._step // self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        epoch, within = divmod(self._step, self.steps_per_epoch)
+        self._open(epoch)
+        parts = list(self._parts(within * self._share, (within + 1) * self._share))
+        self._step += 1
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        views = draws.choices(columns["row"], self.views, self.seed, VIEW, epoch)
+        return {"disc": None, **{name: self._tensor(name, values, views) for name, values in columns.items()}}
+
+    def sample(self, n: int) -> Tensor:
+        """(n, L) int64 generative ids of rows spread evenly over the set, the same every time; for pictures."""
+        total = self.blocks[-1].first + self.blocks[-1].rows
+        found = []
+        for row in np.linspace(0, total - 1, n).astype(np.int64):
+            block = next(block for block in reversed(self.blocks) if block.first <= row)
+            found.append(self._read(block)["gen"][row - block.first, 0])
+        return torch.from_numpy(np.stack(found).astype(np.int64)).to(self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in."""
+        return {"step": self._step, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; ShardError when data, batch or number of processes is another."""
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise ShardError(
+                    f"the checkpoint's loader has {name} {state.get(name)}, this run has {name} {mine}: streamed rows "
+                    "come in another order then; go back to it, or start anew"
+                )
+        self._step = state["step"]
+
+    def _identity(self) -> dict[str, Any]:
+        rows = sum(block.rows for block in self.blocks)
+        mine = {"rows": rows, "blocks": len(self.blocks), "batch": self.batch, "seed": self.seed, "recipe": self.recipe}
+        return {**mine, "processes": self.world, "window": self.window}
+
+    def _open(self, epoch: int) -> None:
+        """Deal out the blocks of an epoch."""
+        if epoch == self._epoch:
+            return
+        dealt = draws.shuffled(len(self.blocks), self.seed, BLOCKS, epoch)[self.rank :: self.world]
+        mine = [self.blocks[number] for number in dealt]
+        self._order = [mine[i : i + self.window] for i in range(0, len(mine), self.window)]
+        self._starts = np.cumsum([0, *(sum(block.rows for block in window) for window in self._order)])
+        self._epoch, self._held = epoch, {}
+
+    def _parts(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+        """Rows [start, stop) of this rank's epoch, cut where a window ends."""
+        for number, (begin, end) in enumerate(pairwise(self._starts)):
+            a, b = max(start, begin), min(stop, end)
+            if a < b:
+                held = self._window(number)
+                yield {name: values[a - begin : b - begin] for name, values in held.items()}
+
+    def _window(self, number: int) -> dict[str, np.ndarray]:
+        """The shuffled rows of one window; of those read before, only the previous one is kept."""
+        if number not in self._held:
+            parts = [self._read(block) for block in self._order[number]]
+            joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            order = draws.shuffled(len(joined["row"]), self.seed, WITHIN, self._epoch, self.rank, number)
+            self._held = {n: held for n, held in self._held.items() if n == number - 1}
+            self._held[number] = {name: values[order] for name, values in joined.items()}
+        return self._held[number]
+
+    def _read(self, block: Block) -> dict[str, np.ndarray]:
+        """Every column of a block: tokens (n, V, L) uint16, label (n,), row (n,); ShardError names what is wrong."""
+        found = {"row": np.arange(block.first, block.first + block.rows)}
+        with block.tar.open("rb") as file:
+            for column, (offset, size) in block.places.items():
+                where = f"{block.tar}: {block.name}.{COLUMNS[column]}"
+                file.seek(offset)
+                try:
+                    found[column] = np.load(io.BytesIO(file.read(size)), allow_pickle=False)
+                except (ValueError, OSError, EOFError) as error:
+                    raise ShardError(f"{where} is not a plain array ({error}); export the shards again") from None
+                self._check(where, column, found[column], block.rows)
+        return found
+
+    def _check(self, where: str, column: str, values: np.ndarray, rows: int) -> None:
+        length = int(np.prod(self.about["grid"]))
+        shape = (rows,) if column == "label" else (rows, self.views, length)
+        if values.shape != shape or values.dtype.kind not in "iu":
+            raise ShardError(f"{where} is {values.dtype} {values.shape}, dataset.json says whole numbers {shape}")
+        if column != "label" and values.max() >= self.about["codebooks"][column]["size"]:
+            size = self.about["codebooks"][column]["size"]
+            raise ShardError(f"{where} holds id {values.max()}, its codebook has {size} entries")
+
+    def _tensor(self, name: str, values: np.ndarray, views: np.ndarray) -> Tensor:
+        if values.ndim == 3:
+            values = values[np.arange(len(values)), views]
+        return torch.from_numpy(values.astype(np.int64)).to(self.device)

@@ -1,0 +1,165 @@
+"""What the measures share: their arguments, the encoder and its data as params.yaml names them, and score files."""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from semdict.pipeline.common.device import resolve_device
+from semdict.pipeline.common.errors import ShardError
+from semdict.pipeline.common.files import write_aside, write_json
+from semdict.pipeline.common.memory import keep_freed_memory
+from semdict.pipeline.config import paths as places
+from semdict.train.eval.crops import ImageSource
+from semdict.train.eval.features import FeatureSet, FeatureStore
+from semdict.train.eval.sources import Source, TokenSource
+from semdict.train.masked.encoder import Encoder, load_encoder
+
+if TYPE_CHECKING:
+    from semdict.pipeline.config.schema import Params
+    from semdict.pipeline.tokenizers.vqgan import Vqgan
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, on what, and where its scores go; everything else stands in params.yaml, section evaluate."""
+    parser.add_argument("--model", type=Path, required=True, help="a run's folder, its model.pt or a released file")
+    parser.add_argument("--num-heads", type=int, help="of a released encoder whose width is none of the published")
+    parser.add_argument("--decoder-num-heads", type=int, help="likewise")
+    parser.add_argument("--shards", type=Path, help="source tokens: token shards (default shards/<preset>)")
+    parser.add_argument("--manifest", type=Path, help="source images (default data/<preset>/manifest/manifest.parquet)")
+    parser.add_argument("--other-recipe", action="store_true", help="score on tokens made otherwise than the model's")
+    parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+    parser.add_argument("--out", type=Path, help="score files (default reports/<preset>/<name of the model>)")
+    parser.add_argument("--work", default="work", type=Path, help="where features are kept (default: work)")
+
+
+@dataclass
+class Setup:
+    """One call of a measure."""
+
+    args: argparse.Namespace
+    params: "Params"
+    device: torch.device
+    encoder: Encoder
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, device: torch.device | None = None) -> "Setup":
+        """Validated parameters and the encoder on its device."""
+        from semdict.pipeline.config.params import load_params
+
+        keep_freed_memory()
+        params = load_params(args.params, args.set)
+        device = device or torch.device(resolve_device(params.evaluate.device))
+        encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads, device)
+        return cls(args, params, device, encoder)
+
+    @property
+    def given(self):
+        """Section evaluate."""
+        return self.params.evaluate
+
+    @property
+    def out(self) -> Path:
+        """Folder of the score files."""
+        return self.args.out or Path("reports") / self.params.preset / self.encoder.name
+
+    @cached_property
+    def store(self) -> FeatureStore:
+        """Where features are made and kept."""
+        g = self.given
+        return FeatureStore(self.encoder, self.args.work, self.device, g.precision, g.dtype, g.batch)
+
+    @cached_property
+    def vqgan(self) -> "Vqgan":
+        """The tokenizer of source images."""
+        from semdict.pipeline.tokenizers.vqgan import load_vqgan
+
+        return load_vqgan(self.params.vqgan.weights, device=self.device)
+
+    def source(self, splits: list[str]) -> Source:
+        """Tokens or images, as evaluate.source says."""
+        preset = self.params.preset
+        if self.given.source == "tokens":
+            return self.token_source(self.args.shards or Path("shards") / preset, splits)
+        path = self.args.manifest or places.manifest(preset)
+        return self.image_source(path, self.params.manifest.images, splits)
+
+    def token_source(self, path: Path, splits: list[str]) -> TokenSource:
+        """Some splits of a shard directory, [] = all."""
+        return TokenSource(path, splits, self.encoder, self.device, self.args.other_recipe)
+
+    def image_source(self, manifest: Path, images: dict[str, str], splits: list[str]) -> ImageSource:
+        """Some splits of a manifest, [] = all, in the crops of the protocol."""
+        g, pixels = self.given, self.params.pixels
+        return ImageSource(
+            manifest, images, splits, g.test_crop, self.vqgan, self.encoder, self.device, pixels.decoder,
+            pixels.max_pixels, g.batch, g.workers, self.args.other_recipe,
+        )  # fmt: skip
+
+    def test_set(self) -> FeatureSet:
+        """Features of the test splits in their one view."""
+        source = self.source(self.given.test_splits)
+        return self.store.get(source, self.test_views(source))
+
+    def train_set(self, source: Source) -> FeatureSet:
+        """Features of the training splits in the views that were asked for."""
+        return self.store.get(source, self.given.train_views if self.given.source == "tokens" else source.views)
+
+    def test_views(self, source: Source) -> list[str]:
+        """The one view that test images are shown in."""
+        return [self.given.test_view] if self.given.source == "tokens" else source.views
+
+    def protocol(self, **more: Any) -> dict[str, Any]:
+        """The model and how it was measured: part of every score file."""
+        return {"model": self.encoder.about(), "source": self.given.source, "device": self.device.type, **more}
+
+    def write(self, name: str, scores: dict[str, Any], protocol: dict[str, Any]) -> None:
+        """<name>.json: the scores (per cent), flat, and their protocol.
+
+        The protocol is in a list of one, since DVC would show whatever stands outside a list as a metric.
+        """
+        path = self.out / f"{name}.json"
+        write_json(path, {**scores, "protocol": [protocol]})
+        shown = ", ".join(f"{key} {value:.2f}" for key, value in scores.items() if isinstance(value, float))
+        print(f"{self.encoder.name} {name}: {shown} ({path})", file=sys.stderr)
+
+
+def same_classes(train: FeatureSet | Source, test: FeatureSet | Source) -> int:
+    """Number of classes; ShardError when the test labels are not the training labels."""
+    count = int(train.labels.max()) + 1
+    if int(test.labels.max()) >= count:
+        raise ShardError(
+            f"test labels reach {int(test.labels.max())}, training labels {count - 1}: not the same classes"
+        )
+    differing = [(a, b) for a, b in zip(train.names, test.names, strict=False) if a != b and not b.isdigit()]
+    if differing:
+        a, b = differing[0]
+        raise ShardError(f"a class is {a!r} in training and {b!r} in the test set: not the same classes")
+    return count
+
+
+def write_table(path: Path, head: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A CSV file, whole or not at all."""
+    with write_aside(path) as aside, aside.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerows(rows)
+
+
+def write_curve(path: Path, curve: list[dict[str, float]]) -> None:
+    """A training curve, one row per epoch; empty where a number was not measured."""
+    head = list(dict.fromkeys(name for row in curve for name in row))
+    write_table(path, head, [[row.get(name, "") for name in head] for row in curve])
+
+
+def write_confusion(path: Path, names: list[str], labels: Iterable[int], predicted: Iterable[int]) -> None:
+    """actual,predicted by class name, one row per test image: what `dvc plots` turns into a confusion matrix."""
+    rows = ((names[a], names[p]) for a, p in zip(labels, predicted, strict=True))
+    write_table(path, ["actual", "predicted"], rows)

@@ -1,0 +1,98 @@
+"""The encoder under evaluation: any checkpoint of this project or of the released models, and what its tokens were."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semdict.pipeline.common.errors import ShardError, WeightsError
+from semdict.pipeline.common.files import sha256_file
+from semdict.pipeline.common.safeload import load_checkpoint
+from semdict.train.engine.checkpoint import differences
+from semdict.train.masked.model import MaskedTokenTransformer
+from semdict.train.masked.pretrained import KIND, MODEL, load_pretrained
+from semdict.train.masked.released import load_released
+
+# parts of a token recipe that do not change what a token means: the other dictionary, and which views were cut
+FREE = ("disc",)
+FREE_CROP = ("views", "random", "ten_crop")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen model in evaluation mode; recipe: how its training tokens were made, None where the file is silent."""
+
+    model: MaskedTokenTransformer
+    name: str
+    sha256: str
+    recipe: dict[str, Any] | None
+    epochs: int | None
+
+    def about(self) -> dict[str, Any]:
+        """What a score file says of the model."""
+        config = self.model.config
+        shape = {"family": config.family, "width": config.width, "depth": config.depth, "heads": config.heads}
+        return {"name": self.name, "sha256": self.sha256, **shape, "epochs": self.epochs}
+
+    def only(self, part: str) -> "Encoder":
+        """The same encoder, of whose token recipe only one part is held against other tokens."""
+        known = {part: self.recipe[part]} if self.recipe and part in self.recipe else None
+        return replace(self, recipe=known)
+
+    def check_tokens(self, where: Path, codes: int, cells: int, recipe: dict[str, Any], ask: bool = False) -> str:
+        """ "same", "other" or "unknown": how tokens relate to those of training.
+
+        ShardError when they cannot be the model's (other codebook size or grid), or when they were made otherwise
+        (crop, decoder, precision, tokenizer) and that was not asked for.
+        """
+        config = self.model.config
+        if (codes, cells) != (config.vocab.codes, config.grid**2):
+            raise ShardError(
+                f"{where} has {codes} codes on {cells} cells, the model {self.name} knows {config.vocab.codes} codes "
+                f"on {config.grid**2} cells"
+            )
+        if self.recipe is None:
+            return "unknown"
+        changed = differences(comparable(self.recipe), comparable(recipe))
+        if changed and not ask:
+            raise ShardError(
+                f"{where}: the model {self.name} was trained on other tokens, which differ in: {'; '.join(changed)} "
+                "(model -> tokens). Encode with the same recipe, or pass --other-recipe to score it all the same"
+            )
+        return "other" if changed else "same"
+
+
+def comparable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The part of a token recipe in which a model's training and its evaluation must agree."""
+    kept = {name: value for name, value in recipe.items() if name not in FREE}
+    if isinstance(kept.get("crop"), dict):
+        kept["crop"] = {name: value for name, value in kept["crop"].items() if name not in FREE_CROP}
+    return kept
+
+
+def load_encoder(
+    path: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Encoder:  # fmt: skip
+    """A run's folder, its model.pt, or a released MAGE, Sorcen or LEASE checkpoint; WeightsError when it is none."""
+    path = Path(path)
+    file = path / MODEL if path.is_dir() else path
+    if not file.is_file():
+        raise WeightsError(f"{file} does not exist; --model takes a run's folder, its {MODEL} or a released checkpoint")
+    if load_checkpoint(file).get("kind") == KIND:
+        model, about = load_pretrained(file)
+        recipe, epochs = about.get("corpus", {}).get("recipe"), about.get("settings", {}).get("epochs")
+    else:
+        model = load_released(file, num_heads, decoder_num_heads)
+        recipe, epochs = None, model.released.epoch
+    frozen = model.requires_grad_(False).to(device).eval()
+    return Encoder(frozen, run_name(path), sha256_file(file), recipe, epochs)
+
+
+def run_name(path: Path) -> str:
+    """ "lease" for runs/demo/lease and for its model.pt; a released file's name without its suffix."""
+    path = Path(path)
+    if path.is_dir():
+        return path.resolve().name
+    return path.resolve().parent.name if path.name == MODEL else path.stem

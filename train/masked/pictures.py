@@ -1,0 +1,54 @@
+"""What the model fills in: a grid of images as their tokens say, with cells hidden, and reconstructed."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from semdict.train.engine.rng import key
+from semdict.train.masked.masking import draw_masks
+
+RATIO = 0.75  # of the cells are hidden in a picture
+
+
+class Pictures:
+    """Draws the same images with the same hidden cells every time, so that a run's pictures can be compared.
+
+    tokens_BL: (B, L) int64 to reconstruct. vqgan: a module with decode((B, L)) -> (B, 3, H, W) in [0, 1].
+    """
+
+    def __init__(self, vqgan: nn.Module, tokens_BL: Tensor, seed: int) -> None:
+        rng = torch.Generator().manual_seed(int(key(seed, 21)) >> 1)
+        self.vqgan, self.tokens_BL = vqgan, tokens_BL
+        self.masked_BL = draw_masks(*tokens_BL.shape, RATIO, rng)[1].to(tokens_BL.device)
+        self.whole = self._pixels(tokens_BL)
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, path: Path) -> np.ndarray:
+        """Write the grid as PNG: what the tokens hold, hidden cells grey, most likely codes in the hidden cells."""
+        from semdict.pipeline.images.visualize import save_grid
+
+        training = model.training
+        model.eval()
+        logits_BLK = model.logits(self.tokens_BL.masked_fill(self.masked_BL, model.mask_token))
+        model.train(training)
+        filled = self._pixels(torch.where(self.masked_BL, logits_BLK.argmax(dim=-1), self.tokens_BL))
+        rows = [self.whole, self._hidden(), filled]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(path, rows, ["tokens", f"{RATIO:.0%} hidden", "filled in"], columns=len(self.tokens_BL))
+        return np.concatenate([np.concatenate(list(images), axis=1) for images in rows], axis=0)
+
+    def _pixels(self, tokens_BL: Tensor) -> np.ndarray:
+        from semdict.pipeline.images.visualize import to_uint8
+
+        with torch.no_grad():
+            return to_uint8(self.vqgan.decode(tokens_BL))
+
+    def _hidden(self) -> np.ndarray:
+        """The decoded images with hidden cells painted grey."""
+        B, H, W, _ = self.whole.shape
+        side = int(self.masked_BL.shape[1] ** 0.5)
+        cells = self.masked_BL.reshape(B, side, side).cpu().numpy()
+        hidden = cells.repeat(H // side, axis=1).repeat(W // side, axis=2)
+        return np.where(hidden[..., None], np.uint8(128), self.whole)
