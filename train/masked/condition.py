@@ -15,6 +15,7 @@ from semdict.pipeline.common.device import reduced_precision
 from semdict.pipeline.common.errors import ShardError, UsageError, WeightsError
 from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.safeload import load_array, load_tensors
+from semdict.train.data.token_set import TokenSet
 from semdict.train.data.tokens import ResidentLoader, TokenTable, recipe_of, table_from_shards
 from semdict.train.engine import dist
 from semdict.train.engine.loop import Phase, Plan, Run, fit
@@ -34,7 +35,7 @@ from semdict.train.masked.losses import reconstruction_loss
 from semdict.train.masked.masking import draw_masks
 from semdict.train.masked.model import MaskedTokenTransformer
 from semdict.train.masked.objectives import Masking
-from semdict.train.masked.pretrain import AtEpoch, Corpus
+from semdict.train.masked.pretrain import AtEpoch
 from semdict.train.masked.pretrained import MODEL
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ class Session:
         self.world, self.resume = world, args.resume
         self.encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads)
         preset, name = params.preset, f"{self.encoder.name}-conditional"
-        self.corpus = Corpus.of(args.shards or Path("shards") / preset, streaming=False)
-        corpus = self.corpus
-        self.encoder.check_tokens(corpus.path, corpus.codes, corpus.grid**2, corpus.meta["recipe"])
+        self.token_set = TokenSet.open(args.shards or Path("shards") / preset)
+        token_set = self.token_set
+        self.encoder.check_tokens(token_set.path, token_set.codebook_size, token_set.grid**2, token_set.meta["recipe"])
         self.vectors = class_vectors(self.given.class_embeddings)
         self.reports = args.reports or Path("reports") / preset / name
         self.place = Place("condition", self.identity(), args.out or Path("runs") / preset / name, args.work)
@@ -98,7 +99,8 @@ class Session:
         chosen = {name: value for name, value in g.model_dump().items() if name not in FREE}
         file = None if g.class_embeddings is None else sha256_file(g.class_embeddings)
         model = {"model": encoder.sha256, "config": encoder.model.config.to_dict()}
-        return {"version": VERSION, "recipe": recipe_of(self.corpus.meta), **model, "class_embeddings": file, **chosen}
+        recipe = recipe_of(self.token_set.meta)
+        return {"version": VERSION, "recipe": recipe, **model, "class_embeddings": file, **chosen}
 
     def go(self) -> None:
         """Train as a stage."""
@@ -107,8 +109,8 @@ class Session:
     def train(self) -> dict[str, Any]:
         """Build everything, fit, measure and write the model; returns the run's numbers."""
         g, world, place = self.given, self.world, self.place
-        loader = self.loader(table_from_shards(self.corpus.path, g.splits))
-        held_out = table_from_shards(self.corpus.path, g.held_out) if g.held_out else None
+        loader = self.loader(table_from_shards(self.token_set.path, g.splits))
+        held_out = table_from_shards(self.token_set.path, g.held_out) if g.held_out else None
         model = self.model(loader.table).to(world.device)
         say(world, place, f"{loader.steps_per_epoch} steps an epoch of {g.batch} images, {model.null_class} classes")
         steps, warmup = g.epochs * loader.steps_per_epoch, g.warmup_epochs * loader.steps_per_epoch
@@ -119,11 +121,12 @@ class Session:
         phase = Phase("model", model, objective, adamw(model, tuple(g.betas), g.weight_decay), rate, g.clip)
         run = Run(place.folder, place.settings, place.fingerprint, self.reports, g.tensorboard)
         final = fit([phase], loader, self.plan(steps), run, world, {"model": model}, resume=True)
-        numbers = {"final": final, "chance": math.log(self.corpus.codes), "steps": steps, "classes": model.null_class}
+        chance = math.log(self.token_set.codebook_size)
+        numbers = {"final": final, "chance": chance, "steps": steps, "classes": model.null_class}
         if world.first:
             if held_out is not None:
                 numbers["held_out"] = self.measure(model, held_out)
-            about = {"settings": place.settings, "corpus": self.corpus.meta, "model": self.encoder.about()}
+            about = {"settings": place.settings, "corpus": self.token_set.meta, "model": self.encoder.about()}
             save_conditional(place.folder / MODEL, model, {**about, "step": steps})
         return numbers
 
@@ -157,23 +160,23 @@ class Session:
         """Rows of the embedding file, or one more than the largest label; UsageError where labels do not fit."""
         most = -1 if table.label is None else int(table.label.max())
         if most < 0:
-            raise UsageError(f"{self.corpus.path} has no labels in {self.given.splits}; there is no class to learn")
+            raise UsageError(f"{self.token_set.path} has no labels in {self.given.splits}; there is no class to learn")
         if self.vectors is None:
             return most + 1
         if most >= len(self.vectors):
             raise UsageError(
-                f"{self.given.class_embeddings} has {len(self.vectors)} rows, {self.corpus.path} has labels up to "
+                f"{self.given.class_embeddings} has {len(self.vectors)} rows, {self.token_set.path} has labels up to "
                 f"{most}; one row per label is needed"
             )
         return len(self.vectors)
 
     def centroids(self) -> Tensor:
         """(K, D) dictionary of the shards."""
-        if self.corpus.centroids is None or "disc" not in self.corpus.meta["codebooks"]:
+        if self.token_set.centroids is None or "disc" not in self.token_set.meta["codebooks"]:
             raise ShardError(
-                f"{self.corpus.path} holds no words with centroids; set condition.centroids: false for classes only"
+                f"{self.token_set.path} holds no words with centroids; set condition.centroids: false for classes only"
             )
-        return self.corpus.words
+        return self.token_set.centroid_tensor()
 
     def measure(self, model: ConditionalTransformer, table: TokenTable) -> dict[str, float]:
         """Nats per hidden token of held-out images under one fixed masking, told all, the class, or nothing."""

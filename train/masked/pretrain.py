@@ -5,16 +5,14 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from semdict.pipeline.common.errors import ShardError, UsageError
-from semdict.pipeline.common.safeload import load_array
+from semdict.pipeline.common.errors import UsageError
+from semdict.train.data.token_set import TokenSet
 from semdict.train.data.tokens import ResidentLoader, recipe_of, table_from_shards
 from semdict.train.engine import dist
 from semdict.train.engine.batch import Loader
@@ -60,48 +58,6 @@ def run(args: argparse.Namespace) -> int:
         return Session(args, params, world).go()
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """What the shards say of themselves, before a token is read."""
-
-    path: Path
-    meta: dict[str, Any]
-    grid: int
-    codes: int
-    centroids: np.ndarray | None
-
-    @classmethod
-    def of(cls, path: Path, streaming: bool, centroids: Path | None = None) -> "Corpus":
-        """Read the metadata; ShardError where the cells are no square grid or positions differ in their codebooks."""
-        if streaming:
-            from semdict.train.data.streaming import read_about
-
-            meta, book = read_about(path), None
-        else:
-            from semdict.pipeline.shards import open_shards
-
-            shards = open_shards(path)
-            meta, book = shards.meta, shards.centroids
-        grid, gen = meta["grid"], meta["codebooks"]["gen"]
-        if len(grid) != 2 or grid[0] != grid[1]:
-            raise ShardError(f"{path} has the grid {grid}; these trainers need a square of cells")
-        if gen["sizes"] is not None:
-            raise ShardError(f"{path} has a codebook size per position; train on it with `semdict ar`")
-        if centroids is not None:
-            book = load_array(centroids)
-        words = meta["codebooks"].get("disc", {}).get("size")
-        if book is not None and len(book) != words:
-            raise ShardError(f"{centroids or path} has {len(book)} centroids, the tokens of {path} have {words} words")
-        return cls(path, meta, grid[0], gen["size"], book)
-
-    @property
-    def words(self) -> Tensor:
-        """(K, D) float32 centroids; ShardError where the set has none."""
-        if self.centroids is None:
-            raise ShardError(f"{self.path} holds no centroids, which lease needs; name them by --centroids FILE.npy")
-        return torch.from_numpy(np.array(self.centroids, dtype=np.float32))
-
-
 class Session:
     """One call of the command."""
 
@@ -109,11 +65,11 @@ class Session:
         self.params, self.given, self.world, self.objective = params, params.pretrain, world, args.objective
         self.resume, preset, name = args.resume, params.preset, args.objective
         streaming = self.given.loader == "streaming"
-        self.corpus = Corpus.of(args.shards or Path("shards") / preset, streaming, args.centroids)
+        self.token_set = TokenSet.open(args.shards or Path("shards") / preset, streaming, args.centroids)
         self.reports = args.reports or Path("reports") / preset / name
-        settings = identity(name, self.given, recipe_of(self.corpus.meta))
+        settings = identity(name, self.given, recipe_of(self.token_set.meta))
         if name == "lease":  # they may come from a file of their own
-            settings["centroids"] = hashlib.sha256(self.corpus.words.numpy().tobytes()).hexdigest()[:16]
+            settings["centroids"] = hashlib.sha256(self.token_set.centroid_tensor().numpy().tobytes()).hexdigest()[:16]
         self.place = Place(f"pretrain-{name}", settings, args.out or Path("runs") / preset / name, args.work)
 
     def go(self) -> int:
@@ -139,7 +95,7 @@ class Session:
         means = fit([phase], loader, self.plan(steps), self.run(), world, parts, hooks, resume=True)
         metrics = {"final": means, "chance": self.chance(), "steps": steps, "images_left_out": self.left_out}
         if world.first:
-            about = {"objective": self.objective, "settings": self.place.settings, "corpus": self.corpus.meta}
+            about = {"objective": self.objective, "settings": self.place.settings, "corpus": self.token_set.meta}
             save_pretrained(self.place.folder / MODEL, model, {**about, "step": steps})
         return metrics
 
@@ -160,10 +116,10 @@ class Session:
             from semdict.train.data.streaming import StreamingLoader
 
             place = (world.rank, world.size, world.device)
-            loader: Any = StreamingLoader(self.corpus.path, given.splits, given.batch, given.seed, *place)
+            loader: Any = StreamingLoader(self.token_set.path, given.splits, given.batch, given.seed, *place)
             self.left_out, self.classes = loader.left_out, 0
         else:
-            table = table_from_shards(self.corpus.path, given.splits)
+            table = table_from_shards(self.token_set.path, given.splits)
             loader = ResidentLoader(table, given.batch, given.seed, world.rank, world.size, world.device)
             self.left_out, self.classes = table.left_out, int(table.label.max()) + 1
         counts = f"{loader.steps_per_epoch} steps an epoch of {given.batch} images, {self.left_out} rows left out"
@@ -172,20 +128,22 @@ class Session:
 
     def model(self) -> MaskedTokenTransformer:
         """The objective's family at the given size, drawn from the seed."""
-        given, corpus = self.given, self.corpus
+        given, token_set = self.given, self.token_set
         changes: dict[str, Any] = {k: getattr(given, k) for k in SIZES if getattr(given, k) is not None}
-        changes |= {"grid": corpus.grid, "dropout": given.dropout}
+        changes |= {"grid": token_set.grid, "dropout": given.dropout}
         if self.objective == "lease":
-            width = corpus.words.shape[1]
+            width = token_set.centroid_tensor().shape[1]
             sides = {"encoder": (width, 0), "decoder": (0, width), "both": (width, width)}[given.lease.contrast]
             changes |= dict(zip(("encoder_words", "decoder_words"), sides, strict=True))
         if self.objective == "sorcen":
             changes |= {"projector": tuple(given.sorcen.projector), "predictor": tuple(given.sorcen.predictor)}
-        return MaskedTokenTransformer(model_config(self.objective, given.size, corpus.codes, **changes), given.seed)
+        return MaskedTokenTransformer(
+            model_config(self.objective, given.size, token_set.codebook_size, **changes), given.seed
+        )
 
     def bound(self, model: MaskedTokenTransformer, loader: Loader) -> nn.Module:
         """The objective, with the online classifier beside it where that was asked for."""
-        objective = build_objective(self.objective, self.given, model, self.corpus)
+        objective = build_objective(self.objective, self.given, model, self.token_set)
         if not self.given.online_classifier:
             return objective
         if self.classes < 1:
@@ -206,8 +164,10 @@ class Session:
         from semdict.train.masked.pictures import Pictures
 
         vqgan = load_vqgan(weights, self.world.device)
-        if vqgan.codebook_size != self.corpus.codes:
-            raise UsageError(f"{weights} has {vqgan.codebook_size} codes, {self.corpus.path} has {self.corpus.codes}")
+        if vqgan.codebook_size != self.token_set.codebook_size:
+            raise UsageError(
+                f"{weights} has {vqgan.codebook_size} codes, {self.token_set.path} has {self.token_set.codebook_size}"
+            )
         pictures = Pictures(vqgan, loader.sample(self.given.pictures), self.given.seed)
 
         def hook(clock: Clock, log: RunLog | None) -> None:
@@ -221,10 +181,10 @@ class Session:
 
     def chance(self) -> dict[str, float]:
         """Each loss of a model that knows nothing (nats): a uniform guess among codes, words, or the batch's images."""
-        guesses = {"reconstruction": math.log(self.corpus.codes)}
+        guesses = {"reconstruction": math.log(self.token_set.codebook_size)}
         if self.objective == "lease":
             sides = {"both": ("encoder", "decoder")}.get(self.given.lease.contrast, (self.given.lease.contrast,))
-            guesses |= {f"contrast_{side}": math.log(len(self.corpus.words)) for side in sides}
+            guesses |= {f"contrast_{side}": math.log(len(self.token_set.centroid_tensor())) for side in sides}
         if self.objective == "sorcen":
             guesses["echo_contrast"] = math.log(self.given.batch // self.given.accumulate)
         return guesses
@@ -250,13 +210,16 @@ def identity(objective: str, given: "Pretrain", recipe: str) -> dict[str, Any]:
     return {"objective": objective, "version": VERSION, "recipe": recipe, **chosen}
 
 
-def build_objective(name: str, given: "Pretrain", model: MaskedTokenTransformer, corpus: Corpus) -> Mage:
+def build_objective(name: str, given: "Pretrain", model: MaskedTokenTransformer, token_set: TokenSet) -> Mage:
     """The objective with its section's settings."""
     mask, smoothing = given.mask, given.label_smoothing
     masking = Masking(mask.mode, mask.std, mask.min, mask.max, mask.per_sample)
     if name == "lease":
         o = given.lease
-        return Lease(corpus.words, o.contrast, o.neighbours, given.contrast_weight, o.tau, o.alpha, masking, smoothing)
+        return Lease(
+            token_set.centroid_tensor(), o.contrast, o.neighbours, given.contrast_weight, o.tau, o.alpha,
+            masking, smoothing,
+        )  # fmt: skip
     if name == "sorcen":
         o = given.sorcen
         return Sorcen(
