@@ -1,82 +1,95 @@
-"""The `semdict` command: a table of commands, each imported only when it is the one called."""
+"""The `semdict` command: looks up one entry of the command table, imports it, parses its arguments and runs it."""
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 
 from semdict import __version__
-from semdict.pipeline.common.errors import SemdictError
+from semdict.commands import COMMANDS, Command, Group
+from semdict.pipeline.common.errors import SemdictError, UsageError
 
-# command -> (module, what it does). A module offers add_arguments(parser) and run(args) -> exit status or None.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "manifest": ("semdict.pipeline.manifest.stage", "list the images: key, label, split, size, SHA-256, status"),
-    "sample-features": ("semdict.pipeline.kmeans.sample_features", "draw teacher patch features for k-means"),
-    "kmeans": ("semdict.pipeline.kmeans.stage", "cluster the sampled features into the discriminative dictionary"),
-    "encode": ("semdict.pipeline.encode.stage", "turn every image into generative and discriminative tokens"),
-    "shards": ("semdict.pipeline.shards.command", "info, verify, import, export of token shards"),
-    "pretrain": ("semdict.train.masked.pretrain", "train lease, sorcen or mage on token shards"),
-    "evaluate": ("semdict.train.eval.cli", "scores of an encoder or of samples: probe, knn, few-shot, fine-tune, fid"),
-    "condition": ("semdict.train.masked.condition", "teach a pretrained model classes: its decoder only"),
-    "generate": (
-        "semdict.train.masked.generate",
-        "draw images: unconditional, by class, inpaint, outpaint, reconstruct",
-    ),
-    "vcq": ("semdict.train.vcq.cli", "1-D tokenizer with a growing codebook: train, encode, evaluate"),
-    "ar": ("semdict.train.ar.cli", "autoregressive model on its tokens: train, sample"),
-    "entropy": (
-        "semdict.pipeline.analysis.stage",
-        "where token sets run out of information: table 1 and figure 2 of VCQ",
-    ),
-    "report": ("semdict.report.command", "one HTML page of whatever results there are"),
-    "preset": ("semdict.pipeline.config.presets", "put a preset in force"),
-    "check": ("semdict.pipeline.config.checks", "validate params.yaml and say what it would do"),
-}
+DESCRIPTION = "Turns image datasets into paired token shards, and trains on them."
+EXAMPLE = "example:\n  semdict shards info shards/demo"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The top-level parser; sub-commands are only named here, so that --help stays fast."""
-    width = max(map(len, COMMANDS))
-    table = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="semdict",
-        description="Image datasets as pairs of aligned token dictionaries, and trainers for them.",
-        epilog=f"commands:\n{table}\n\n`semdict COMMAND --help` shows an example.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="semdict COMMAND ...",
-    )
-    parser.add_argument("--version", action="version", version=f"semdict {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 failed or unsound, 2 wrong usage, 130 interrupted."""
-    args = build_parser().parse_args(argv)
-    module = importlib.import_module(COMMANDS[args.command][0])
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = "semdict"
+    try:
+        name, command, rest = resolve(words)
+        return call(name, command, rest) if command else 0
+    except SemdictError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `semdict ... | head` closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # full disk, missing permission: finished files are kept
+        print(f"{name}: {error}; mend it and run the same command again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def resolve(words: list[str]) -> tuple[str, Command | None, list[str]]:
+    """Full name of the command that `words` call, its entry, and the words left for it.
+
+    Where no command is named, prints the help or the version and returns None for the entry. Raises UsageError for an
+    unknown name.
+    """
+    name, table = "semdict", COMMANDS
+    text, example, kind = DESCRIPTION, EXAMPLE, "command"
+    if words[:1] == ["--version"]:
+        print(f"semdict {__version__}")
+        return name, None, []
+    while True:
+        if not words or words[0] in ("-h", "--help"):
+            print(overview(name, kind, text, table, example))
+            return name, None, []
+        if words[0] not in table:
+            raise UsageError(f"unknown {kind} {words[0]!r}; {suggestion(words[0], table)}; see `{name} --help`")
+        name, entry, words = f"{name} {words[0]}", table[words[0]], words[1:]
+        if isinstance(entry, Command):
+            return name, entry, words
+        table, text, example, kind = entry.actions, entry.text, entry.example, "action"
+
+
+def call(name: str, command: Command, words: list[str]) -> int:
+    """Import a command's module, parse its arguments and run it; returns the exit status."""
+    module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(
-        prog=f"semdict {args.command}",
-        description=COMMANDS[args.command][1],
+        prog=name,
+        description=command.text,
         epilog=module.EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    given = parser.parse_args(args.rest)
-    try:
-        return module.run(given) or 0
-    except SemdictError as error:
-        print(f"semdict {args.command}: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # `semdict ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a full disk, a missing right: what is finished is kept
-        print(f"semdict {args.command}: {error}; mend it and run the same command again", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"semdict {args.command}: interrupted", file=sys.stderr)
-        return 130
+    return module.run(parser.parse_args(words)) or 0
+
+
+def overview(name: str, kind: str, text: str, table: Mapping[str, Command | Group], example: str) -> str:
+    """The help of `semdict` or of a group: one line per entry, then examples."""
+    width = max(map(len, table))
+    lines = [f"  {entry:<{width}}  {summary(table[entry])}" for entry in table]
+    usage = f"usage: {name} {kind.upper()} ..."
+    rest = f"`{name} {kind.upper()} --help` shows its options and an example."
+    return "\n".join([usage, "", text, "", f"{kind}s:", *lines, "", example, "", rest])
+
+
+def summary(entry: Command | Group) -> str:
+    """An entry's line of help; a group's names its actions."""
+    return f"{entry.text}: {', '.join(entry.actions)}" if isinstance(entry, Group) else entry.text
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The nearest known name as a question, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from semdict.cli import COMMANDS
+from semdict.commands import COMMANDS
 from semdict.pipeline.config.presets import awaited_folders
 from semdict.pipeline.shards import open_shards, verify_shards
 from semdict.train.vcq.schedule import codebook_sizes
@@ -259,7 +259,7 @@ def reached(path: Path) -> set[str]:
 def test_a_stage_depends_on_all_code_that_shapes_its_result(stage):
     """A module that a stage reaches is one of its deps, or one of the rooms that shape nothing."""
     definition = definitions()[stage]
-    module = COMMANDS[definition["cmd"].split()[1]][0].replace(".", "/") + ".py"
+    module = COMMANDS[definition["cmd"].split()[1]].module.replace(".", "/") + ".py"
     shaping = {name for name in reached(ROOT / module) if Path(name).stem not in DOORS or name == module}
     watched = {dep for dep in definition["deps"] if dep.endswith(".py")}
     unused = {"manifest": {"crops"}}.get(stage, set())
