@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.pipeline.shards import open_shards
 from semdict.pipeline.tokenizers.vqgan import load_vqgan
 from semdict.train.eval.head import HeadPlan
@@ -207,6 +208,53 @@ def test_an_image_that_cannot_be_decoded_is_replaced(place):
             "--set", f"manifest.images.val={place}/images/val")  # fmt: skip
     assert evaluate(place, "probe", *free) == 0 and evaluate(place, "knn", *free) == 0
     assert report(place, "knn.json")["protocol"]["train"]["images"] == 11
+
+
+@pytest.mark.parametrize(
+    ("trained", "tested", "words"),
+    [
+        (["n01", "n02", "n03", "n04"], ["0", "1", "2", "10"], "4 of 4 test classes have no training images: '0', '1'"),
+        (["0", "1", "2", "3"], ["1", "2", "3", "10"], "1 of 4 test classes have no training images: '10'"),
+    ],
+)
+@pytest.mark.parametrize("measure", ["knn", "probe", "few-shot", "fine-tune"])
+def test_a_test_class_without_training_images_is_refused(place, capsys, measure, trained, tested, words):
+    folders = {"train": trained, "val": tested}
+    for split, names in folders.items():
+        for n, name in enumerate(names):
+            (place / split / name).mkdir(parents=True)
+            Image.fromarray(tiny.draw_image(n)).save(place / split / name / "i.png")
+    options = [word for split in folders for word in ("--set", f"manifest.images.{split}={place / split}")]
+    assert tiny.semdict(place, "manifest", *options) == 0
+    assert evaluate(place, measure, *options, "--set", "evaluate.source=images") == 1
+    error = capsys.readouterr().err
+    assert words in error and f"training classes are {trained[0]!r}" in error
+    scores = {path.name for path in place.glob("reports/tiny/mage/*.json")}
+    assert scores == {"metrics.json"} and not list(place.glob("work/features-*"))
+
+
+def test_classes_are_compared_by_name_and_label():
+    from semdict.train.eval.common import same_classes
+    from semdict.train.eval.features import FeatureSet
+
+    def labelled(labels: list[int], names: list[str]) -> FeatureSet:
+        return FeatureSet({}, np.array(labels), names)
+
+    train = labelled([0, 2, 2], ["a", "b", "c"])
+    assert same_classes(train, labelled([2, 0], ["a", "b", "c"])) == 3
+    assert same_classes(train, labelled([2], ["a", "b", "c", "d"])) == 3, "a name without images does not matter"
+    with pytest.raises(ShardError, match="1 of 2 test classes have no training images: 'b'; training"):
+        same_classes(train, labelled([0, 1], ["a", "b", "c"]))
+    with pytest.raises(ShardError, match="class 'c' has label 2 in training and 1 in the test set"):
+        same_classes(train, labelled([0, 1], ["a", "c"]))
+
+
+def test_a_second_dataset_is_not_mapped_to_a_class_without_training_images():
+    from semdict.train.eval.classmap import load_class_map
+
+    names, trained = ["a", "b", "c"], np.array([0, 2])
+    with pytest.raises(UsageError, match="1 classes of again have no training images"):
+        load_class_map("again", None, names, np.array([0, 1]), names, trained)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from semdict.pipeline.common.errors import ManifestError, UsageError
+from semdict.pipeline.common.errors import ManifestError, ShardError, UsageError
 from semdict.pipeline.config.schema import VcqEvaluate
 from semdict.pipeline.config.schema.vcq_evaluate import FirstK
 from semdict.train.eval.first_k import first_features, first_k_probe
@@ -33,7 +33,7 @@ def latents(n=400, seed=0, told=True, sizes=None):
     if told:
         ids[:, 2] = labels
     z = codes()[ids] + 0.05 * rng.standard_normal((n, L, D))
-    return Latents(ids, z.astype(np.float16), np.arange(n), labels)
+    return Latents(ids, z.astype(np.float16), np.arange(n), labels, [f"c{label}" for label in range(10)])
 
 
 @pytest.mark.parametrize("feature", ["pre", "code"])
@@ -81,7 +81,7 @@ def test_probe_refuses_what_it_cannot_do():
         first_k_probe(some, unlabelled, codes(), PLAN)
     more = latents(100)
     more.labels[0] = 9
-    with pytest.raises(ManifestError, match="test labels reach 9"):
+    with pytest.raises(ShardError, match="1 of 6 test classes have no training images: 'c9'"):
         first_k_probe(some, more, codes(), PLAN)
 
 

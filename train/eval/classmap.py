@@ -23,17 +23,21 @@ class ClassMap:
         return sorted(set().union(*self.targets.values()))
 
 
-def load_class_map(name: str, path: str | None, theirs: list[str], ours: list[str], used: np.ndarray) -> ClassMap:
+def load_class_map(
+    name: str, path: str | None, theirs: list[str], used: np.ndarray, ours: list[str], trained: np.ndarray
+) -> ClassMap:
     """Read a class map (YAML or JSON mapping: their class -> our class or a list), or map equal names onto each other.
 
-    theirs, ours: class names by label; used: the labels that the second dataset's images have. UsageError when the
-    file is no such mapping, names a class that does not exist on either side, or when names differ and there is no
-    file.
+    theirs, ours: class names by label; used, trained: labels of the second dataset's and of the training images.
+    UsageError when the file is no such mapping, names a class that the second dataset does not have or that has no
+    training images, or when names differ and there is no file.
     """
+    our_label = _labels("training", ours)
+    our_label = {ours[label]: our_label[ours[label]] for label in np.unique(trained).tolist()}
     if path is None:
-        return _by_name(name, theirs, ours, used)
+        return _by_name(name, theirs, np.unique(used), our_label)
     tree = _read(name, path)
-    their_label, our_label = _labels(f"{name} (second dataset)", theirs), _labels("training", ours)
+    their_label = _labels(f"{name} (second dataset)", theirs)
     targets = {}
     for left, right in tree.items():
         names = right if isinstance(right, list) else [right]
@@ -44,12 +48,11 @@ def load_class_map(name: str, path: str | None, theirs: list[str], ours: list[st
     return ClassMap(name, targets, path)
 
 
-def _by_name(name: str, theirs: list[str], ours: list[str], used: np.ndarray) -> ClassMap:
-    our_label = _labels("training", ours)
+def _by_name(name: str, theirs: list[str], used: np.ndarray, our_label: dict[str, int]) -> ClassMap:
     missing = [theirs[label] for label in used if theirs[label] not in our_label]
     if missing:
         raise UsageError(
-            f"{len(missing)} classes of {name} are no training classes (first: {missing[0]!r}); say how they map in "
+            f"{len(missing)} classes of {name} have no training images (first: {missing[0]!r}); say how they map in "
             f"a file and set evaluate.knn.second.{name}.class_map to it"
         )
     return ClassMap(name, {int(label): frozenset([our_label[theirs[label]]]) for label in used}, None)

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from semdict.pipeline.common.device import resolve_device
@@ -103,9 +104,8 @@ class Setup:
             pixels.max_pixels, g.batch, g.workers, self.args.other_recipe,
         )  # fmt: skip
 
-    def test_set(self) -> FeatureSet:
+    def test_set(self, source: Source) -> FeatureSet:
         """Features of the test splits in their one view."""
-        source = self.source(self.given.test_splits)
         return self.store.get(source, self.test_views(source))
 
     def train_set(self, source: Source) -> FeatureSet:
@@ -131,18 +131,43 @@ class Setup:
         print(f"{self.encoder.name} {name}: {shown} ({path})", file=sys.stderr)
 
 
-def same_classes(train: FeatureSet | Source, test: FeatureSet | Source) -> int:
-    """Number of classes; ShardError when the test labels are not the training labels."""
-    count = int(train.labels.max()) + 1
-    if int(test.labels.max()) >= count:
+class Labelled(Protocol):
+    """Images with labels: a source, its features, a tokenizer's latents."""
+
+    labels: np.ndarray  # (N,) int64, all >= 0
+    names: list[str]  # of the classes, by label
+
+
+def same_classes(train: Labelled, test: Labelled) -> int:
+    """Number of classes, the largest training label + 1.
+
+    ShardError names the test classes that have no training images, and those that have another label in training.
+    """
+    train_labels, test_labels = np.unique(train.labels).tolist(), np.unique(test.labels).tolist()
+    trained = {(train.names[label], label) for label in train_labels}
+    missing = [label for label in test_labels if (test.names[label], label) not in trained]
+    if not missing:
+        return train_labels[-1] + 1
+    relabelled = [label for label in missing if test.names[label] in {name for name, _ in trained}]
+    if relabelled:
+        name = test.names[relabelled[0]]
+        number = next(label for other, label in trained if other == name)
         raise ShardError(
-            f"test labels reach {int(test.labels.max())}, training labels {count - 1}: not the same classes"
+            f"class {name!r} has label {number} in training and {relabelled[0]} in the test set; make both splits "
+            "with one manifest, which numbers the classes of all splits together"
         )
-    differing = [(a, b) for a, b in zip(train.names, test.names, strict=False) if a != b and not b.isdigit()]
-    if differing:
-        a, b = differing[0]
-        raise ShardError(f"a class is {a!r} in training and {b!r} in the test set: not the same classes")
-    return count
+    raise ShardError(
+        f"{len(missing)} of {len(test_labels)} test classes have no training images: "
+        f"{_listing([test.names[label] for label in missing])}; training classes are "
+        f"{_listing([train.names[label] for label in train_labels])}. A score needs training images of every test "
+        "class, under the same name: mend the splits, or choose others (train_splits, test_splits)"
+    )
+
+
+def _listing(names: list[str]) -> str:
+    """The first names, quoted, and how many follow."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(map(repr, names[:4])) + more
 
 
 def write_table(path: Path, head: list[str], rows: Iterable[Iterable[Any]]) -> None:

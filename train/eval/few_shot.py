@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     """Every number of shots with every seed; write means, spreads and bars."""
     setup = Setup.of(args)
     given = setup.given.few_shot
-    test = setup.test_set()
-    source = setup.source(setup.given.train_splits)
-    classes = same_classes(source, test)
+    source, test_source = setup.source(setup.given.train_splits), setup.source(setup.given.test_splits)
+    classes = same_classes(source, test_source)
+    test = setup.test_set(test_source)
     subsets = {(n, seed): balanced(source.labels, n, seed) for n in given.shots for seed in given.seeds}
     found: dict[int, list[float]] = {n: [] for n in given.shots}
     shown: dict[str, Any] = {}

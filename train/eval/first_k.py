@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from semdict.pipeline.common.errors import ManifestError, UsageError
+from semdict.train.eval.common import same_classes
 from semdict.train.eval.head import HeadPlan
 from semdict.train.eval.probe import probe
 from semdict.train.eval.vcq_latents import Latents
@@ -29,22 +30,24 @@ def first_k_probe(
 ) -> dict[str, float]:
     """top1 and top5 in per cent by name, such as probe_code_concat_10_top1.
 
-    UsageError for more tokens than there are; ManifestError without labels in both sets.
+    UsageError for more tokens than there are; ManifestError without labels in both sets; ShardError for a test class
+    without training images.
     """
     length = train.ids.shape[1]
     if max(given.first) > length:
         raise UsageError(f"vcq_evaluate.probe.first asks for {max(given.first)} tokens, the tokenizer has {length}")
     if min(train.labels.min(), test.labels.min()) < 0:
         raise ManifestError("some images have no label; the first-k probe needs one for each")
-    if test.labels.max() > train.labels.max():
-        raise ManifestError(f"test labels reach {test.labels.max()}, training labels {train.labels.max()}")
+    classes = same_classes(train, test)
     plan = HeadPlan(given.epochs, given.batch, given.base_lr, given.warmup_epochs, given.weight_decay, seed=given.seed)
     found = {}
     for feature in given.features:
         for pool in given.pools:
             for k in given.first:
                 rows = [first_features(part, codes_KD, k, feature, pool) for part in (train, test)]
-                result = probe(rows[0], train.labels, rows[1], test.labels, plan, device=device, eval_every=plan.epochs)
+                result = probe(
+                    rows[0], train.labels, rows[1], test.labels, plan, classes, device, eval_every=plan.epochs
+                )
                 name = f"probe_{feature}_{pool}_{k}"
                 found |= {f"{name}_top1": result.top1, f"{name}_top5": result.top5}
     return found

@@ -109,9 +109,9 @@ def run(args: argparse.Namespace) -> int:
     """Vote on the test set, then on every second dataset, and write the scores."""
     setup = Setup.of(args)
     given = setup.given.knn
-    test = setup.test_set()
-    source = setup.source(setup.given.train_splits)
-    classes = same_classes(source, test)
+    source, test_source = setup.source(setup.given.train_splits), setup.source(setup.given.test_splits)
+    classes = same_classes(source, test_source)
+    test = setup.test_set(test_source)
     train = setup.store.get(source, setup.test_views(source))
     seconds = {name: load_second(setup, name, second, train) for name, second in given.second.items()}
 
@@ -141,7 +141,7 @@ def load_second(setup: Setup, name: str, second: "SecondSet", train: FeatureSet)
     else:
         source = setup.image_source(Path(second.manifest), second.images, second.splits)
         views = source.views
-    mapping = load_class_map(name, second.class_map, source.names, train.names, np.unique(source.labels))
+    mapping = load_class_map(name, second.class_map, source.names, source.labels, train.names, train.labels)
     return setup.store.get(source, views), mapping
 
 

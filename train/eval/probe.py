@@ -87,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
     """Probe, and write scores, curve and confusion."""
     setup = Setup.of(args)
     given = setup.given.probe
-    test = setup.test_set()
-    source = setup.source(setup.given.train_splits)
-    classes = same_classes(source, test)
+    source, test_source = setup.source(setup.given.train_splits), setup.source(setup.given.test_splits)
+    classes = same_classes(source, test_source)
+    test = setup.test_set(test_source)
     plan = HeadPlan(**{name: getattr(given, name) for name in HeadPlan.__dataclass_fields__})
     batches, shown = training_batches(setup, source, plan, given.embedding_dropout)
     result = probe_batches(batches, test.first, test.labels, plan, classes, setup.device, given.eval_every)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import ManifestError
 from semdict.train.data.images import as_images
+from semdict.train.data.tokens import class_names
 from semdict.train.engine.loop import DTYPES
 from semdict.train.eval.imagesets import ImageSet
 from semdict.train.vcq.tokenizer import Tokenizer1d
@@ -26,15 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Latents:
-    """What the tokenizer makes of N images: ids (N, L) uint16, z (N, L, D) float16, rows of the manifest, labels.
+    """What the tokenizer makes of N images: ids (N, L) uint16, z (N, L, D) float16, rows of the manifest, labels (N,).
 
-    z is what the search compares with the codes. copies: (N, H, W, 3) uint8 reconstructions, where they were asked for.
+    names: of the classes, by label. z is what the search compares with the codes. copies: (N, H, W, 3) uint8
+    reconstructions, where they were asked for.
     """
 
     ids: np.ndarray
     z: np.ndarray
     rows: np.ndarray
     labels: np.ndarray
+    names: list[str]
     copies: np.ndarray | None = None
 
 
@@ -130,7 +133,8 @@ def latents_of(
         if pictures is not None:
             pictures[here] = back
     labels = place.manifest.label[rows[:n]].astype(np.int64)
-    return Latents(ids[:n], z[:n], rows[:n], labels, None if pictures is None else pictures[:n])
+    names = class_names(labels, None, place.manifest.classes)
+    return Latents(ids[:n], z[:n], rows[:n], labels, names, None if pictures is None else pictures[:n])
 
 
 @torch.inference_mode()
