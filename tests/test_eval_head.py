@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from semdict.pipeline.common.errors import SemdictError, UsageError
 from semdict.train.eval.few_shot import balanced, summary
-from semdict.train.eval.head import ArrayBatches, HeadPlan, LinearHead, fit_head, per_cent
+from semdict.train.eval.head import ArrayBatches, HeadPlan, LinearHead, decay_gradient, fit_head, lars, per_cent
 from semdict.train.eval.knn import knn, neighbours, vote
 from semdict.train.eval.probe import probe
 
@@ -56,6 +56,51 @@ def test_training_equals_the_equations_in_float64():
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a.detach().numpy(), b, rtol=2e-4, atol=2e-5)
     assert [row["epoch"] for row in curve] == [1, 2, 3] and not head.training
+
+
+class MaeLars:
+    """MAE's LARS written out: v = momentum v + ratio (g + decay w), w -= lr v; ratio 1 and no decay for one axis."""
+
+    def __init__(self, head: LinearHead, momentum: float, weight_decay: float) -> None:
+        self.parameters, self.momentum, self.weight_decay = list(head.parameters()), momentum, weight_decay
+        self.velocity = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for parameter, velocity in zip(self.parameters, self.velocity, strict=True):
+            update = parameter.grad
+            if parameter.ndim > 1:
+                update = update.add(parameter, alpha=self.weight_decay)
+                weight, length = parameter.norm(), update.norm()
+                ratio = 0.001 * weight / length
+                update = update * torch.where((weight > 0) & (length > 0), ratio, torch.ones_like(ratio))
+            velocity.mul_(self.momentum).add_(update)
+            parameter.add_(velocity, alpha=-lr)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.02])
+def test_lars_is_maes(weight_decay):
+    """Against its equations over 20 steps in float64, with gradients and weights of zero among them."""
+    heads = [LinearHead(WIDTH, CLASSES, 1).double() for _ in range(2)]
+    optimiser, reference = lars(heads[0], 0.9), MaeLars(heads[1], 0.9, weight_decay)
+    rng = torch.Generator().manual_seed(0)
+    for step in range(20):
+        scale = 10.0 ** (step % 7 - 5) * (step != 3)
+        if step == 11:
+            for head in heads:
+                torch.nn.init.zeros_(head.linear.weight)
+        for name in ("weight", "bias"):
+            parameters = [getattr(head.linear, name) for head in heads]
+            gradient = scale * torch.randn(parameters[0].shape, generator=rng, dtype=torch.float64)
+            for parameter in parameters:
+                parameter.grad = gradient.clone()
+        for group in optimiser.param_groups:
+            group["lr"] = 0.5 + step
+        decay_gradient(heads[0], weight_decay)
+        optimiser.step()
+        reference.step(0.5 + step)
+        for got, want in zip(heads[0].parameters(), heads[1].parameters(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
 def positions(batches: ArrayBatches, epoch: int, x: np.ndarray) -> list[torch.Tensor]:

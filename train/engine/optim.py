@@ -1,4 +1,4 @@
-"""Parameter groups, learning-rate schedules, and LARS."""
+"""Parameter groups and learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -64,41 +64,3 @@ def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.0) -> S
         return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
     return rate
-
-
-class Lars(torch.optim.Optimizer):
-    """SGD with momentum and layer-wise trust ratios (You et al., arXiv:1708.03888), as MAE's linear probe uses it.
-
-    Parameters with one axis (biases, norms) get neither decay nor a trust ratio.
-    """
-
-    def __init__(
-        self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update; v = momentum * v + ratio * (gradient + decay * w), w -= lr * v."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, group)
-        return loss
-
-    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        update = parameter.grad
-        if parameter.ndim > 1:
-            update = update.add(parameter, alpha=group["weight_decay"])
-            weight, length = parameter.norm(), update.norm()
-            ratio = group["trust"] * weight / length
-            update = update * torch.where((weight > 0) & (length > 0), ratio, torch.ones_like(ratio))
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        velocity = state["momentum"].mul_(group["momentum"]).add_(update)
-        parameter.add_(velocity, alpha=-group["lr"])

@@ -10,11 +10,12 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.optim import Lars
 from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import SemdictError, UsageError
 from semdict.train.engine import rng as draws
-from semdict.train.engine.optim import Lars, scaled_lr, warmup_cosine
+from semdict.train.engine.optim import scaled_lr, warmup_cosine
 
 NORM_EPS = 1e-6  # of the released probe's batch norm
 HEAD_STD = 0.01  # of the released probe's weights
@@ -136,17 +137,19 @@ def fit_head(
     rate = warmup_cosine(
         scaled_lr(plan.base_lr, plan.batch), plan.warmup_epochs * batches.steps, plan.epochs * batches.steps
     )
-    optimiser = Lars(head.parameters(), lr=0.0, momentum=plan.momentum, weight_decay=plan.weight_decay)
+    optimiser = lars(head, plan.momentum)
     curve: Curve = []
     step = 0
     for epoch in range(plan.epochs):
         head.train()
         nats = torch.zeros((), dtype=torch.float64, device=device)
         for x_BE, label_B in batches(epoch):
-            optimiser.param_groups[0]["lr"] = rate(step)
+            for group in optimiser.param_groups:
+                group["lr"] = rate(step)
             loss = F.cross_entropy(head(x_BE), label_B)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            decay_gradient(head, plan.weight_decay)
             optimiser.step()
             nats += loss.detach()
             step += 1
@@ -156,6 +159,27 @@ def fit_head(
         more = after_epoch(epoch + 1, head) if after_epoch else {}
         curve.append({"epoch": epoch + 1, "loss": float(nats) / batches.steps, **more})
     return head, curve
+
+
+def lars(head: LinearHead, momentum: float) -> Lars:
+    """LARS (arXiv:1708.03888) as MAE probes: trust coefficient 0.001 for the weights, plain momentum SGD for the bias.
+
+    The learning rate is set before every step. timm adds eps to the gradient's norm, which MAE does not.
+    """
+    groups = [
+        {"params": [head.linear.weight], "always_adapt": True},
+        {"params": [head.linear.bias], "always_adapt": False},
+    ]
+    return Lars(groups, lr=0.0, momentum=momentum, weight_decay=0.0, trust_coeff=0.001, eps=0.0)
+
+
+@torch.no_grad()
+def decay_gradient(head: LinearHead, weight_decay: float) -> None:
+    """Add weight decay to the gradient of the weights, so that the trust ratio is taken of |g + decay w|, as in MAE.
+
+    timm's own weight decay takes it of |g| + decay |w|, as in the paper.
+    """
+    head.linear.weight.grad.add_(head.linear.weight, alpha=weight_decay)
 
 
 @torch.no_grad()
