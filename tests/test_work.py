@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from semdict.pipeline.common.errors import BusyError
 from semdict.pipeline.common.files import publish_dir, write_aside
-from semdict.pipeline.execute.chunks import Chunk, ChunkStore, code_identity, fingerprint, lock, run_chunks, split_rows
+from semdict.pipeline.execute.chunks import Chunk, ChunkStore, fingerprint, lock, run_chunks, split_rows
 
 
 @dataclass
@@ -93,16 +92,6 @@ def test_sweep_removes_stale_recipes_of_this_stage_only(tmp_path):
 def test_fingerprint_depends_on_values_not_on_key_order():
     assert fingerprint(a=1, b=[2, 3]) == fingerprint(b=[2, 3], a=1)
     assert len({fingerprint(a=1), fingerprint(a=2), fingerprint(b=1), fingerprint(a="1")}) == 4
-
-
-def test_code_identity_changes_with_the_source(tmp_path):
-    class Module:
-        __file__ = str(tmp_path / "m.py")
-
-    Path(Module.__file__).write_text("x = 1\n")
-    before = code_identity(Module)
-    Path(Module.__file__).write_text("x = 2\n")
-    assert code_identity(Module) != before
 
 
 def test_the_second_run_is_told_who_holds_the_lock(tmp_path):

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from semdict.pipeline.common import device, nearest
 from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.common.files import sha256_file, write_json
@@ -13,23 +12,17 @@ from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.config import paths as places
 from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.config.schema import Params
-from semdict.pipeline.encode import worker as encode_job
 from semdict.pipeline.encode.assemble import Publication, encode_and_publish
 from semdict.pipeline.encode.preflight import probe
 from semdict.pipeline.encode.worker import EncodeJob
-from semdict.pipeline.execute.chunks import WORK, ChunkStore, code_identity, fingerprint, lock, sigterm_interrupts
+from semdict.pipeline.execute.chunks import WORK, ChunkStore, fingerprint, lock, sigterm_interrupts
+from semdict.pipeline.execute.code_identity import code_identity
 from semdict.pipeline.images import batches as flow
-from semdict.pipeline.images import crops
-from semdict.pipeline.images import decode as images
 from semdict.pipeline.images.decode import crop_identity, decoder_identity, expand_views
-from semdict.pipeline.kmeans import clustering as kmeans
 from semdict.pipeline.manifest.stage import Manifest, load_manifest
 from semdict.pipeline.shards import ShardSpec
-from semdict.pipeline.tokenizers import features, vqgan, vqgan_nets
-from semdict.pipeline.tokenizers import pair as tokenizer
 from semdict.pipeline.tokenizers.pair import PairSpec, PairTokenizer
 
-SHAPING = (crops, device, encode_job, features, flow, images, kmeans, nearest, tokenizer, vqgan, vqgan_nets)
 EXAMPLE = """example:
   semdict encode                                        what `dvc repro encode` runs
   semdict encode --scheduler local-2                    two processes on this machine
@@ -138,7 +131,7 @@ def make_job(
         chunk=chosen.chunk,
         max_pixels=settings.pixels.max_pixels,
         device=pair.device.type,
-        code=code_identity(*SHAPING),
+        code=code_identity(__name__),
     )
     crop_recipe = flow.CropRecipe(
         crop=settings.pixels.crop,

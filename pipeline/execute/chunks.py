@@ -23,7 +23,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from semdict.pipeline.common.errors import BusyError, SemdictError
-from semdict.pipeline.common.files import remove, sha256_file, sha256_json, write_aside
+from semdict.pipeline.common.files import remove, sha256_json, write_aside
 
 WORK = Path("work")
 FINGERPRINT_DIGITS = 16
@@ -65,11 +65,6 @@ class Job(Protocol):
 def fingerprint(**parts: Any) -> str:
     """16 hex digits that name a recipe: every JSON-able part that shapes the result."""
     return sha256_json(parts)[:FINGERPRINT_DIGITS]
-
-
-def code_identity(*modules: Any) -> str:
-    """16 hex digits over the source files of `modules`: changed code never continues another version's chunks."""
-    return sha256_json([sha256_file(module.__file__) for module in modules])[:16]
 
 
 class ChunkStore:

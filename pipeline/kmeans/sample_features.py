@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from semdict.pipeline.common import device, nearest
 from semdict.pipeline.common.device import reduced_precision, resolve_device, to_device
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.common.files import publish_dir, remove, replace_dir, sha256_file, write_json
@@ -24,19 +23,16 @@ from semdict.pipeline.execute.chunks import (
     Advance,
     Chunk,
     ChunkStore,
-    code_identity,
     fingerprint,
     lock,
     run_chunks,
     sigterm_interrupts,
 )
+from semdict.pipeline.execute.code_identity import code_identity
 from semdict.pipeline.images import batches as flow
-from semdict.pipeline.images import crops
-from semdict.pipeline.images import decode as images
-from semdict.pipeline.images.decode import expand_views
+from semdict.pipeline.images.decode import crop_identity, decoder_identity, expand_views
 from semdict.pipeline.manifest.sources import Reader
 from semdict.pipeline.manifest.stage import Manifest, load_manifest
-from semdict.pipeline.tokenizers import features
 from semdict.pipeline.tokenizers.features import load_features
 
 EXAMPLE = """example:
@@ -199,10 +195,10 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         sample=chosen.model_dump(exclude={"device"}),
         features=settings.features.model_dump(),
         weights=sha256_file(weights) if weights else None,
-        crop=crops.crop_identity(settings.pixels.crop, list(recipe.views), recipe.seed),
-        decoder=images.decoder_identity(settings.pixels.decoder),
+        crop=crop_identity(settings.pixels.crop, list(recipe.views), recipe.seed),
+        decoder=decoder_identity(settings.pixels.decoder),
         device=where.partition(":")[0],
-        code=code_identity(crops, device, features, flow, images, nearest, sys.modules[__name__]),
+        code=code_identity(__name__),
     )
     return SampleJob(
         fingerprint=name,

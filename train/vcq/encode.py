@@ -108,15 +108,13 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
 
 def _job(params, manifest, manifest_path: Path, spec: VcqSpec, model: Tokenizer1d):
     """The picklable job and the description of its shards."""
-    from semdict.pipeline.encode import worker as encode_job
     from semdict.pipeline.encode.worker import EncodeJob
-    from semdict.pipeline.execute.chunks import code_identity, fingerprint
+    from semdict.pipeline.execute.chunks import fingerprint
+    from semdict.pipeline.execute.code_identity import code_identity
     from semdict.pipeline.images import batches as flow
     from semdict.pipeline.images import crops
-    from semdict.pipeline.images import decode as images
     from semdict.pipeline.images.decode import crop_identity, decoder_identity, expand_views
     from semdict.pipeline.shards import ShardSpec
-    from semdict.train.vcq import quantizer, tokenizer
 
     chosen, pixels = params.vcq_encode, params.pixels
     views = tuple(expand_views(list(chosen.views)))
@@ -131,7 +129,7 @@ def _job(params, manifest, manifest_path: Path, spec: VcqSpec, model: Tokenizer1
     }
     name = fingerprint(
         manifest=manifest.sha256, recipe=recipe, batch=chosen.batch, chunk=chosen.chunk, max_pixels=pixels.max_pixels,
-        device=spec.device, code=code_identity(crops, encode_job, flow, images, quantizer, tokenizer),
+        device=spec.device, code=code_identity(__name__),
     )  # fmt: skip
     where = tuple((split, str(Path(pattern).absolute())) for split, pattern in params.manifest.images.items())
     cut = flow.CropRecipe(pixels.crop, views, pixels.decoder, pixels.max_pixels, chosen.seed)
