@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from semdict.marked import rewrite
+from tools.doc_tables import rewrite
 
 HERE = Path(__file__).resolve().parent
 

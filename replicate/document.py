@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from replicate import lease, vcq
-from semdict.marked import rewrite
 from semdict.pipeline.common.files import write_json
+from tools.doc_tables import rewrite
 
 REPORTS, RESULTS, DOCUMENT = Path("reports/demo/replicate"), Path("docs/results"), Path("docs/replicate.md")
 TEXTS = {"lease": lease.text, "vcq": vcq.text}

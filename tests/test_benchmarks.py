@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures
-from semdict.marked import with_blocks
+from tools.doc_tables import replace_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 # script -> (extra options, keys that must lead to a positive number)
@@ -69,7 +69,7 @@ def test_every_benchmark_is_in_the_table():
 
 def test_the_figures_in_the_document_are_those_of_the_results():
     results, document = ROOT / "benchmarks" / "results", (ROOT / "benchmarks" / "README.md").read_text()
-    assert with_blocks(document, {"figures": figures.table(results)}) == document, "run python -m benchmarks.figures"
+    assert replace_tables(document, {"figures": figures.table(results)}) == document, "run python -m benchmarks.figures"
 
 
 def test_another_result_changes_the_figures(tmp_path):

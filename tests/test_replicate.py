@@ -10,8 +10,8 @@ import yaml
 from replicate import document, lease, vcq
 from replicate.variants import COMPONENTS, NEIGHBOUR_COUNTS, SCHEDULES
 from replicate.work import plus_minus, spread
-from semdict.marked import with_blocks
 from tests import tiny
+from tools.doc_tables import replace_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,7 +36,7 @@ def test_rows_differ_in_one_thing_only():
 def test_the_document_holds_what_the_kept_results_say():
     """docs/replicate.md is not edited by hand: its tables are those of docs/results/*.json."""
     text = (ROOT / document.DOCUMENT).read_text()
-    assert with_blocks(text, document.tables(ROOT / document.RESULTS)) == text, "run python -m replicate.document"
+    assert replace_tables(text, document.tables(ROOT / document.RESULTS)) == text, "run python -m replicate.document"
 
 
 @pytest.fixture(scope="module")

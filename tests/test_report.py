@@ -1,4 +1,4 @@
-"""The HTML page: shows what is there, names what is not, needs nothing else, and says what cannot be read."""
+"""The HTML page: shows the results there are, lists the missing ones, is self-contained, refuses damaged files."""
 
 import base64
 import json
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from semdict.pipeline.common.errors import SemdictError, UsageError
-from semdict.report.page import render, write_page
+from semdict.report.command import render, write_page
 from semdict.report.results import Results, read_curve
 from semdict.report.sections import markdown_tables, number
 from tests import tiny
@@ -19,7 +19,7 @@ VOID = {"meta", "img", "link", "br"}
 
 
 class Outline(HTMLParser):
-    """Ids, pictures and visible text of a page; AssertionError for tags that do not close in turn."""
+    """Ids, pictures and visible text of a page; AssertionError for tags that are not nested."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -28,9 +28,9 @@ class Outline(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.ids += [given["id"]] if "id" in given else []
-        self.sources += [given[name] for name in ("src", "href") if name in given]
+        attributes = dict(attrs)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.sources += [attributes[name] for name in ("src", "href") if name in attributes]
         self.open += [] if tag in VOID else [tag]
 
     def handle_endtag(self, tag):
@@ -62,26 +62,26 @@ def world(tmp_path):
     put(tmp_path, "lease/plots/loss.tsv", "step\tloss\n10\t7.5\n20\tnan\n30\t6.25\n")
     put(tmp_path, "lease/probe.json", {"top1": 76.11, "protocol": [{"measure": "linear <probe>"}]})
     few = {f"{key}_{count}_shot": float(count) for count in (16, 4, 8) for key in ("top1", "std")}
-    put(tmp_path, "lease/few_shot.json", few)
+    put(tmp_path, "lease/few_shot.json", {**few, "protocol": []})
     put(tmp_path, "lease-samples/scores.json", {"missing": [{"fid_val50k": "no Inception weights"}], "images": 240})
     pixels = np.random.default_rng(0).integers(0, 256, (40, 3000, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "reports" / "small" / "reconstructions.png")
     return tmp_path
 
 
-def test_numbers_stand_beside_their_names(world):
+def test_numbers_are_shown_beside_their_names(world):
     page = Outline(render(Results("small", world)))
-    assert page.ids == ["tokens", "trainers", "missing"]
+    assert page.ids == ["tokens", "masked", "missing"]
     assert page.row("images, train")[0] == "1,281,167 (3 bad)"
     assert page.row("reconstruction, nats") == ["5.50 (chance 6.93)", "5.75 (chance 6.93)"]
-    assert page.row("linear probe, top-1 %") == ["76.1", "–"], "what MAGE lacks is a dash"
-    assert page.row("8 images a class, top-1 %")[0] == "8.0 ± 8.0"
-    shots = [text for text in page.text if text.endswith("a class, top-1 %")]
+    assert page.row("linear probe, top-1 %") == ["76.1", "–"], "a score that MAGE lacks is a dash"
+    assert page.row("8 images per class, top-1 %")[0] == "8.0 ± 8.0"
+    shots = [text for text in page.text if text.endswith("per class, top-1 %")]
     assert [text.split()[0] for text in shots] == ["4", "8", "16"]
     assert "lease: no fid_val50k: no Inception weights" in page.text
 
 
-def test_the_page_needs_nothing_else(world):
+def test_the_page_is_self_contained(world):
     page = Outline(render(Results("small", world)))
     assert all(source.startswith(("data:", "#")) for source in page.sources)
     assert {source[1:] for source in page.sources if source[0] == "#"} == set(page.ids)
@@ -92,17 +92,27 @@ def test_the_page_needs_nothing_else(world):
     assert ">loss<" in base64.b64decode(curve.split(",")[1]).decode()
 
 
-def test_what_is_not_there_is_named_with_its_command(world):
+def test_missing_results_are_listed_with_their_commands(world):
     results = Results("small", world)
     missing = {one.name: one.command for one in write_page(results, world / "page.html")}
     assert missing["kmeans.json"] == "dvc repro kmeans"
-    assert missing["mage/probe.json"] == "dvc repro evaluate@mage"
+    assert missing["mage/probe.json"] == "semdict evaluate probe --model runs/small/mage"
     assert "lease/probe.json" not in missing
     page = Outline((world / "page.html").read_text())
     assert page.row("vcq/metrics.json")[0] == "dvc repro vcq_train"
 
 
-def test_text_of_results_is_never_markup(world):
+def test_runs_and_measures_of_any_name_are_shown(world):
+    put(world, "tau-0.3/metrics.json", {"chance": {"energy": 2.0}, "final": {"energy": 1.5}})
+    put(world, "tau-0.3/nearest_class_mean.json", {"top1": 44.25, "protocol": [{}]})
+    page = Outline(render(Results("small", world)))
+    assert page.row("energy, nats") == ["–", "–"], "of the other two runs"
+    assert page.text[page.text.index("energy, nats") :].count("1.50 (chance 2.00)") == 1
+    assert "44.2" in page.text[page.text.index("nearest class mean, top-1 %") :]
+    assert "semdict evaluate knn --model runs/small/tau-0.3" in page.text
+
+
+def test_text_of_results_is_escaped(world):
     put(world, "kmeans.json", {"engine": "<script>alert(1)</script>"})
     page = render(Results("small", world))
     assert "<script" not in page
@@ -116,21 +126,21 @@ def test_the_same_results_leave_the_file_untouched(world):
     before = out.stat().st_mtime_ns
     write_page(Results("small", world), out)
     assert out.stat().st_mtime_ns == before
-    put(world, "lease/probe.json", {"top1": 10.0})
+    put(world, "lease/probe.json", {"top1": 10.0, "protocol": []})
     write_page(Results("small", world), out)
     assert ">10.0<" in out.read_text()
 
 
-def test_stand_ins_are_called_so(world):
+def test_the_demo_page_says_that_its_models_are_stand_ins(world):
     assert "stand-ins" not in render(Results("small", world))
     (world / "reports" / "small").rename(world / "reports" / "demo")
     assert "stand-ins" in render(Results("demo", world))
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", "not JSON"), ("[1]", "no table of results")])
-def test_a_damaged_result_is_named(world, text, says):
+@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[1]", "no table of results")])
+def test_a_damaged_result_is_named(world, text, message):
     path = put(world, "encode.json", text)
-    with pytest.raises(SemdictError, match=f"{re.escape(str(path))}: .*{says}"):
+    with pytest.raises(SemdictError, match=f"{re.escape(str(path))}: .*{message}"):
         render(Results("small", world))
 
 
@@ -141,7 +151,7 @@ def test_no_results_at_all_is_wrong_usage(world, capsys):
     assert "dvc repro makes them" in capsys.readouterr().err
 
 
-def test_curves_leave_out_what_is_no_number(world):
+def test_curves_leave_out_values_that_are_no_numbers(world):
     curve = read_curve(world / "reports/small/lease/plots/loss.tsv", "loss", "\t")
     assert (curve.x_name, curve.x, curve.y) == ("step", [10.0, 30.0], [7.5, 6.25])
     with pytest.raises(SemdictError, match=r"bad\.tsv"):
@@ -158,5 +168,5 @@ def test_tables_of_the_comparisons_are_read_back():
 @pytest.mark.parametrize(
     ("value", "text"), [(None, "–"), (1281167, "1,281,167"), (0.123456, "0.1235"), (1677.92, "1,677.9"), ("f", "f")]
 )
-def test_numbers_for_readers(value, text):
+def test_numbers_are_formatted(value, text):
     assert number(value) == text

@@ -1,4 +1,5 @@
-"""One HTML page of whatever results there are: numbers, curves and pictures read from reports/ and runs/.
+"""One HTML page of all results there are, read from reports/ and runs/.
 
-command.py parses, results.py reads, sections.py arranges, charts.py and pictures.py draw, page.html is the page.
+command.py parses the arguments and writes the page, results.py reads the result files, sections.py arranges them,
+images.py draws the curves and embeds the pictures, page.html is the template.
 """

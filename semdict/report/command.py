@@ -1,28 +1,32 @@
-"""`semdict report`: write the page."""
+"""`semdict report`: writes the page."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from semdict.pipeline.config.params import add_params_arguments, params_of
+
+if TYPE_CHECKING:
+    from semdict.report.results import Results
+    from semdict.report.sections import Missing
 
 EXAMPLE = """examples:
   semdict report
   semdict report --preset in1k --out /tmp/in1k.html
 
-One file that needs nothing else: pictures and curves are inside it. Shows what is there and names what is not, with the
-command that makes it. Reads reports/PRESET and runs/PRESET and computes nothing."""
+Writes one self-contained file with all pictures and curves inside. Shows the results that exist and lists the missing
+ones with the commands that compute them. Reads reports/PRESET and runs/PRESET and computes nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Whose results, and where the page goes."""
+    """Which results to show, and where to write the page."""
     add_params_arguments(parser)
     parser.add_argument("--preset", help="default: the preset of params.yaml")
     parser.add_argument("--out", type=Path, help="default: reports/PRESET/report.html")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, arrange, write."""
-    from semdict.report.page import write_page
+    """Read the results and write the page."""
     from semdict.report.results import Results
 
     preset = args.preset or params_of(args).preset
@@ -30,5 +34,31 @@ def run(args: argparse.Namespace) -> int:
     missing = write_page(Results(preset), out)
     print(out)
     if missing:
-        print(f"{len(missing)} results are not there yet; the page names them and what makes them")
+        print(f"{len(missing)} results are missing; the page lists them with the commands that compute them")
     return 0
+
+
+def render(results: "Results") -> str:
+    """HTML of all results there are; equal results give equal text."""
+    import jinja2
+
+    from semdict import __version__
+    from semdict.report.sections import absent, sections
+
+    loader = jinja2.PackageLoader("semdict.report", package_path="")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    content = {"sections": sections(results), "missing": absent(results)}
+    return environment.get_template("page.html").render(preset=results.preset, version=__version__, **content)
+
+
+def write_page(results: "Results", out: Path) -> list["Missing"]:
+    """Write the page, unless it would not change; returns the missing results."""
+    from semdict.pipeline.common.files import write_aside
+    from semdict.report.sections import absent
+
+    text = render(results)
+    if not out.exists() or out.read_text() != text:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with write_aside(out) as staged:
+            staged.write_text(text)
+    return absent(results)

@@ -1,16 +1,18 @@
-"""Curves as SVG inside a page."""
+"""Images inside the page, as data URIs: curves as SVG, pictures as JPEG."""
 
 import base64
 import io
+from pathlib import Path
 
 from semdict.report.results import Curve
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers
+# Okabe and Ito's colours, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+WIDTH, HEIGHT = 1280, 1600  # pixels; larger pictures are shrunk
 
 
 def chart(title: str, curves: dict[str, Curve], chance: float | None = None) -> str:
-    """A data URI of one panel: name -> curve, the chance value as a dashed line; the same bytes for the same curves."""
+    """Data URI of one panel: a line per curve, the chance value dashed; equal curves give equal bytes."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -29,7 +31,19 @@ def chart(title: str, curves: dict[str, Curve], chance: float | None = None) -> 
     axes.grid(alpha=0.25)
     if len(curves) > 1 or chance is not None:
         axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
-    written = io.BytesIO()
+    buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "semdict", "svg.fonttype": "none"}):
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(written.getvalue()).decode()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def inline(path: Path) -> str:
+    """Data URI of a picture file as JPEG, at most WIDTH x HEIGHT pixels."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=88, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
