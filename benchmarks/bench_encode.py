@@ -20,7 +20,7 @@ from semdict.cli import main as semdict
 from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.execute.chunks import split_rows
 from semdict.pipeline.images.batches import CropRecipe
-from semdict.pipeline.images.decode import expand_views
+from semdict.pipeline.images.crops import expand_views
 from semdict.pipeline.manifest.stage import load_manifest
 from semdict.pipeline.tokenizers.pair import PairSpec
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import SemdictError
 from semdict.pipeline.common.files import sha256_file, write_aside
-from semdict.pipeline.images.decode import crop_views, decode, expand_views
+from semdict.pipeline.images.crops import crop_views, expand_views
+from semdict.pipeline.images.decode import decode
 
 IMAGES = Path("demo/assets/images")  # where `python -m demo.images` draws
 SHIPPED = Path(__file__).parent / "weights"  # made by `make demo-weights`

@@ -1,13 +1,20 @@
-"""Decoding: every kind of file means what the field's loaders take it for, or is refused with its reason."""
+"""Decoding: every kind of file means what the field's loaders take it for, or is refused with its reason.
+
+Loading ahead: results in the order of the requests, whatever the workers.
+"""
 
 import io
+import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.errors import ManifestError, UsageError
 from semdict.pipeline.images import decode as images
+from semdict.pipeline.images.batches import AHEAD, first_good, good_or_bad, load_ahead
 from semdict.pipeline.images.decode import BadImage, Status, decode, decoder_identity, probe, resolve_decoder
 from tests.image_files import bad_files, encoded, good_files, huge_jpeg, huge_png, picture
 
@@ -152,3 +159,53 @@ def test_status_codes_stay():
     names = "OK EMPTY NOT_AN_IMAGE DAMAGED ANIMATED TOO_MANY_PIXELS TOO_NARROW UNSUPPORTED_DEPTH UNREADABLE"
     assert [status.name for status in sorted(Status)] == names.split()
     assert [int(status) for status in sorted(Status)] == list(range(9))
+
+
+def slow_square(number: int) -> int:
+    """The first requests take longest, so that results are ready in another order than they are asked for."""
+    time.sleep(0.02 / (number + 1))
+    return number * number
+
+
+BATCHES = [[0, 1, 2], [3], [], [4, 5, 6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("processes", [False, True])
+def test_results_come_in_the_order_of_the_requests(workers, processes):
+    batches = [batch for batch in BATCHES if batch or not processes]
+    loaded = list(load_ahead(batches, slow_square, workers, collate=tuple, processes=processes))
+    assert loaded == [tuple(n * n for n in batch) for batch in batches]
+
+
+def test_endless_batches_are_loaded_a_few_ahead():
+    asked = []
+    loaded = load_ahead(([n] for n in itertools.count()), lambda n: asked.append(n) or n, 2)
+    assert [next(loaded) for _ in range(3)] == [[0], [1], [2]]
+    assert len(asked) <= 2 + AHEAD
+    loaded.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def refuse_three(number: int) -> int:
+    if number == 3:
+        raise BadImage(Status.DAMAGED, "three")
+    return number
+
+
+def test_an_exception_belongs_to_its_batch():
+    loaded = load_ahead([[1, 2], [3, 4]], refuse_three, 2)
+    assert next(loaded) == [1, 2]
+    with pytest.raises(BadImage, match="three"):
+        next(loaded)
+
+
+def test_a_bad_image_is_returned_or_replaced_by_the_next_one():
+    error = good_or_bad(refuse_three, 3)
+    assert isinstance(error, BadImage) and error.status == Status.DAMAGED and good_or_bad(refuse_three, 4) == 4
+    rows = np.array([7, 3, 3, 5, 3])
+    assert first_good(rows, 0, refuse_three) == (7, [0])
+    assert first_good(rows, 1, refuse_three) == (5, [1, 2, 3])
+    assert first_good(rows, 4, refuse_three) == (7, [4, 0])  # after the last comes the first
+    with pytest.raises(ManifestError, match="none of the listed images can be decoded"):
+        first_good(np.array([3, 3]), 1, refuse_three)

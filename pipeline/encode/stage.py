@@ -18,7 +18,8 @@ from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.execute.chunks import WORK, ChunkStore, fingerprint, lock, sigterm_interrupts
 from semdict.pipeline.execute.code_identity import code_identity
 from semdict.pipeline.images import batches as flow
-from semdict.pipeline.images.decode import crop_identity, decoder_identity, expand_views
+from semdict.pipeline.images.crops import crop_identity, expand_views
+from semdict.pipeline.images.decode import decoder_identity
 from semdict.pipeline.manifest.stage import Manifest, load_manifest
 from semdict.pipeline.shards import ShardSpec
 from semdict.pipeline.tokenizers.pair import PairSpec, PairTokenizer

@@ -10,7 +10,7 @@ from torch import Tensor
 from semdict.pipeline.common.device import to_device
 from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.execute.chunks import Advance, Chunk
-from semdict.pipeline.images.batches import Batch, CropRecipe, stream_batches
+from semdict.pipeline.images.batches import CropBatch, CropRecipe, stream_batches
 from semdict.pipeline.manifest.sources import Reader
 from semdict.pipeline.manifest.stage import Manifest, load_manifest
 from semdict.pipeline.tokenizers.pair import Tokenizer, TokenizerSpec
@@ -66,9 +66,9 @@ class EncodeWorker:
                 yield batch.chunk, {**arrays, "reasons": np.frombuffer(text, dtype=np.uint8)}
                 arrays = {}
 
-    def _launched(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    def _launched(self, batches: Iterable[CropBatch]) -> Iterator[tuple[CropBatch, dict[str, Tensor]]]:
         """Pair each batch with its tokens, one batch late: a GPU has the next queued before this one is read back."""
-        waiting: tuple[Batch, dict[str, Tensor]] | None = None
+        waiting: tuple[CropBatch, dict[str, Tensor]] | None = None
         for batch in batches:
             tokens = {}
             if len(batch.rows):
@@ -88,7 +88,7 @@ class EncodeWorker:
         return {**tokens, "status": status, "boxes": np.zeros((*shape[:2], 5), np.float32)}
 
     def _fill(
-        self, arrays: dict[str, np.ndarray], reasons: dict[int, str], batch: Batch, tokens: dict[str, Tensor]
+        self, arrays: dict[str, np.ndarray], reasons: dict[int, str], batch: CropBatch, tokens: dict[str, Tensor]
     ) -> None:
         """Put one batch's tokens, boxes and faults into the chunk's arrays."""
         start = batch.chunk.start

@@ -1,22 +1,33 @@
-"""Rows -> crops, a few batches ahead of the models: reading and decoding never wait for them, nor they for it."""
+"""Manifest rows -> batches of crops, decoded ahead of their use: the only look-ahead over images.
+
+`load_ahead` decides when an image is decoded, never what is returned: results come in the order of the requests, for
+any number of workers. What a bad image does is up to the function that loads it: raise BadImage (nothing caught),
+return it (`good_or_bad`: encode records a status), or take the next image (`first_good`: training).
+"""
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import astuple, dataclass
-from typing import Protocol
+from itertools import tee
+from typing import Any, Protocol
 
 import numpy as np
 
+from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.execute.chunks import Chunk
-from semdict.pipeline.images.decode import BadImage, ViewSpec, crop_views, decode
+from semdict.pipeline.images.crops import ViewSpec, crop_views
+from semdict.pipeline.images.decode import BadImage, decode
 
-AHEAD = 3  # batches in flight: one under the models, one ready, one being decoded
+AHEAD = 3  # batches in flight: one in use, one ready, one being decoded
+
+Crops = tuple[np.ndarray, np.ndarray]  # (V, 256, 256, 3) uint8, boxes (V, 5) float32
 
 
 class Rows(Protocol):
-    """What batches need to know of a manifest: status (N,) uint8 and the key of each row."""
+    """Part of a manifest that the batches need: status (N,) uint8 and the key of each row."""
 
     status: np.ndarray
 
@@ -41,8 +52,8 @@ class CropRecipe:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Crops of the good rows of a chunk's slice; rows that could not be decoded carry a status instead."""
+class CropBatch:
+    """Crops of the good rows of a chunk's slice; rows that cannot be decoded carry a status instead."""
 
     chunk: Chunk
     rows: np.ndarray  # (n,) int64 manifest rows, good ones only
@@ -53,35 +64,98 @@ class Batch:
     last: bool  # the chunk ends here
 
 
-def load_crop(reader: Source, manifest: Rows, row: int, recipe: CropRecipe) -> tuple[np.ndarray, np.ndarray]:
-    """One row to (V, 256, 256, 3) uint8 crops and (V, 5) float32 boxes; BadImage where it cannot be decoded."""
-    rgb = decode(reader.read(row), recipe.decoder, recipe.max_pixels)
-    pixels, boxes = crop_views(rgb, recipe.crop, list(recipe.views), manifest.key(row), recipe.seed)
+def load_ahead(
+    batches: Iterable[Sequence[Any]],
+    load: Callable[[Any], Any],
+    workers: int = 0,
+    collate: Callable[[list], Any] = list,
+    processes: bool = False,
+    pin_memory: bool = False,
+) -> Iterator[Any]:
+    """Yield collate([load(request) for request in batch]) for each batch, loading AHEAD batches before they are used.
+
+    Requests run on `workers` threads (0 = one per core). With `processes`, whole batches run in worker processes of a
+    torch DataLoader, which `load` needs if it uses global state such as NumPy's generator; `load` and `collate` must be
+    picklable then, and `pin_memory` applies to collated tensors. `batches` may be endless. An exception of `load` is
+    raised at the batch that it belongs to.
+    """
+    workers = workers or os.cpu_count() or 1
+    if processes:
+        from torch.utils.data import DataLoader
+
+        yield from DataLoader(
+            _Requests(load), batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory
+        )
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    pending: deque[list[Future]] = deque()
+    try:
+        for batch in batches:
+            pending.append([pool.submit(load, request) for request in batch])
+            if len(pending) >= AHEAD:
+                yield collate([future.result() for future in pending.popleft()])
+        while pending:
+            yield collate([future.result() for future in pending.popleft()])
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass
+class _Requests:
+    """A dataset whose indices are requests."""
+
+    load: Callable[[Any], Any]
+
+    def __getitem__(self, request: Any) -> Any:
+        return self.load(request)
+
+
+def good_or_bad(load: Callable[..., Any], *request: Any) -> Any:
+    """load(*request), or the BadImage that it raised."""
+    try:
+        return load(*request)
+    except BadImage as error:
+        return error
+
+
+def first_good(rows: np.ndarray, position: int, load: Callable[[int], Any]) -> tuple[Any, list[int]]:
+    """load(row) of the first good image among rows[position], rows[position + 1], ..., which go on at rows[0].
+
+    Also returns the positions tried, the last of which is that of the result. ManifestError if every image is bad.
+    """
+    tried: list[int] = []
+    for offset in range(len(rows)):
+        tried.append((position + offset) % len(rows))
+        result = good_or_bad(load, int(rows[tried[-1]]))
+        if not isinstance(result, BadImage):
+            return result, tried
+    raise ManifestError("none of the listed images can be decoded; run `dvc repro -f manifest`")
+
+
+def load_crop(reader: Source, manifest: Rows, row: int, recipe: CropRecipe) -> Crops:
+    """Views of one row and their boxes; BadImage where it cannot be decoded."""
+    rgb_HW3 = decode(reader.read(row), recipe.decoder, recipe.max_pixels)
+    pixels, boxes = crop_views(rgb_HW3, recipe.crop, list(recipe.views), manifest.key(row), recipe.seed)
     return pixels, np.asarray([astuple(box) for box in boxes], dtype=np.float32)
 
 
 def stream_batches(
     reader: Source, manifest: Rows, chunks: Iterable[Chunk], recipe: CropRecipe, batch: int, workers: int = 0
-) -> Iterator[Batch]:
-    """Batches in row order, decoded by `workers` threads (0 = one per core), looking ahead over chunk borders.
+) -> Iterator[CropBatch]:
+    """Batches of the chunks' rows in row order, looking ahead over chunk borders.
 
     Batch borders depend on the chunk alone, never on timing, so that a resumed run feeds the models the same batches.
+    Rows that the manifest lists with a status are not read.
     """
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode")
-    try:
-        pending: deque[tuple[Chunk, range, list[Future | None]]] = deque()
-        for chunk, rows in _slices(chunks, batch):
-            futures = [
-                pool.submit(load_crop, reader, manifest, row, recipe) if manifest.status[row] == 0 else None
-                for row in rows
-            ]
-            pending.append((chunk, rows, futures))
-            if len(pending) >= AHEAD:
-                yield _gather(*pending.popleft(), len(recipe.views))
-        while pending:
-            yield _gather(*pending.popleft(), len(recipe.views))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    slices, ahead = tee(_slices(chunks, batch))
+    good = ([row for row in rows if manifest.status[row] == 0] for _, rows in ahead)
+
+    def load(row: int) -> tuple[int, Crops | BadImage]:
+        return row, good_or_bad(load_crop, reader, manifest, row, recipe)
+
+    with closing(load_ahead(good, load, workers)) as loaded:
+        for results, (chunk, rows) in zip(loaded, slices, strict=True):
+            yield _crop_batch(chunk, rows, results, len(recipe.views))
 
 
 def _slices(chunks: Iterable[Chunk], batch: int) -> Iterator[tuple[Chunk, range]]:
@@ -90,25 +164,16 @@ def _slices(chunks: Iterable[Chunk], batch: int) -> Iterator[tuple[Chunk, range]
             yield chunk, range(start, min(start + batch, chunk.stop))
 
 
-def _gather(chunk: Chunk, rows: range, futures: list[Future | None], views: int) -> Batch:
-    """Wait for one batch's decodes; a bad image becomes a status, anything else is raised."""
-    good, crops, boxes, bad = [], [], [], {}
-    for row, future in zip(rows, futures, strict=True):
-        if future is None:
-            continue  # the manifest already says why
-        try:
-            pixels, box = future.result()
-        except BadImage as error:
-            bad[row] = (int(error.status), error.reason)
-            continue
-        good.append(row)
-        crops.append(pixels)
-        boxes.append(box)
-    return Batch(
+def _crop_batch(chunk: Chunk, rows: range, results: list[tuple[int, Crops | BadImage]], views: int) -> CropBatch:
+    """Stack the good rows; a bad image becomes a status."""
+    good = {row: result for row, result in results if not isinstance(result, BadImage)}
+    bad = {row: (int(error.status), error.reason) for row, error in results if isinstance(error, BadImage)}
+    pixels, boxes = zip(*good.values(), strict=True) if good else ((), ())
+    return CropBatch(
         chunk=chunk,
-        rows=np.asarray(good, dtype=np.int64),
-        pixels=np.stack(crops) if crops else np.zeros((0, views, 256, 256, 3), np.uint8),
-        boxes=np.stack(boxes) if boxes else np.zeros((0, views, 5), np.float32),
+        rows=np.fromiter(good, np.int64),
+        pixels=np.stack(pixels) if good else np.zeros((0, views, 256, 256, 3), np.uint8),
+        boxes=np.stack(boxes) if good else np.zeros((0, views, 5), np.float32),
         bad=bad,
         size=len(rows),
         last=rows.stop == chunk.stop,

@@ -1,4 +1,4 @@
-"""Image bytes -> RGB pixels: the only decoder of the project. Crops and views: `crops`, offered here too.
+"""Image bytes -> RGB pixels: the only decoder of the project.
 
 What counts as the picture is what `PIL.Image.open(file).convert("RGB")` gives, as the field's ImageFolder loaders read
 it: EXIF rotation is NOT applied, embedded colour profiles are ignored, an alpha channel is dropped (not composited).
@@ -19,24 +19,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from semdict.pipeline.common.errors import UsageError
-from semdict.pipeline.images.crops import CROPS, Box, ViewSpec, crop_identity, crop_views, expand_views
-
-__all__ = [
-    "CROPS",
-    "DECODERS",
-    "MAX_PIXELS",
-    "BadImage",
-    "Box",
-    "Status",
-    "ViewSpec",
-    "crop_identity",
-    "crop_views",
-    "decode",
-    "decoder_identity",
-    "expand_views",
-    "probe",
-    "resolve_decoder",
-]
 
 MAX_PIXELS = 178_956_970  # Pillow's own warning threshold; it refuses more than twice that, whatever is asked for
 MAX_ASPECT = 1000  # a longer strip would be resized to hundreds of megabytes before it is cropped

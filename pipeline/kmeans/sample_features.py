@@ -30,7 +30,8 @@ from semdict.pipeline.execute.chunks import (
 )
 from semdict.pipeline.execute.code_identity import code_identity
 from semdict.pipeline.images import batches as flow
-from semdict.pipeline.images.decode import crop_identity, decoder_identity, expand_views
+from semdict.pipeline.images.crops import crop_identity, expand_views
+from semdict.pipeline.images.decode import decoder_identity
 from semdict.pipeline.manifest.sources import Reader
 from semdict.pipeline.manifest.stage import Manifest, load_manifest
 from semdict.pipeline.tokenizers.features import load_features
@@ -131,7 +132,7 @@ class SampleWorker:
                 parts = []
 
     @torch.inference_mode()
-    def _draw(self, batch: flow.Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _draw(self, batch: flow.CropBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features of the drawn positions of one batch."""
         pixels = to_device(batch.pixels[:, 0], torch.device(self.job.device))
         with reduced_precision(pixels.device, self.job.precision):

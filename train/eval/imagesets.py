@@ -107,7 +107,8 @@ class ManifestSplit(ImageSet):
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Tensor:
-        from semdict.pipeline.images.decode import crop_views, decode
+        from semdict.pipeline.images.crops import crop_views
+        from semdict.pipeline.images.decode import decode
 
         row = int(self.rows[number])
         if self.crop is not None:

@@ -113,7 +113,8 @@ def _job(params, manifest, manifest_path: Path, spec: VcqSpec, model: Tokenizer1
     from semdict.pipeline.execute.code_identity import code_identity
     from semdict.pipeline.images import batches as flow
     from semdict.pipeline.images import crops
-    from semdict.pipeline.images.decode import crop_identity, decoder_identity, expand_views
+    from semdict.pipeline.images.crops import crop_identity, expand_views
+    from semdict.pipeline.images.decode import decoder_identity
     from semdict.pipeline.shards import ShardSpec
 
     chosen, pixels = params.vcq_encode, params.pixels
