@@ -28,7 +28,7 @@ from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
 from semdict.train.eval.features import FeatureStore, encoder_features
 from semdict.train.eval.head import ArrayBatches, HeadPlan, fit_head
 from semdict.train.eval.knn import knn
-from semdict.train.eval.sources import Shown
+from semdict.train.eval.sources import TokenBatch
 from semdict.train.masked.encoder import Encoder
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
 
@@ -46,9 +46,9 @@ class Tokens:
         self.names, self.views, self.left_out = [str(n) for n in range(CLASSES)], ["centre"], 0
         self.identity, self.about = {"tokens": "random", "rows": rows}, {}
 
-    def stream(self, view: str, batch: int) -> Iterator[Shown]:
+    def stream(self, view: str, batch: int) -> Iterator[TokenBatch]:
         for start in range(0, len(self.ids), batch):
-            yield Shown(start, self.ids[start : start + batch])
+            yield TokenBatch(start, self.ids[start : start + batch])
 
 
 class Anew:

@@ -299,14 +299,15 @@ def test_help(capsys):
 
 def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     from semdict.pipeline.images.crops import ViewSpec, crop_views
+    from semdict.pipeline.images.decode import BadImage, Status
     from semdict.pipeline.manifest.stage import load_manifest
-    from semdict.train.eval import crops
+    from semdict.train.eval import image_source as sources
     from semdict.train.masked.encoder import load_encoder
 
     folders = {split: str(world / "images" / split) for split in ("train", "val")}
     path, vqgan = world / "data/tiny/manifest/manifest.parquet", load_vqgan(world / "vqgan.ckpt")
     encoder, cpu = load_encoder(world / "runs/tiny/mage"), torch.device("cpu")
-    source = crops.ImageSource(path, folders, ["train"], "resize-292", vqgan, encoder, cpu, "auto", 10**8, batch=2)
+    source = sources.ImageSource(path, folders, ["train"], "resize-292", vqgan, encoder, cpu, "auto", 10**8, batch=2)
     manifest, seen = load_manifest(path), []
 
     def remember(pixels):
@@ -314,11 +315,11 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
         return torch.zeros(len(pixels), 256, dtype=torch.long)
 
     source.codes = lambda images: remember((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
-    batches = crops.CropBatches(source, lambda tokens: tokens[:, :1].float(), 1, 5, seed=3)
+    batches = sources.RandomCropFeatures(source, lambda tokens: tokens[:, :1].float(), 1, 5, seed=3)
     orders = []
     for epoch in range(2):
         labels = torch.cat([label for _, label in batches(epoch)])
-        order = crops.draws.shuffled(12, 3, crops.ORDER, epoch)[:10]
+        order = sources.draws.shuffled(12, 3, sources.ORDER, epoch)[:10]
         orders.append(order.tolist())
         assert labels.tolist() == source.labels[order].tolist()
         shown = np.concatenate(seen)
@@ -330,12 +331,18 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
             assert np.array_equal(pixels, want[0])
         seen.clear()
     assert orders[0] != orders[1] and batches.steps == 2
-    few = crops.CropBatches(source, lambda tokens: tokens[:, :1].float(), 1, 3, 0, within=np.array([4, 7, 9]))
+    few = sources.RandomCropFeatures(source, lambda tokens: tokens[:, :1].float(), 1, 3, 0, within=np.array([4, 7, 9]))
     assert sorted(next(few(0))[1].tolist()) == sorted(source.labels[[4, 7, 9]].tolist())
     seen.clear()
     place = next(i for i in range(9) if source.labels[order[i]] != source.labels[order[i + 1]])
     bad = int(source.rows[order[place]])
-    source._crop = lambda row, spec, seed: None if row == bad else np.full((256, 256, 3), row, np.uint8)
+
+    def crop(row, view, seed):
+        if row == bad:
+            raise BadImage(Status.DAMAGED, "damaged")
+        return np.full((256, 256, 3), row, np.uint8)
+
+    source._crop = crop
     labels = torch.cat([label for _, label in batches(1)]).tolist()
     shown = [int(row) for row in np.concatenate(seen)[:, 0, 0, 0]]  # a picture here tells its row
     assert shown[place] == source.rows[order[place + 1]] and len(shown) == 10

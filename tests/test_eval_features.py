@@ -10,7 +10,7 @@ import torch
 from semdict.pipeline.common.errors import SemdictError, ShardError, WeightsError
 from semdict.train.data.tokens import class_names
 from semdict.train.eval.features import FeatureStore, encoder_features
-from semdict.train.eval.sources import Shown, TokenSource
+from semdict.train.eval.sources import TokenBatch, TokenSource
 from semdict.train.masked.encoder import Encoder, load_encoder, run_name
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
 from semdict.train.masked.pretrained import save_pretrained
@@ -71,7 +71,7 @@ class FakeSource:
         self.asked += 1
         for start in range(0, len(self.tokens), batch):
             part = self.tokens[start : start + batch]
-            yield Shown(start, part, tuple(i - start for i in self.bad if start <= i < start + len(part)))
+            yield TokenBatch(start, part, tuple(i - start for i in self.bad if start <= i < start + len(part)))
 
 
 def test_features_are_made_once_and_never_mixed_up(tmp_path):

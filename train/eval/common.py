@@ -17,8 +17,8 @@ from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.files import write_aside, write_json
 from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.config import paths as places
-from semdict.train.eval.crops import ImageSource
 from semdict.train.eval.features import FeatureSet, FeatureStore
+from semdict.train.eval.image_source import ImageSource
 from semdict.train.eval.sources import Source, TokenSource
 from semdict.train.masked.encoder import Encoder, load_encoder
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_confusion, write_curve
-from semdict.train.eval.crops import CropBatches
 from semdict.train.eval.features import encoder_features
 from semdict.train.eval.head import ArrayBatches, Batches, Curve, HeadPlan, LinearHead, fit_head, per_cent, predict
+from semdict.train.eval.image_source import RandomCropFeatures
 
 EXAMPLE = """examples:
   semdict evaluate probe --model runs/demo/lease --shards shards/demo
@@ -116,6 +116,6 @@ def training_batches(
         batches = ArrayBatches(views, train.labels[at], plan.batch, plan.seed, setup.device)
         return batches, {**train.about, "images": len(batches.labels), "features": "cached", "embedding_dropout": 0.0}
     features = encoder_features(setup.encoder.model, setup.given.precision, dropout)
-    batches = CropBatches(source, features, setup.encoder.model.config.width, plan.batch, plan.seed, within)
+    batches = RandomCropFeatures(source, features, setup.encoder.model.config.width, plan.batch, plan.seed, within)
     about = {"views": ["random resized crop and flip, new every epoch"], "features": "made every epoch"}
     return batches, {**source.about, **about, "images": len(batches.labels), "embedding_dropout": dropout}

@@ -1,4 +1,4 @@
-"""What a frozen encoder is shown: token views of a shard directory (images: `semdict.train.eval.crops`).
+"""Token sources of a frozen encoder: the stored views of a shard directory (images: `image_source`).
 
 N labelled images, L grid cells, B rows of a batch.
 """
@@ -19,8 +19,8 @@ from semdict.train.masked.encoder import Encoder
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Tokens (B, L) int64 on the encoder's device of images [start, start + B); bad: which of them have none."""
+class TokenBatch:
+    """Tokens (B, L) int64, on the encoder's device, of images [start, start + B); bad: those that have none."""
 
     start: int
     tokens: Tensor
@@ -34,16 +34,16 @@ class Source(Protocol):
     names: list[str]  # of the classes, by label
     views: list[str]
     left_out: int  # images of a bad status or without a label
-    identity: dict[str, Any]  # all that decides the tokens: part of the features' fingerprint
-    about: dict[str, Any]  # what a score file says
+    identity: dict[str, Any]  # everything that decides the tokens: part of the features' fingerprint
+    about: dict[str, Any]  # for the score file
 
-    def stream(self, view: str, batch: int) -> Iterator[Shown]: ...
+    def stream(self, view: str, batch: int) -> Iterator[TokenBatch]: ...
 
 
 class TokenSource:
-    """Pre-tokenised views of some splits of a shard directory; refused when the encoder was trained on other tokens.
+    """Stored views of some splits of a shard directory; refused when the encoder was trained on other tokens.
 
-    Tokens are read a shard at a time, and only when they are asked for: where features are kept, none are.
+    Tokens are read a shard at a time, and only by `stream`: cached features need none.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class TokenSource:
             raise ShardError(f"{path} has a codebook size per position, which no masked-token model reads")
         cells = int(np.prod(shards.grid))
         same = encoder.check_tokens(path, gen["size"], cells, shards.recipe, other_recipe)
-        label, chosen = shards.label[:], np.zeros(len(shards), bool)
+        label, wanted = shards.label[:], np.zeros(len(shards), bool)
         for split in splits or [None]:
-            chosen |= shards.split_rows(split)
-        self.good = chosen & (shards.status[:] == 0) & (label >= 0)
+            wanted |= shards.split_rows(split)
+        self.good = wanted & (shards.status[:] == 0) & (label >= 0)
         if not self.good.any():
             raise ShardError(f"{path}: no image of {splits or 'any split'} has a label; scores need labels")
         self.shards, self.device, self.labels = shards, device, label[self.good].astype(np.int64)
-        self.left_out = int(chosen.sum() - self.good.sum())
+        self.left_out = int(wanted.sum() - self.good.sum())
         self.names = class_names(label, shards.index["label_name"].to_pylist())
         self.views = [view["name"] for view in shards.views]
         recipe = recipe_of(shards.meta)
@@ -73,7 +73,7 @@ class TokenSource:
         self.about = {"source": "tokens", "tokens": str(path), "tokens_recipe": recipe, "same_recipe_as_training": same,
                       "splits": splits or ["all"], "images": len(self.labels), "left_out": self.left_out}  # fmt: skip
 
-    def stream(self, view: str, batch: int) -> Iterator[Shown]:
+    def stream(self, view: str, batch: int) -> Iterator[TokenBatch]:
         """Every labelled image once, in order; ShardError when there is no such view."""
         if view not in self.views:
             raise ShardError(
@@ -86,5 +86,5 @@ class TokenSource:
                 continue
             ids = self.shards.gen[rows][self.good[rows], number]
             for part in np.split(ids, range(batch, len(ids), batch)):
-                yield Shown(first, torch.from_numpy(part.astype(np.int64)).to(self.device))
+                yield TokenBatch(first, torch.from_numpy(part.astype(np.int64)).to(self.device))
                 first += len(part)
