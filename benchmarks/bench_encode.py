@@ -63,7 +63,7 @@ def main() -> None:
         override = f"manifest.images={{train: {args.images}}}"
         if semdict(["manifest", "--set", override, "--out", str(manifest_path), "--metrics", f"{folder}/m.json"]):
             raise SystemExit("no manifest, no benchmark")
-        spec = PairSpec(args.vqgan, args.model, args.teacher, -1, 224, args.centroids, "cpu")
+        spec = PairSpec(args.vqgan, args.model, args.teacher, -1, 224, args.centroids, "cpu", 256)
         job = EncodeJob(
             fingerprint="benchmark",
             manifest=str(manifest_path),

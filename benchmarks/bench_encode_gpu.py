@@ -7,13 +7,14 @@ how many tokens differ from float32. Images are random bytes already on the host
 `bench_decode.py`'s business.
 """
 
+from dataclasses import replace
+
 import torch
 from timm import create_model
 
 from benchmarks.report import arguments, machine, publish, seconds
 from semdict.pipeline.kmeans.clustering import assign
-from semdict.pipeline.tokenizers.vqgan import Vqgan
-from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
+from semdict.pipeline.tokenizers.mage import RELEASED, MageTokenizer
 
 GFLOP = {"vqgan": 129, "teacher": 165}  # per image, counted
 MODEL = "vit_large_patch14_reg4_dinov2.lvd142m"
@@ -23,13 +24,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def build(small: bool, device: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
     """VQGAN, teacher and dictionary at the widths of the ImageNet preset (a fraction of them with --small)."""
     if small:
-        config = VqganConfig(stem=32, widths=(32, 32, 64, 64, 128), blocks=1, decoder_blocks=1, z_channels=32, dim=32)
+        sizes = replace(
+            RELEASED, stem=32, widths=(32, 32, 64, 64, 128), blocks=1, decoder_blocks=1, z_channels=32, dim=32
+        )
         teacher = create_model("vit_tiny_patch16_224", num_classes=0, patch_size=14)
         words = torch.randn(256, 192)
     else:
-        config, words = VqganConfig(), torch.randn(16_384, 1024)
+        sizes, words = RELEASED, torch.randn(16_384, 1024)
         teacher = create_model(MODEL, pretrained=False, num_classes=0, img_size=224)
-    vqgan = Vqgan(config).eval().to(device, memory_format=torch.channels_last)
+    vqgan = MageTokenizer(sizes).eval().to(device, memory_format=torch.channels_last)
     return vqgan, teacher.eval().to(device), words.to(device)
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,8 +24,7 @@ from torch import Tensor
 from benchmarks.memory import status
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import in_turns, wait
-from semdict.pipeline.tokenizers.vqgan import Vqgan
-from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
+from semdict.pipeline.tokenizers.mage import RELEASED, MageTokenizer
 from semdict.train.eval.features import FeatureStore, encoder_features
 from semdict.train.eval.head import ArrayBatches, HeadPlan, fit_head
 from semdict.train.eval.knn import knn
@@ -77,8 +77,8 @@ def epochs(args: Any, size: str, rows: int, root: Path) -> dict[str, Any]:
     kept = store.get(source, [])
     once = perf_counter() - began
     cached = ArrayBatches(kept.first, kept.labels, rows // 2, 0, device)
-    config = VqganConfig() if not args.small else VqganConfig(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1)
-    vqgan = Vqgan(config).to(device).eval().requires_grad_(False)
+    sizes = replace(RELEASED, stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1) if args.small else RELEASED
+    vqgan = MageTokenizer(sizes).to(device).eval().requires_grad_(False)
     pixels = torch.rand(min(batch, rows), 3, 256, 256, generator=torch.Generator().manual_seed(0)).to(device)
 
     def from_tokens(at: np.ndarray) -> Tensor:

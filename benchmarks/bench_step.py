@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -102,11 +103,10 @@ class Steps:
 
     def tokenizer(self) -> Callable[[], torch.Tensor]:
         """MAGE's VQGAN at its released size (narrow with --small) with random weights, on random pictures."""
-        from semdict.pipeline.tokenizers.vqgan import Vqgan
-        from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
+        from semdict.pipeline.tokenizers.mage import RELEASED, MageTokenizer
 
-        narrow = {"stem": 32, "widths": (32, 32, 64, 64, 128), "blocks": 1, "decoder_blocks": 1}
-        net = Vqgan(VqganConfig(**narrow) if self.size == "tiny" else VqganConfig()).to(self.device).eval()
+        narrow = replace(RELEASED, stem=32, widths=(32, 32, 64, 64, 128), blocks=1, decoder_blocks=1)
+        net = MageTokenizer(narrow if self.size == "tiny" else RELEASED).to(self.device).eval()
         pictures = torch.rand(self.batch, 3, 256, 256, generator=torch.Generator().manual_seed(2)).to(self.device)
 
         def encode() -> torch.Tensor:

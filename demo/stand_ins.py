@@ -60,7 +60,7 @@ def copy_shipped(source: Path, out: Path) -> None:
 
 
 def _measure_vqgan(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict:
-    return train_vqgan.measure(train_vqgan.load_vqgan(path), images)
+    return train_vqgan.measure(train_vqgan.load_tokenizer(path), images)
 
 
 def _measure_teacher(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from demo.data import IMAGES, SHIPPED, as_float, load_split, note_sum, psnr
 from semdict.pipeline.common.files import write_aside, write_json
 from semdict.pipeline.common.nearest import nearest
-from semdict.pipeline.tokenizers.vqgan import Vqgan, load_vqgan
-from semdict.pipeline.tokenizers.vqgan_nets import MageBlock, Upsample, VqganConfig
+from semdict.pipeline.tokenizers import load_tokenizer
+from semdict.pipeline.tokenizers.mage import MageTokenizer
+from semdict.pipeline.tokenizers.networks import ResidualBlock, Sizes, Upsample
 
 # B images, D latent channels, N latents (cells of a batch), K codes
-CONFIG = VqganConfig(stem=64, widths=(64,) * 5, blocks=1, decoder_blocks=1, z_channels=32, codes=1024, dim=32)
+SIZES = Sizes(stem=64, widths=(64,) * 5, blocks=1, decoder_blocks=1, z_channels=32, codes=1024, dim=32, strided=False)
 RIM = 1.0  # size of the signal that `prepare` puts along the border
 
 
@@ -53,14 +54,14 @@ class Plan:
         return replace(self, stages=stages, warm_up=max(1, round(self.warm_up * scale)))
 
 
-def prepare(model: Vqgan) -> None:
+def prepare(model: MageTokenizer) -> None:
     """Make an untrained model of equal widths easy to train; the layout stays as it is.
 
     Residual blocks and upsampling start as the identity, so colours pass at once and a level that joins later changes
     nothing at first. Group norm over 32 groups of two channels removes the mean and the scale of an image, and with
     them its colours; a fixed signal along the border, of opposite sign in a group's two channels, outweighs both.
     """
-    width = model.config.stem
+    width = model.sizes.stem
     sign = torch.ones(width)
     sign[1::2] = -1
     edge = -torch.ones(3, 3)
@@ -68,7 +69,7 @@ def prepare(model: Vqgan) -> None:
     rim = (RIM * sign)[:, None, None] * edge
     with torch.no_grad():
         for part in model.modules():
-            if isinstance(part, MageBlock):
+            if isinstance(part, ResidualBlock):
                 nn.init.zeros_(part.conv2.weight)
             elif isinstance(part, Upsample):
                 nn.init.dirac_(part.conv.weight)
@@ -86,7 +87,7 @@ def prepare(model: Vqgan) -> None:
                 last[:, parity::2] -= last[:, parity::2].mean(dim=1, keepdim=True)
 
 
-def encode_from(model: Vqgan, images: Tensor, finest: int) -> Tensor:
+def encode_from(model: MageTokenizer, images: Tensor, finest: int) -> Tensor:
     """Latents (B, D, 16, 16) of images (B, 3, S, S), S = 256 / 2^finest, through the levels from `finest` on."""
     x = model.encoder.conv_in(images)
     for level in model.encoder.down[finest:]:
@@ -96,10 +97,10 @@ def encode_from(model: Vqgan, images: Tensor, finest: int) -> Tensor:
     return model.encoder.conv_out(F.silu(model.encoder.norm_out(model.encoder.mid(x))))
 
 
-def decode_to(model: Vqgan, z: Tensor, finest: int) -> Tensor:
+def decode_to(model: MageTokenizer, z: Tensor, finest: int) -> Tensor:
     """Images (B, 3, S, S) of latents (B, D, 16, 16), through the levels down to `finest`."""
     x = model.decoder.mid(model.decoder.conv_in(z))
-    for index in range(len(model.config.widths) - 1, finest - 1, -1):
+    for index in range(len(model.sizes.widths) - 1, finest - 1, -1):
         level = model.decoder.up[index]
         x = level(x)
         if index > finest:
@@ -184,12 +185,12 @@ def shrink(images: Tensor, finest: int) -> Tensor:
     return torch.cat([F.avg_pool2d(part.float(), 2**finest).round().byte() for part in images.split(64)])
 
 
-def train(images: Tensor, plan: Plan, seed: int, config: VqganConfig = CONFIG) -> tuple[Vqgan, list[dict]]:
+def train(images: Tensor, plan: Plan, seed: int, sizes: Sizes = SIZES) -> tuple[MageTokenizer, list[dict]]:
     """Fit a VQGAN to images (N, 3, 256, 256) uint8; returns it with its curve. The seed decides every draw."""
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Vqgan(config)
+        model = MageTokenizer(sizes)
         prepare(model)
     model = model.to(memory_format=torch.channels_last)
     codes = Codes(model.codebook.requires_grad_(False), plan.decay, rng)
@@ -205,7 +206,7 @@ def train(images: Tensor, plan: Plan, seed: int, config: VqganConfig = CONFIG) -
 
 
 def _run_stage(
-    model: Vqgan, codes: Codes, images: Tensor, stage: Stage, plan: Plan, first: int
+    model: MageTokenizer, codes: Codes, images: Tensor, stage: Stage, plan: Plan, first: int
 ) -> Iterator[tuple[int, float]]:
     """Take a stage's steps, numbered from `first`; yields (step, loss)."""
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -226,7 +227,7 @@ def _run_stage(
         yield step, loss.item()
 
 
-def _loss(model: Vqgan, codes: Codes, images: Tensor, finest: int, commitment: float | None) -> Tensor:
+def _loss(model: MageTokenizer, codes: Codes, images: Tensor, finest: int, commitment: float | None) -> Tensor:
     """The loss of one batch; moves the codebook, or leaves it out where commitment is None."""
     z = encode_from(model, images, finest)
     latents_ND = z.detach().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
@@ -241,14 +242,14 @@ def _loss(model: Vqgan, codes: Codes, images: Tensor, finest: int, commitment: f
     return loss + commitment * F.mse_loss(z, chosen) / codes.table_KD.var(dim=0).mean().clamp_min(1e-6)
 
 
-def save_half(model: Vqgan, path: str | Path) -> None:
+def save_half(model: MageTokenizer, path: str | Path) -> None:
     """MAGE's released layout, `{"state_dict": ...}`, tensors in float16 to be small; loaders read them as float32."""
     state = {name: tensor.half().contiguous().clone() for name, tensor in model.state_dict().items()}
     with write_aside(path) as aside, aside.open("wb") as file:
         torch.save({"state_dict": state}, file)
 
 
-def measure(model: Vqgan, images: Tensor, batch: int = 16) -> dict:
+def measure(model: MageTokenizer, images: Tensor, batch: int = 16) -> dict:
     """PSNR (dB, mean and lowest over images (N, 3, 256, 256) uint8) and how many codes those images use."""
     values, tokens = [], []
     for part in images.split(batch):
@@ -268,7 +269,7 @@ def measure(model: Vqgan, images: Tensor, batch: int = 16) -> dict:
     }
 
 
-def save_grid(model: Vqgan, images: Tensor, path: str | Path, columns: int = 8) -> None:
+def save_grid(model: MageTokenizer, images: Tensor, path: str | Path, columns: int = 8) -> None:
     """A picture of originals (upper rows) and what their tokens decode to (lower rows)."""
     from PIL import Image
 
@@ -300,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(weights: Path, images: Path, grid: Path | None, more: dict) -> dict:
     """Measure saved weights on the val split; writes <weights>.json beside them, and the grid."""
-    model = load_vqgan(weights)
+    model = load_tokenizer(weights)
     held_out, _, _ = load_split(images / "val")
     found = {**measure(model, held_out), **more}
     write_json(weights.with_suffix(".json"), found)

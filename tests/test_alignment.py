@@ -12,10 +12,12 @@ import torch
 
 from semdict.pipeline.common.device import to_device
 from semdict.pipeline.images.crops import crop_views, expand_views
-from semdict.pipeline.tokenizers.features import PatchFeatures, build_vit, load_features
+from semdict.pipeline.tokenizers import load_features, load_tokenizer
+from semdict.pipeline.tokenizers.base import ConvTokenizer, save_tokenizer
+from semdict.pipeline.tokenizers.mage import MageTokenizer
+from semdict.pipeline.tokenizers.networks import Sizes
 from semdict.pipeline.tokenizers.pair import PairTokenizer
-from semdict.pipeline.tokenizers.vqgan import Vqgan, load_vqgan, save_vqgan
-from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
+from semdict.pipeline.tokenizers.teachers import Teacher, build_vit
 
 SIDE, CELL = 16, 16  # cells a side; pixels of a 256-pixel crop per cell
 CELLS = torch.arange(SIDE * SIDE)
@@ -33,9 +35,10 @@ def picture(height: int = 330, width: int = 420, seed: int = 0) -> np.ndarray:
     return rgb
 
 
-def colour_vqgan(path) -> Vqgan:
+def colour_vqgan(path) -> ConvTokenizer:
     """Residual blocks that add nothing: what is left is average pooling of the colours."""
-    model = Vqgan(VqganConfig(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=3, codes=256, dim=3))
+    sizes = Sizes(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=3, codes=256, dim=3, strided=False)
+    model = MageTokenizer(sizes)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name.startswith("encoder.") and "norm" not in name:
@@ -44,11 +47,11 @@ def colour_vqgan(path) -> Vqgan:
             model.encoder.conv_in.weight[colour, colour, 1, 1] = 1
             model.encoder.conv_out.weight[colour, colour, 0, 0] = 1
         model.encoder.norm_out.bias.fill_(3.0)  # keeps the activation in its monotone part
-    save_vqgan(model, path)
-    return load_vqgan(path)
+    save_tokenizer(model, path)
+    return load_tokenizer(path)
 
 
-def colour_vit(path) -> PatchFeatures:
+def colour_vit(path) -> Teacher:
     """Blocks that add nothing, no positions: what is left is the mean colour of the patch beside fixed numbers."""
     vit, rng = build_vit(SPEC), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -67,17 +70,17 @@ def colour_vit(path) -> PatchFeatures:
 def pair(tmp_path_factory) -> PairTokenizer:
     folder = tmp_path_factory.mktemp("colour")
     vqgan, teacher = colour_vqgan(folder / "vqgan.ckpt"), colour_vit(folder / "teacher.pth")
-    return PairTokenizer(vqgan, teacher, torch.zeros(256, 24), torch.device("cpu"))
+    return PairTokenizer(vqgan, teacher, torch.zeros(256, 24), torch.device("cpu"), (SIDE, SIDE))
 
 
 def name_cells(pair: PairTokenizer, z_DL: torch.Tensor, features_LD: torch.Tensor) -> None:
     """Make the cells of one crop the dictionaries: word i is what cell i looks like."""
-    pair.vqgan.codebook.copy_(z_DL.T)
+    pair.tokenizer.codebook.copy_(z_DL.T)
     pair.centroids = features_LD
 
 
 def name_cells_of(pair: PairTokenizer, image: torch.Tensor) -> None:
-    name_cells(pair, pair.vqgan.encode_features(image[None])[0].flatten(1), pair.teacher(image[None])[0])
+    name_cells(pair, pair.tokenizer.encode_features(image[None])[0].flatten(1), pair.teacher(image[None])[0])
 
 
 @cache
@@ -107,7 +110,7 @@ def test_a_cell_has_one_index_in_both(pair, crop, number):
     image = crops(crop)[number]
     changed = [SIDE - 1, *np.random.default_rng(number).choice(SIDE * SIDE, 1).tolist()]
     images = torch.stack([image, *(with_another_cell(image, index) for index in changed)])
-    z, features = pair.vqgan.encode_features(images).flatten(2), pair.teacher(images)
+    z, features = pair.tokenizer.encode_features(images).flatten(2), pair.teacher(images)
     name_cells(pair, z[0], features[0])
     gen, disc = both(pair, images)
     assert torch.equal(gen[0], CELLS) and torch.equal(disc[0], CELLS), "cells are not told apart, or not row-major"
@@ -139,6 +142,6 @@ def test_misalignment_would_be_noticed(pair, mistake):
         features = pair.teacher(crops()[2][None])[0]
     else:
         features = torch.cat([features[:1], features[:-1]])
-    wrong = PairTokenizer(pair.vqgan, lambda images: features[None], pair.centroids, pair.device)
+    wrong = PairTokenizer(pair.tokenizer, lambda images: features[None], pair.centroids, pair.device, pair.grid)
     gen, disc = both(wrong, image[None])
     assert torch.equal(gen[0], CELLS) and (disc[0] != CELLS).sum() > 200

@@ -14,8 +14,7 @@ from demo import stand_ins, train_teacher, train_vqgan
 from demo.data import as_float, load_split, psnr
 from demo.images import CLASSES, SHAPES, picture, write_images
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.tokenizers.features import load_features
-from semdict.pipeline.tokenizers.vqgan import load_vqgan
+from semdict.pipeline.tokenizers import load_features, load_tokenizer
 
 UNSEEN = 987  # seed of images that no training saw
 
@@ -117,7 +116,7 @@ def test_vqgan_training_is_deterministic(crops, tmp_path):
         model, _ = train_vqgan.train(crops["train"][0][:8], plan, seed=1)
         train_vqgan.save_half(model, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert load_vqgan(tmp_path / "a").grid == 16
+    assert load_tokenizer(tmp_path / "a").grid(256) == (16, 16)
 
 
 @pytest.mark.parametrize(("rim", "seen"), [(1.0, True), (0.0, False)])
@@ -125,7 +124,7 @@ def test_the_rim_lets_colours_through_the_group_norms(monkeypatch, rim, seen):
     """Flat images of two greys: norms over pairs of channels hide the difference, the rim shows it."""
     monkeypatch.setattr(train_vqgan, "RIM", rim)
     torch.manual_seed(0)
-    model = train_vqgan.Vqgan(train_vqgan.CONFIG)
+    model = train_vqgan.MageTokenizer(train_vqgan.SIZES)
     train_vqgan.prepare(model)
     greys = torch.tensor([0.3, 0.6]).view(2, 1, 1, 1).expand(2, 3, 64, 64)
     with torch.no_grad():
@@ -174,8 +173,8 @@ def test_stand_in_says_what_it_is(drawn, tmp_path, monkeypatch):
 
 
 def test_shipped_vqgan_reconstructs_unseen_images(crops):
-    model = load_vqgan(stand_ins.SHIPPED / "vqgan.ckpt")
-    assert (model.identity["layout"], model.codebook_size, model.grid) == ("mage", 1024, 16)
+    model = load_tokenizer(stand_ins.SHIPPED / "vqgan.ckpt")
+    assert (model.identity["layout"], model.codebook_size, model.grid(256)) == ("mage", 1024, (16, 16))
     images = as_float(crops["val"][0][::18])
     tokens = model.encode(images)
     assert len(tokens.unique()) > 250, "most of the dictionary speaks"
@@ -190,7 +189,7 @@ def test_shipped_vqgan_reconstructs_unseen_images(crops):
 
 def test_shipped_teacher_knows_classes_and_patches(crops):
     features = load_features(train_teacher.MODEL, stand_ins.SHIPPED / "teacher.pth")
-    assert (features.grid, features.dim) == (16, train_teacher.WIDTH)
+    assert (features.grid, features.dim) == ((16, 16), train_teacher.WIDTH)
     pooled = {}
     for split, (images, labels) in crops.items():
         patches = torch.cat([features(as_float(part)) for part in images.split(32)])

@@ -11,8 +11,7 @@ from PIL import Image
 
 from semdict.pipeline.manifest.stage import load_manifest
 from semdict.pipeline.shards import open_shards, verify_shards
-from semdict.pipeline.tokenizers.features import load_features
-from semdict.pipeline.tokenizers.vqgan import load_vqgan
+from semdict.pipeline.tokenizers import load_features, load_tokenizer
 from tests import tiny
 
 
@@ -36,7 +35,7 @@ def copy(world, tmp_path) -> Path:
 
 def plain_tokens(root: Path) -> tuple[np.ndarray, np.ndarray]:
     """One image at a time, PIL and matrix algebra only around the two models: what the tokens must be."""
-    vqgan = load_vqgan(root / "vqgan.ckpt")
+    vqgan = load_tokenizer(root / "vqgan.ckpt")
     teacher = load_features(tiny.TEACHER, weights=root / "teacher.pth", image_size=224)
     words = np.load(root / "data/tiny/kmeans/centroids.npy").astype(np.float64)
     gens, discs = [], []

@@ -13,7 +13,7 @@ from PIL import Image
 
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.pipeline.shards import open_shards
-from semdict.pipeline.tokenizers.vqgan import load_vqgan
+from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.train.eval.head import HeadPlan
 from semdict.train.eval.knn import knn
 from semdict.train.eval.probe import probe
@@ -174,7 +174,7 @@ def test_images_instead_of_tokens(place):
     free = ("--set", "evaluate.source=images")
     assert evaluate(place, "knn", *free) == 0
     model, _ = load_pretrained(place / "runs/tiny/mage")
-    vqgan = load_vqgan(place / "vqgan.ckpt")
+    vqgan = load_tokenizer(place / "vqgan.ckpt")
     features, labels = {}, {}
     for split in ("train", "val"):
         paths = sorted((place / "images" / split).rglob("*.png"))
@@ -305,7 +305,7 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     from semdict.train.masked.encoder import load_encoder
 
     folders = {split: str(world / "images" / split) for split in ("train", "val")}
-    path, vqgan = world / "data/tiny/manifest/manifest.parquet", load_vqgan(world / "vqgan.ckpt")
+    path, vqgan = world / "data/tiny/manifest/manifest.parquet", load_tokenizer(world / "vqgan.ckpt")
     encoder, cpu = load_encoder(world / "runs/tiny/mage"), torch.device("cpu")
     source = sources.ImageSource(path, folders, ["train"], "resize-292", vqgan, encoder, cpu, "auto", 10**8, batch=2)
     manifest, seen = load_manifest(path), []

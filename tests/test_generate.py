@@ -13,7 +13,7 @@ from PIL import Image
 from semdict.cli import main
 from semdict.pipeline.config.schema import Generate
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
-from semdict.pipeline.tokenizers.vqgan import load_vqgan
+from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.train.masked.conditional import (
     ConditionalConfig,
     ConditionalTransformer,
@@ -123,7 +123,7 @@ def test_files_say_what_was_drawn(world, capsys):
     assert card["uint8"] == "truncate" and len(card["model_sha256"]) == 64
     assert sorted(p.name for p in (world / "a").iterdir()) == ["generate.json", "grid.png", "images", "tokens.npz"]
     drawn = tokens(world / "a")
-    decoded = load_vqgan(world / "vqgan.ckpt").decode(torch.from_numpy(drawn)).clamp(0, 1) * 255
+    decoded = load_tokenizer(world / "vqgan.ckpt").decode(torch.from_numpy(drawn)).clamp(0, 1) * 255
     exact = decoded.permute(0, 2, 3, 1).numpy()
     assert differ(pixels(world / "a"), np.floor(exact)) <= 1
     assert np.mean(pixels(world / "a") != np.floor(exact)) < 0.01, "cut off, not rounded"

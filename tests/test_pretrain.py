@@ -188,12 +188,15 @@ def test_the_online_classifier_changes_nothing_but_its_own(place, shards):
 def test_pictures_are_drawn(place, shards):
     from PIL import Image
 
-    from semdict.pipeline.tokenizers.vqgan import Vqgan, save_vqgan
-    from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
+    from semdict.pipeline.tokenizers.base import save_tokenizer
+    from semdict.pipeline.tokenizers.mage import MageTokenizer
+    from semdict.pipeline.tokenizers.networks import Sizes
 
     torch.manual_seed(0)
-    config = VqganConfig(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=8, codes=CODES, dim=8)
-    save_vqgan(Vqgan(config).eval(), place / "vqgan.ckpt")
+    sizes = Sizes(
+        stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=8, codes=CODES, dim=8, strided=False
+    )
+    save_tokenizer(MageTokenizer(sizes).eval(), place / "vqgan.ckpt")
     watch = (*tiny.other_vqgan("vqgan.ckpt"), "--set", "pretrain.picture_every=2", "--set", "pretrain.pictures=3")
     assert pretrain(shards, "mage", "--set", "pretrain.epochs=1", *watch) == 0
     assert pretrain(shards, "mage", "--set", "pretrain.epochs=1", "--out", "plain") == 0

@@ -174,7 +174,7 @@ def test_weights_of_another_sum_are_refused(world, params):
 
 def test_precision_and_recall_by_brute_force(world, params):
     """Against the definition (Kynkaanniemi et al., arXiv:1904.06991) on the teacher's features."""
-    from semdict.pipeline.tokenizers.features import load_features
+    from semdict.pipeline.tokenizers import load_features
 
     one, two = images(world, "one", params), images(world, "two", params)
     found = scores.teacher(one, two, params).scores

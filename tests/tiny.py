@@ -11,8 +11,9 @@ import yaml
 from PIL import Image
 
 from semdict.cli import main
-from semdict.pipeline.tokenizers.vqgan import Vqgan, save_vqgan
-from semdict.pipeline.tokenizers.vqgan_nets import VqganConfig
+from semdict.pipeline.tokenizers.base import save_tokenizer
+from semdict.pipeline.tokenizers.mage import MageTokenizer
+from semdict.pipeline.tokenizers.networks import Sizes
 
 TEACHER = "vit:patch=14,dim=24,depth=2,heads=2,reg=0"
 CODES, WORDS = 64, 16
@@ -35,13 +36,15 @@ def make_images(root: Path, classes: int = 3, each: int = 4, start: int = 0) -> 
 def make_vqgan(path: Path, seed: int = 0, codes: int = CODES) -> None:
     """Random weights in the MAGE layout, scaled so that the codes in use vary."""
     torch.manual_seed(seed)
-    config = VqganConfig(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=8, codes=codes, dim=8)
-    model = Vqgan(config).eval()
+    sizes = Sizes(
+        stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=8, codes=codes, dim=8, strided=False
+    )
+    model = MageTokenizer(sizes).eval()
     with torch.no_grad():
         model.quantize.embedding.weight.normal_()
         model.decoder.conv_out.bias.fill_(0.5)
         model.decoder.conv_out.weight.mul_(0.05)
-    save_vqgan(model, path)
+    save_tokenizer(model, path)
 
 
 def make_teacher(path: Path, seed: int = 0) -> None:

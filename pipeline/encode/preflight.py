@@ -15,12 +15,12 @@ from semdict.pipeline.images.batches import load_crop
 from semdict.pipeline.images.decode import BadImage
 from semdict.pipeline.images.visualize import psnr, reconstruct, save_grid, word_colours, word_maps
 from semdict.pipeline.manifest.stage import Manifest
-from semdict.pipeline.tokenizers.pair import Tokenizer
+from semdict.pipeline.tokenizers.pair import StreamTokenizer
 
 
 def probe(
     job: EncodeJob,
-    tokenizer: Tokenizer,
+    tokenizer: StreamTokenizer,
     manifest: Manifest,
     vqgan: Vqgan,
     encode: Encode,
@@ -76,6 +76,6 @@ def sample_crops(job: EncodeJob, manifest: Manifest, wanted: int) -> np.ndarray:
     return np.stack(crops)
 
 
-def _tokens(tokenizer: Tokenizer, images: Tensor, precision: str, batch: int) -> dict[str, np.ndarray]:
+def _tokens(tokenizer: StreamTokenizer, images: Tensor, precision: str, batch: int) -> dict[str, np.ndarray]:
     parts = [tokenizer.tokens(images[i : i + batch], precision) for i in range(0, len(images), batch)]
     return {name: np.concatenate([part[name].cpu().numpy() for part in parts]) for name in parts[0]}

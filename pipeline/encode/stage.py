@@ -1,6 +1,7 @@
 """Stage `encode`: every manifest row to aligned generative and discriminative tokens in one shard directory."""
 
 import argparse
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.execute.chunks import WORK, ChunkStore, fingerprint, lock, sigterm_interrupts
 from semdict.pipeline.execute.code_identity import code_identity
 from semdict.pipeline.images import batches as flow
-from semdict.pipeline.images.crops import crop_identity, expand_views
+from semdict.pipeline.images.crops import SIZE, crop_identity, expand_views
 from semdict.pipeline.images.decode import decoder_identity
 from semdict.pipeline.manifest.stage import Manifest, load_manifest
 from semdict.pipeline.shards import ShardSpec
@@ -97,13 +98,14 @@ def pair_spec(settings: Params, centroids: Path) -> PairSpec:
     """The tokenizer pair that params.yaml names, with absolute paths (workers may start elsewhere)."""
     weights = settings.features.weights
     return PairSpec(
-        vqgan=str(Path(settings.vqgan.weights).resolve()),
+        tokenizer=str(Path(settings.vqgan.weights).resolve()),
         features_model=settings.features.model,
         features_weights=str(Path(weights).resolve()) if weights else None,
         features_layer=settings.features.layer,
         features_image_size=settings.features.image_size,
         centroids=str(Path(centroids).resolve()),
         device=resolve_device(settings.encode.device),
+        image_size=SIZE,
     )
 
 
@@ -115,7 +117,7 @@ def make_recipe(settings: Params, pair: PairTokenizer, centroids: Path) -> dict[
         "decoder": decoder_identity(settings.pixels.decoder),
         "input_range": [0, 1],
         "precision": chosen.precision,
-        "gen": pair.vqgan.identity,
+        "gen": pair.tokenizer.identity,
         "disc": {**pair.teacher.identity, "centroids_sha256": sha256_file(centroids), "metric": "squared L2"},
     }
 
@@ -148,7 +150,7 @@ def make_job(
         recipe=crop_recipe,
         spec=spec,
         streams=("gen", "disc"),
-        length=pair.vqgan.grid**2,
+        length=math.prod(pair.grid),
         batch=chosen.batch,
         workers=chosen.workers,
         precision=chosen.precision,
@@ -157,12 +159,11 @@ def make_job(
 
 def shard_spec(settings: Params, manifest: Manifest, pair: PairTokenizer, recipe: dict, name: str) -> ShardSpec:
     """Counts, grid, codebooks, views, recipe and provenance of the shard directory."""
-    grid = pair.vqgan.grid
     return ShardSpec(
         rows=len(manifest),
         views=[{**asdict(view), "name": view.name} for view in expand_views(list(settings.encode.views))],
-        grid=(grid, grid),
-        gen_sizes=int(pair.vqgan.codebook_size),
+        grid=pair.grid,
+        gen_sizes=int(pair.tokenizer.codebook_size),
         disc_size=len(pair.centroids),
         recipe=recipe,
         fingerprint=name,

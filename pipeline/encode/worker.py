@@ -13,7 +13,7 @@ from semdict.pipeline.execute.chunks import Advance, Chunk
 from semdict.pipeline.images.batches import CropBatch, CropRecipe, stream_batches
 from semdict.pipeline.manifest.sources import Reader
 from semdict.pipeline.manifest.stage import Manifest, load_manifest
-from semdict.pipeline.tokenizers.pair import Tokenizer, TokenizerSpec
+from semdict.pipeline.tokenizers.pair import StreamTokenizer, StreamTokenizerSpec
 
 FILL = 65535  # stands where a row has no tokens; never a word
 
@@ -26,7 +26,7 @@ class EncodeJob:
     manifest: str
     images: tuple[tuple[str, str], ...]  # (split, where its images are)
     recipe: CropRecipe
-    spec: TokenizerSpec
+    spec: StreamTokenizerSpec
     streams: tuple[str, ...]  # ("gen", "disc") or ("gen",)
     length: int  # L, tokens per view
     batch: int
@@ -47,7 +47,7 @@ class EncodeWorker:
     job: EncodeJob
     manifest: Manifest
     reader: Reader
-    tokenizer: Tokenizer
+    tokenizer: StreamTokenizer
 
     def process(self, chunks: Iterable[Chunk], advance: Advance) -> Iterator[tuple[Chunk, dict[str, np.ndarray]]]:
         """Yield (chunk, {gen, disc: (n, V, L) uint16; status (n,) uint8; boxes (n, V, 5); reasons: JSON})."""

@@ -1,6 +1,7 @@
 """Stage `sample_features`: teacher features of a few patches of every image, enough for k-means and no more."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from semdict.pipeline.images.crops import crop_identity, expand_views
 from semdict.pipeline.images.decode import decoder_identity
 from semdict.pipeline.manifest.sources import Reader
 from semdict.pipeline.manifest.stage import Manifest, load_manifest
-from semdict.pipeline.tokenizers.features import load_features
+from semdict.pipeline.tokenizers import load_features
 
 EXAMPLE = """example:
   semdict sample-features                     what `dvc repro sample_features` runs
@@ -106,7 +107,7 @@ class SampleJob:
         )
         counts = np.zeros(len(manifest), np.int64)
         rows = manifest.rows_of(self.splits)
-        counts[rows] = points_per_row(len(rows), self.points, teacher.grid**2)
+        counts[rows] = points_per_row(len(rows), self.points, math.prod(teacher.grid))
         return SampleWorker(self, manifest, manifest.reader(dict(self.images)), teacher, counts)
 
 

@@ -1,7 +1,7 @@
-"""Both dictionaries at once: a batch of crops to one generative and one discriminative word per grid cell."""
+"""A tokenizer and a teacher with its codebook: crops to one generative and one discriminative token per grid cell."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,43 +11,48 @@ from semdict.pipeline.common.device import reduced_precision
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.nearest import nearest
 from semdict.pipeline.common.safeload import load_array
-from semdict.pipeline.tokenizers.features import load_features
-from semdict.pipeline.tokenizers.vqgan import load_vqgan
+from semdict.pipeline.tokenizers.base import Tokenizer
+from semdict.pipeline.tokenizers.registry import load_tokenizer
+from semdict.pipeline.tokenizers.teachers import Teacher, load_features
 
-# B crops, L grid cells in row-major order, D feature width, K words
+# B crops, L grid cells in row-major order, D feature width, K centroids
 
 
-class Tokenizer(Protocol):
-    """Images (B, 3, 256, 256) float in [0, 1] on the tokenizer's device -> {"gen": (B, L) int64, ...}."""
+class StreamTokenizer(Protocol):
+    """What the encode stages run: one array of token ids per stream ("gen", and "disc" of a pair)."""
 
     device: torch.device
 
-    def tokens(self, images: Tensor, precision: str) -> dict[str, Tensor]: ...
+    def tokens(self, images: Tensor, precision: str) -> dict[str, Tensor]:
+        """(B, 3, H, W) float in [0, 1] on the tokenizer's device -> {"gen": (B, L) int64, ...}."""
 
-    def decode(self, gen: Tensor) -> Tensor: ...
+    def decode(self, gen: Tensor) -> Tensor:
+        """(B, L) generative ids -> (B, 3, H, W), nominally in [0, 1]."""
 
 
-class TokenizerSpec(Protocol):
-    """A picklable description of a tokenizer; `open` reads its weights."""
+class StreamTokenizerSpec(Protocol):
+    """A picklable description of a tokenizer, for worker processes; `open` reads its weights."""
 
-    def open(self) -> Tokenizer: ...
+    def open(self) -> StreamTokenizer:
+        """Load onto the device of the description."""
 
 
 @dataclass(frozen=True)
 class PairSpec:
-    """VQGAN weights, teacher and centroids by path or name."""
+    """Tokenizer, teacher and centroids by path or name, and the size of the square images."""
 
-    vqgan: str
+    tokenizer: str
     features_model: str
     features_weights: str | None
     features_layer: int
     features_image_size: int
     centroids: str
     device: str
+    image_size: int
 
     def open(self) -> "PairTokenizer":
         """Load all three onto the device, checking that they fit together; WeightsError shows both sides."""
-        vqgan = load_vqgan(self.vqgan, device=self.device)
+        tokenizer = load_tokenizer(self.tokenizer, device=self.device)
         teacher = load_features(
             self.features_model,
             weights=self.features_weights,
@@ -56,33 +61,40 @@ class PairSpec:
             image_size=self.features_image_size,
         )
         centroids = torch.from_numpy(np.ascontiguousarray(load_array(self.centroids), dtype=np.float32))
-        if teacher.grid != vqgan.grid:
+        grid = tokenizer.grid(self.image_size)
+        if teacher.grid != grid:
             raise WeightsError(
-                f"grids differ: {self.vqgan} gives {vqgan.grid}x{vqgan.grid} cells, {self.features_model} at "
-                f"{self.features_image_size} px gives {teacher.grid}x{teacher.grid}; change features.image_size"
+                f"grids differ: {self.tokenizer} gives {_cells(grid)} cells for images of {self.image_size} pixels, "
+                f"{self.features_model} at {self.features_image_size} pixels gives {_cells(teacher.grid)}; change "
+                "features.image_size"
             )
         if centroids.shape[1] != teacher.dim:
             raise WeightsError(
-                f"{self.centroids} holds words of width {centroids.shape[1]}, {self.features_model} gives features of "
-                f"width {teacher.dim}; the dictionary was made with another teacher"
+                f"{self.centroids} holds centroids of width {centroids.shape[1]}, {self.features_model} gives features "
+                f"of width {teacher.dim}: the codebook was made with another teacher"
             )
-        return PairTokenizer(vqgan, teacher, centroids.to(self.device), torch.device(self.device))
+        return PairTokenizer(tokenizer, teacher, centroids.to(self.device), torch.device(self.device), grid)
+
+
+def _cells(grid: tuple[int, ...]) -> str:
+    return "x".join(map(str, grid))
 
 
 @dataclass
 class PairTokenizer:
-    """A loaded pair: `tokens` sees each crop once and gives both words of each cell."""
+    """A loaded pair: `tokens` reads each crop once and gives both tokens of each cell."""
 
-    vqgan: Any
-    teacher: Any
+    tokenizer: Tokenizer
+    teacher: Teacher
     centroids: Tensor  # (K, D) float32
     device: torch.device
+    grid: tuple[int, ...]  # cells of an image
 
     @torch.inference_mode()
     def tokens(self, images: Tensor, precision: str = "float32") -> dict[str, Tensor]:
-        """(B, 3, 256, 256) in [0, 1] -> {"gen": (B, L), "disc": (B, L)} int64; distances always in float32."""
+        """(B, 3, H, W) in [0, 1] -> {"gen": (B, L), "disc": (B, L)} int64; distances always in float32."""
         with reduced_precision(self.device, precision):
-            gen = self.vqgan.encode(images)
+            gen = self.tokenizer.encode(images)
             features_BLD = self.teacher(images)
         B, L, D = features_BLD.shape
         disc = nearest(features_BLD.float().reshape(B * L, D), self.centroids).reshape(B, L)
@@ -90,5 +102,5 @@ class PairTokenizer:
 
     @torch.inference_mode()
     def decode(self, gen: Tensor) -> Tensor:
-        """(B, L) generative ids -> (B, 3, 256, 256) nominally in [0, 1], unclipped."""
-        return self.vqgan.decode(gen)
+        """(B, L) generative ids -> (B, 3, H, W) nominally in [0, 1], unclipped."""
+        return self.tokenizer.decode(gen)

@@ -24,7 +24,7 @@ from semdict.train.masked.encoder import Encoder, load_encoder
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
-    from semdict.pipeline.tokenizers.vqgan import Vqgan
+    from semdict.pipeline.tokenizers.base import Tokenizer
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,11 +78,11 @@ class Setup:
         return FeatureStore(self.encoder, self.args.work, self.device, g.precision, g.dtype, g.batch)
 
     @cached_property
-    def vqgan(self) -> "Vqgan":
+    def vqgan(self) -> "Tokenizer":
         """The tokenizer of source images."""
-        from semdict.pipeline.tokenizers.vqgan import load_vqgan
+        from semdict.pipeline.tokenizers import load_tokenizer
 
-        return load_vqgan(self.params.vqgan.weights, device=self.device)
+        return load_tokenizer(self.params.vqgan.weights, device=self.device)
 
     def source(self, splits: list[str]) -> Source:
         """Tokens or images, as evaluate.source says."""

@@ -68,7 +68,7 @@ def register_teacher(params: "Params", device: torch.device) -> str:
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    from semdict.pipeline.tokenizers.features import load_features
+    from semdict.pipeline.tokenizers import load_features
 
     given = params.features
     teacher = load_features(given.model, given.weights, given.layer, device=str(device), image_size=given.image_size)

@@ -5,6 +5,7 @@ N labelled images, L grid cells, B rows of a batch, E feature width.
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from semdict.train.masked.encoder import Encoder
 
 if TYPE_CHECKING:
     from semdict.pipeline.images.crops import ViewSpec
-    from semdict.pipeline.tokenizers.vqgan import Vqgan
+    from semdict.pipeline.tokenizers.base import Tokenizer
 
 ROWS = 128  # images of a training batch that share a forward pass and its dropout; changes the result
 ORDER = 23  # stream of the seed
@@ -35,11 +36,11 @@ class ImageSource:
     """
 
     def __init__(
-        self, manifest: Path, images: dict[str, str], splits: list[str], crop: str, vqgan: "Vqgan", encoder: Encoder,
-        device: torch.device, decoder: str, max_pixels: int, batch: int = 64, workers: int = 0,
+        self, manifest: Path, images: dict[str, str], splits: list[str], crop: str, vqgan: "Tokenizer",
+        encoder: Encoder, device: torch.device, decoder: str, max_pixels: int, batch: int = 64, workers: int = 0,
         other_recipe: bool = False,
     ) -> None:  # fmt: skip
-        from semdict.pipeline.images.crops import crop_identity, expand_views
+        from semdict.pipeline.images.crops import SIZE, crop_identity, expand_views
         from semdict.pipeline.images.decode import decoder_identity
         from semdict.pipeline.manifest.stage import load_manifest
 
@@ -50,7 +51,7 @@ class ImageSource:
             raise ManifestError(f"{manifest}: no usable image with a label in {splits or 'any split'}")
         gen = {"gen": vqgan.identity}
         same = encoder.only("gen").check_tokens(
-            Path("the VQGAN"), vqgan.codebook_size, vqgan.grid**2, gen, other_recipe
+            Path("the VQGAN"), vqgan.codebook_size, math.prod(vqgan.grid(SIZE)), gen, other_recipe
         )
         self.reader, self.vqgan, self.device = self.manifest.reader(images), vqgan, device
         self.rows, self.labels = good, self.manifest.label[good].astype(np.int64)

@@ -15,7 +15,7 @@ from semdict.pipeline.config import paths as places
 from semdict.train.eval.imagesets import ImageSet, open_images
 
 if TYPE_CHECKING:
-    from semdict.pipeline.tokenizers.features import PatchFeatures
+    from semdict.pipeline.tokenizers.teachers import Teacher
 
 EXAMPLE = """example:
   semdict evaluate nearest --samples runs/demo/lease-unconditional --split train
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Find the nearest of the first `scores.shown` samples; write the picture and the cosines."""
     from semdict.pipeline.config.params import load_params
     from semdict.pipeline.images.visualize import save_grid
-    from semdict.pipeline.tokenizers.features import load_features
+    from semdict.pipeline.tokenizers import load_features
 
     params = load_params(args.params, args.set)
     given = params.features
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def described(images: ImageSet, teacher: "PatchFeatures", device: str, batch: int, count: int | None = None) -> Tensor:
+def described(images: ImageSet, teacher: "Teacher", device: str, batch: int, count: int | None = None) -> Tensor:
     """(n, D) float32 unit vectors: patch-mean features of the first `count` images, all by default."""
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(images, range(count)) if count else images, batch_size=batch

@@ -26,7 +26,7 @@ from semdict.train.masked.sampling import LAST, Decoding, ImageDraws, decode_ite
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
     from semdict.pipeline.shards import TokenShards
-    from semdict.pipeline.tokenizers.vqgan import Vqgan
+    from semdict.pipeline.tokenizers.base import Tokenizer
 
 EXAMPLE = """examples:
   semdict generate --model runs/demo/lease --set generate.images=64
@@ -104,11 +104,11 @@ class Drawing:
         return Decoding(self.given.steps, self.given.temperature, last)
 
     @cached_property
-    def vqgan(self) -> "Vqgan":
+    def vqgan(self) -> "Tokenizer":
         """The tokenizer; UsageError when it has another codebook than the model."""
-        from semdict.pipeline.tokenizers.vqgan import load_vqgan
+        from semdict.pipeline.tokenizers import load_tokenizer
 
-        vqgan = load_vqgan(self.weights, device=self.device)
+        vqgan = load_tokenizer(self.weights, device=self.device)
         if vqgan.codebook_size != self.vocab.codes:
             raise UsageError(
                 f"{self.weights} has {vqgan.codebook_size} codes, {self.args.model} knows {self.vocab.codes}; "

@@ -160,10 +160,10 @@ class Session:
         every, weights = self.given.picture_every, Path(self.params.vqgan.weights)
         if not every or not self.world.first:
             return []
-        from semdict.pipeline.tokenizers.vqgan import load_vqgan
+        from semdict.pipeline.tokenizers import load_tokenizer
         from semdict.train.masked.pictures import Pictures
 
-        vqgan = load_vqgan(weights, self.world.device)
+        vqgan = load_tokenizer(weights, self.world.device)
         if vqgan.codebook_size != self.token_set.codebook_size:
             raise UsageError(
                 f"{weights} has {vqgan.codebook_size} codes, {self.token_set.path} has {self.token_set.codebook_size}"

@@ -198,7 +198,8 @@ def _timm(path: Path, model: str, classes: bool) -> nn.Module:
     """A timm network with the weights of `path`; without its classifier where only features are used."""
     import timm
 
-    from semdict.pipeline.tokenizers.features import SPEC, load_features
+    from semdict.pipeline.tokenizers import load_features
+    from semdict.pipeline.tokenizers.teachers import SPEC
 
     if model.startswith(SPEC):  # a ViT without a registered name, such as a teacher trained here
         return load_features(model, weights=str(path)).vit.requires_grad_(False).eval()

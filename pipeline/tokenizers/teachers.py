@@ -7,44 +7,44 @@ import re
 import sys
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.safeload import load_tensors, refuse_misfit
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224  # 16 x 16 cells of 14 pixels
 SPEC = "vit:"  # a ViT that has no registered name: vit:patch=14,dim=96,depth=6,heads=3
 SPEC_KEYS = {"patch": 14, "dim": 384, "depth": 12, "heads": 6, "reg": 0, "ratio": 4}
 
 
-class PatchFeatures(nn.Module):
+class Teacher(nn.Module):
     """Frozen ViT; called on images (B, 3, H, W) in [0, 1] it gives patch tokens (B, L, D) float32, row-major.
 
     Inside: bicubic antialiased resize to `image_size`, the model's mean and std, the blocks up to `layer` (-1 = last),
     the final norm (DiGIT and DINOv2 apply it to inner layers too), class and register tokens removed.
-    `grid` cells a side, `dim` D, `identity` for recipes.
+    `grid` (rows, columns), `dim` D, `identity` for recipes.
     """
 
     def __init__(self, vit: nn.Module, layer: int, image_size: int, identity: dict) -> None:
         super().__init__()
         config = getattr(vit, "pretrained_cfg", None) or {}
-        mean, std = config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
+        mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
         self.vit, self.image_size = vit, image_size
         self.norm = _final_norm(vit)
         self.block = len(vit.blocks) + layer
-        self.grid, self.dim = _grid(vit, image_size), vit.embed_dim
+        cells = _grid(vit, image_size)
+        self.grid, self.dim = (cells, cells), vit.embed_dim
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.identity = {
             "kind": "features",
             "layer": layer,
             "image_size": image_size,
-            "grid": self.grid,
+            "grid": cells,
             "dim": self.dim,
             "norm": "final",
             "resize": "bicubic antialias",
@@ -77,7 +77,7 @@ def load_features(
     layer: int = -1,
     device: str | torch.device = "cpu",
     image_size: int | None = None,
-) -> PatchFeatures:
+) -> Teacher:
     """A frozen feature model in evaluation mode, float32.
 
     `model` is a timm name (`vit_large_patch14_reg4_dinov2.lvd142m`) or, for a ViT without one, a specification such as
@@ -95,7 +95,7 @@ def load_features(
     source = {"source": "hub", "sha256": _sha256_tensors(vit)}
     if weights is not None:
         source = {"source": "file", "sha256": sha256_file(weights)}
-    found = PatchFeatures(vit, layer, image_size, {"model": model, **source})
+    found = Teacher(vit, layer, image_size, {"model": model, **source})
     return found.requires_grad_(False).eval().to(device)
 
 
@@ -114,6 +114,8 @@ def build_vit(model: str, image_size: int = IMAGE_SIZE, from_hub: bool = False) 
 
 
 def _from_spec(model: str, image_size: int) -> nn.Module:
+    import timm
+
     values = dict(SPEC_KEYS)
     for item in model.removeprefix(SPEC).split(","):
         key, _, number = item.partition("=")
@@ -134,6 +136,8 @@ def _from_spec(model: str, image_size: int) -> nn.Module:
 
 
 def _from_name(model: str, image_size: int, from_hub: bool) -> nn.Module:
+    import timm
+
     name = model.removeprefix("timm/")
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.tokenizers.features import PatchFeatures, build_vit, load_features
+from semdict.pipeline.tokenizers import load_features
+from semdict.pipeline.tokenizers.teachers import Teacher, build_vit
 
 SPEC = "vit:patch=14,dim=24,depth=3,heads=2,reg=0"
 WITH_REGISTERS = "vit:patch=14,dim=24,depth=3,heads=2,reg=4"
@@ -64,7 +65,7 @@ def test_features_are_the_normed_patch_tokens_of_the_layer(tmp_path, images, spe
     assert torch.allclose(got, by_hook(vit, images, 3 + layer), atol=1e-4)
     for other in {0, 1, 2} - {3 + layer}:
         assert not torch.allclose(got, by_hook(vit, images, other), atol=0.1), "another layer would pass"
-    assert (model.grid, model.dim) == (16, 24)
+    assert (model.grid, model.dim) == ((16, 16), 24)
 
 
 def test_mistakes_of_range_norm_and_prefix_would_show(tmp_path, images):
@@ -162,7 +163,7 @@ def test_files_with_a_classifier_load(tmp_path, wrap):
 
 def test_any_registered_vit_by_name(tmp_path, images):
     """Another family (rotary positions), other patch size, the mean and std of its own card."""
-    model = PatchFeatures(build_vit("vit_tiny_patch16_224"), -1, 224, {}).eval()
+    model = Teacher(build_vit("vit_tiny_patch16_224"), -1, 224, {}).eval()
     assert model.identity["mean"] == [0.5, 0.5, 0.5] and model(images).shape == (2, 196, 192)
     rotary = build_vit("vit_tiny_patch16_dinov3_qkvb", 256)
     torch.save(rotary.state_dict(), tmp_path / "r.pth")
@@ -226,7 +227,7 @@ def test_no_weights_and_no_network():
     with pytest.raises(WeightsError, match=r"no published weights.*features\.weights"):
         load_features(SPEC)
     code = (
-        "from semdict.pipeline.tokenizers.features import load_features\n"
+        "from semdict.pipeline.tokenizers import load_features\n"
         "try: load_features('vit_tiny_patch16_224.augreg_in21k_ft_in1k')\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
