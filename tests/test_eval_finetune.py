@@ -10,8 +10,10 @@ import yaml
 from PIL import Image
 
 from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.images.decode import BadImage, Status
 from semdict.pipeline.manifest.stage import load_manifest
-from semdict.train.data.augment import Augmented, AugmentedLoader, make_transform
+from semdict.train.data.augment import TimmAugmentation, make_transform
+from semdict.train.data.images import ImageLoader, ImageRows
 from semdict.train.engine import rng as draws
 from semdict.train.engine.layers import drop_path
 from semdict.train.engine.logging import read_log
@@ -120,28 +122,30 @@ def ready(world) -> Path:  # noqa: F811
     return world
 
 
-def augmented(root: Path, seed: int = 0, **changes) -> Augmented:
+def training_images(root: Path) -> ImageRows:
     manifest = load_manifest(root / "data/tiny/manifest/manifest.parquet")
     folders = {split: str(root / "images" / split) for split in ("train", "val")}
-    plain = {"rand_augment": "rand-m9-mstd0.5-inc1", "crop_scale": (0.2, 1.0)} | changes
-    rows = manifest.rows_of(["train"])
-    return Augmented(str(root / "data/tiny/manifest/manifest.parquet"), folders, rows, seed, plain["rand_augment"],
-                     plain["crop_scale"], "auto", 10**8)  # fmt: skip
+    return ImageRows(manifest, folders, manifest.rows_of(["train"]), "auto", 10**8)
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_alone(ready):
-    first = augmented(ready)
-    a = first[(0, 3)][0].clone()
-    first[(0, 5)]
+    rgb = training_images(ready).decode(3)
+
+    def augmentation(seed: int = 0, rand_augment: str = "rand-m9-mstd0.5-inc1", scale: float = 0.2):
+        return TimmAugmentation(seed, rand_augment, (scale, 1.0))
+
+    augment = augmentation()
+    first = augment(rgb, 0, 3).copy()
+    augment(rgb, 0, 5)
     np.random.rand(7), torch.rand(3)
-    assert torch.equal(augmented(ready)[(0, 3)][0], a) and a.dtype == torch.uint8 and a.shape == (3, 256, 256)
-    assert not torch.equal(first[(1, 3)][0], a) and not torch.equal(augmented(ready, seed=1)[(0, 3)][0], a)
-    bare = augmented(ready, rand_augment="", crop_scale=(1.0, 1.0))
-    whole = [bare[(epoch, 3)][0] for epoch in range(12)]  # nothing but the flip is left
-    as_is = [torch.equal(one, whole[0]) for one in whole]
-    flipped = [torch.equal(one.flip(2), whole[0]) for one in whole]
+    assert np.array_equal(augmentation()(rgb, 0, 3), first) and first.dtype == np.uint8 and first.shape == (256, 256, 3)
+    others = augment(rgb, 1, 3), augment(rgb, 0, 4), augmentation(seed=1)(rgb, 0, 3)
+    assert not any(np.array_equal(other, first) for other in others)
+    bare = augmentation(rand_augment="", scale=1.0)
+    whole = [bare(rgb, epoch, 3) for epoch in range(12)]  # nothing but the flip is left
+    as_is = [np.array_equal(one, whole[0]) for one in whole]
+    flipped = [np.array_equal(one[:, ::-1], whole[0]) for one in whole]
     assert any(flipped) and sum(as_is) + sum(flipped) >= 9  # a crop may miss the border by a pixel
-    assert first[(0, 3)][1] == load_manifest(first.manifest).label[first.rows[3]] and first[(0, 3)][2] == first.rows[3]
 
 
 @pytest.mark.parametrize("magnitude", [0, 9, 10])
@@ -159,21 +163,64 @@ def test_every_operation_works_at_every_magnitude(magnitude):
 
 
 def test_batches_continue_anywhere_and_are_shared_by_ranks(ready):
-    whole = AugmentedLoader(augmented(ready), 4, "r", workers=1)
+    images, augment = training_images(ready), TimmAugmentation(0, "rand-m9-mstd0.5-inc1", (0.2, 1.0))
+
+    def loader(rank: int = 0, ranks: int = 1, workers: int = 1) -> ImageLoader:
+        return ImageLoader(images, augment, 4, 0, rank, ranks, workers=workers, processes=True)
+
+    whole = loader()
     batches = [next(whole) for _ in range(5)]
     whole.close()
-    assert whole.steps_per_epoch == 3 and len({int(row) for b in batches[:3] for row in b["row"]}) == 12
-    later = AugmentedLoader(augmented(ready), 4, "r", workers=2)
-    later.load_state_dict({"step": 3, "rows": 12, "batch": 4, "recipe": "r"})
+    rows = torch.cat([batch["row"] for batch in batches[:3]])
+    assert whole.steps_per_epoch == 3 and len(rows.unique()) == 12
+    labels = torch.cat([batch["label"] for batch in batches[:3]])
+    assert labels.tolist() == images.manifest.label[rows.numpy()].tolist()
+    later = loader(workers=2)
+    later.load_state_dict({**whole.state_dict(), "step": 3})
     for want in batches[3:]:
         got = next(later)
         assert all(torch.equal(got[name], want[name]) for name in want)
     later.close()
-    parts = [AugmentedLoader(augmented(ready), 4, "r", rank, 2, workers=1) for rank in range(2)]
+    parts = [loader(rank, 2) for rank in range(2)]
     shares = [next(part) for part in parts]
     assert torch.equal(torch.cat([share["images"] for share in shares]), batches[0]["images"])
     for part in parts:
         part.close()
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next(ready, processes):
+    images = training_images(ready)
+    whole = ImageLoader(images, corner, 4, 0, workers=2, processes=processes)
+    order = torch.cat([next(whole)["row"] for _ in range(3)]).tolist()
+    bad = order[5]
+    broken = Broken(images.manifest, images.images, images.rows, "auto", 10**8, bad)
+    loader = ImageLoader(broken, corner, 4, 0, workers=2, processes=processes)
+    assert next(loader)["row"].tolist() == order[:4] and loader.replaced == set()
+    second = next(loader)
+    assert second["row"].tolist() == [order[4], order[6], order[6], order[7]]
+    assert torch.equal(second["images"][1], second["images"][2])
+    assert loader.state_dict()["replaced"] == [bad]
+    again = ImageLoader(broken, corner, 4, 0, workers=2, processes=processes)
+    again.load_state_dict(loader.state_dict())
+    assert again.replaced == {bad}
+
+
+class Broken(ImageRows):
+    """Images one of which cannot be decoded."""
+
+    def __init__(self, *fields) -> None:
+        *rest, self.bad = fields
+        super().__init__(*rest)
+
+    def decode(self, row: int) -> np.ndarray:
+        if row == self.bad:
+            raise BadImage(Status.DAMAGED, "broken")
+        return super().decode(row)
+
+
+def corner(rgb: np.ndarray, epoch: int, row: int) -> np.ndarray:
+    return np.ascontiguousarray(rgb[:64, :64])
 
 
 class Codes:

@@ -265,7 +265,7 @@ def test_streaming_refuses_a_pickle_and_foreign_ids(shards, tmp_path):
         (tmp_path / name).write_bytes((shards / "tars" / name).read_bytes())
     first = find_blocks(shards / "tars", read_about(shards / "tars"), ["train"])[0]
     path = tmp_path / first.tar.name
-    offset, size = first.places["gen"]
+    offset, size = first.columns["gen"]
     data = bytearray(path.read_bytes())
     data[offset + size - 2 : offset + size] = (2000).to_bytes(2, "little")
     path.write_bytes(data)

@@ -13,7 +13,7 @@ from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.manifest.stage import load_manifest
 from semdict.pipeline.shards import open_shards, verify_shards
 from semdict.train.ar.files import load_ar
-from semdict.train.data.images import ImageLoader
+from semdict.train.data.images import ImageLoader, ImageRows, RandomCrop, centre_crops, usable_rows
 from semdict.train.vcq.tokenizer import load_tokenizer
 from tests.tiny import TEACHER, digest, make_images, make_teacher
 
@@ -149,10 +149,11 @@ def test_image_loader_resumes_and_shares_rows(world, monkeypatch):
     if not (world / "data/tiny/manifest/manifest.parquet").exists():
         command(world, "manifest")
     manifest = load_manifest(world / "data/tiny/manifest/manifest.parquet")
-    images = {"train": str(world / "images" / "train")}
+    folders = {"train": str(world / "images" / "train")}
+    images = ImageRows(manifest, folders, usable_rows(manifest, ["train"]), "auto", 10**8)
 
     def loader(**place):
-        return ImageLoader(manifest, images, ["train"], 32, 4, seed=3, workers=1, **place)
+        return ImageLoader(images, RandomCrop(32, 3), 4, seed=3, workers=1, floats=True, **place)
 
     whole = loader()
     batches = [next(whole) for _ in range(5)]  # 3 steps an epoch: into the second
@@ -175,6 +176,6 @@ def test_image_loader_resumes_and_shares_rows(world, monkeypatch):
     again = {int(row): image for batch in batches[3:] for row, image in zip(batch["row"], batch["images"], strict=True)}
     shown = {int(row): image for batch in batches[:3] for row, image in zip(batch["row"], batch["images"], strict=True)}
     assert any(not torch.equal(again[row], shown[row]) for row in again)  # another crop in another epoch
-    assert loader().fixed(5).shape == (5, 32, 32, 3)
-    with pytest.raises(UsageError, match="larger than the splits"):
-        ImageLoader(manifest, images, ["train"], 32, 13, seed=0)
+    assert centre_crops(images, 32, 5).shape == (5, 32, 32, 3)
+    with pytest.raises(UsageError, match="larger than the training set"):
+        ImageLoader(images, RandomCrop(32, 0), 13, seed=0)

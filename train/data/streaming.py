@@ -1,8 +1,8 @@
-"""Token sets larger than memory: the tars that `semdict shards export --to webdataset` writes, read block by block.
+"""The streaming dataloader: token sets larger than memory, read from `semdict shards export --to webdataset`'s tars.
 
-A block is a tar sample of some thousand rows, which can be read at its offset without the rest of its tar. Every rank
-reads its own blocks, a window of them at a time, and draws from the window in random order. All order comes from
-counters, so a position is one number.
+A block is a tar sample of some thousand rows, which can be read at its offset without the rest of its tar. Each rank
+reads its own blocks, a window of them at a time, and shuffles the rows of the window. Every order comes from counters,
+so a position is one number.
 """
 
 import io
@@ -19,22 +19,26 @@ import torch
 from torch import Tensor
 
 from semdict.pipeline.common.errors import ShardError, UsageError
-from semdict.train.data.tokens import VIEW, even_share, recipe_of
+from semdict.train.data.loader import Resumable, share_of
+from semdict.train.data.tokens import VIEW, recipe_of
 from semdict.train.engine import rng as draws
 from semdict.train.engine.batch import Batch
 
 WINDOW = 64  # blocks shuffled together: 65,536 rows of 1 KiB by default
-BLOCKS, WITHIN = 3, 4  # streams of one seed, beside those of train.loader
+BLOCKS, WITHIN = 3, 4  # streams of the seed
 COLUMNS = {"gen": "gen.npy", "disc": "disc.npy", "label": "cls.npy"}
 
 
 @dataclass(frozen=True)
-class Block:
-    """Where the columns of some rows stand: column -> (offset, bytes) in a tar; first = number of the first row."""
+class TarBlock:
+    """Some rows of an exported set: the byte range of each column in a tar, column -> (offset, bytes).
+
+    first: number of the first row, counted over all tars in order. rows: how many there are.
+    """
 
     tar: Path
     name: str
-    places: dict[str, tuple[int, int]]
+    columns: dict[str, tuple[int, int]]
     first: int
     rows: int
 
@@ -54,12 +58,12 @@ def read_about(folder: str | Path) -> dict[str, Any]:
     return about
 
 
-def find_blocks(folder: str | Path, about: dict[str, Any], splits: list[str]) -> list[Block]:
+def find_blocks(folder: str | Path, about: dict[str, Any], splits: list[str]) -> list[TarBlock]:
     """Every block of the splits' tars, in order; only headers are read. ShardError names a tar that is damaged."""
     missing = [split for split in splits if split not in about["tars"]]
     if missing:
         raise ShardError(f"{folder} has no split {missing[0]!r}; it has {sorted(about['tars'])}")
-    blocks: list[Block] = []
+    blocks: list[TarBlock] = []
     for name in (tar for split in splits for tar in about["tars"][split]):
         path = Path(folder) / name
         if path.name != name:
@@ -71,7 +75,7 @@ def find_blocks(folder: str | Path, about: dict[str, Any], splits: list[str]) ->
     return blocks
 
 
-def _blocks_of(path: Path, first: int) -> Iterator[Block]:
+def _blocks_of(path: Path, first: int) -> Iterator[TarBlock]:
     """The samples of one tar; the number of rows stands in the header of the label array."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     with tarfile.open(path, "r:") as tar, path.open("rb") as file:
@@ -80,28 +84,29 @@ def _blocks_of(path: Path, first: int) -> Iterator[Block]:
             for column, wanted in COLUMNS.items():
                 if extension == wanted:
                     samples.setdefault(base, {})[column] = (member.offset_data, member.size)
-        for base, places in samples.items():
-            file.seek(places["label"][0])
+        for base, columns in samples.items():
+            file.seek(columns["label"][0])
             version = np.lib.format.read_magic(file)
             shape = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
                      np.lib.format.read_array_header_2_0)(file)[0]  # fmt: skip
-            yield Block(path, base, places, first, shape[0])
+            yield TarBlock(path, base, columns, first, shape[0])
             first += shape[0]
 
 
-class StreamingLoader:
+class StreamingLoader(Resumable):
     """Endless shuffled batches from block tars, `batch` rows over all ranks; the batches are those of ResidentLoader.
 
-    In epoch e the blocks are put in order by (seed, e) and dealt out to the ranks in turn; each rank cuts its blocks
-    into windows of `window` and shuffles the rows of one window. An epoch ends for all ranks after `steps_per_epoch`
-    batches, which the rank with the fewest rows can always fill: the rest is left out of that epoch, other rows each
+    In epoch e the blocks are shuffled by (seed, e) and dealt out to the ranks in turn; each rank cuts its blocks into
+    windows of `window` and shuffles the rows of each window. An epoch ends for all ranks after `steps_per_epoch`
+    batches, which the smallest share of rows can always fill; the rest is left out of that epoch, other rows each
     time. No row comes twice in an epoch. Memory: two windows.
 
-    The order depends on the number of ranks, so a position cannot be taken up by another number of them; it is refused.
-    `row` counts rows in the order of the export. Bad rows are not in the tars.
+    The order depends on the number of ranks, so a position of another number of ranks is refused. `row` counts rows in
+    the order of the export.
     """
 
-    left_out = 0
+    left_out = 0  # rows with a bad status: the export has none
+    advice = ": streamed rows come in another order then; go back to it, or start anew"
 
     def __init__(
         self,
@@ -114,7 +119,7 @@ class StreamingLoader:
         device: torch.device | str = "cpu",
         window: int = WINDOW,
     ) -> None:
-        self._share = even_share(batch, world)
+        self._share = share_of(batch, world)
         self.about = read_about(folder)
         self.blocks = find_blocks(folder, self.about, splits)
         self.batch, self.seed, self.rank, self.world, self.window = batch, seed, rank, world, window
@@ -127,22 +132,14 @@ class StreamingLoader:
                 f"processes with {self._share} rows each a step; use fewer processes, a smaller batch, "
                 "or pretrain.loader=resident"
             )
-        self._step, self._epoch = 0, -1
-        self._order: list[list[Block]] = []  # this rank's windows in the epoch at hand
+        self._dealt_epoch = -1
+        self._order: list[list[TarBlock]] = []  # this rank's windows in the current epoch
         self._starts = np.zeros(1, np.int64)  # first row of each window in this rank's epoch
-        self._held: dict[int, dict[str, np.ndarray]] = {}
+        self._windows: dict[int, dict[str, np.ndarray]] = {}
 
     def _fewest_rows(self) -> int:
-        """Rows of the unluckiest rank: dealt the smallest blocks, and no more of them than anyone."""
+        """Rows of the smallest share that a rank can be dealt: the fewest blocks, and the smallest ones."""
         return sum(sorted(block.rows for block in self.blocks)[: len(self.blocks) // self.world])
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next batch belongs to."""
-        return self._step // self.steps_per_epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         epoch, within = divmod(self._step, self.steps_per_epoch)
@@ -156,72 +153,58 @@ class StreamingLoader:
     def sample(self, n: int) -> Tensor:
         """(n, L) int64 generative ids of rows spread evenly over the set, the same every time; for pictures."""
         total = self.blocks[-1].first + self.blocks[-1].rows
-        found = []
+        ids = []
         for row in np.linspace(0, total - 1, n).astype(np.int64):
             block = next(block for block in reversed(self.blocks) if block.first <= row)
-            found.append(self._read(block)["gen"][row - block.first, 0])
-        return torch.from_numpy(np.stack(found).astype(np.int64)).to(self.device)
+            ids.append(self._read(block)["gen"][row - block.first, 0])
+        return torch.from_numpy(np.stack(ids).astype(np.int64)).to(self.device)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
-        return {"step": self._step, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; ShardError when data, batch or number of processes is another."""
-        for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise ShardError(
-                    f"the checkpoint's loader has {name} {state.get(name)}, this run has {name} {mine}: streamed rows "
-                    "come in another order then; go back to it, or start anew"
-                )
-        self._step = state["step"]
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         rows = sum(block.rows for block in self.blocks)
-        mine = {"rows": rows, "blocks": len(self.blocks), "batch": self.batch, "seed": self.seed, "recipe": self.recipe}
-        return {**mine, "processes": self.world, "window": self.window}
+        data = {"rows": rows, "blocks": len(self.blocks), "batch": self.batch, "seed": self.seed, "recipe": self.recipe}
+        return {**data, "processes": self.world, "window": self.window}
 
     def _open(self, epoch: int) -> None:
         """Deal out the blocks of an epoch."""
-        if epoch == self._epoch:
+        if epoch == self._dealt_epoch:
             return
         dealt = draws.shuffled(len(self.blocks), self.seed, BLOCKS, epoch)[self.rank :: self.world]
         mine = [self.blocks[number] for number in dealt]
         self._order = [mine[i : i + self.window] for i in range(0, len(mine), self.window)]
         self._starts = np.cumsum([0, *(sum(block.rows for block in window) for window in self._order)])
-        self._epoch, self._held = epoch, {}
+        self._dealt_epoch, self._windows = epoch, {}
 
     def _parts(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         """Rows [start, stop) of this rank's epoch, cut where a window ends."""
         for number, (begin, end) in enumerate(pairwise(self._starts)):
             a, b = max(start, begin), min(stop, end)
             if a < b:
-                held = self._window(number)
-                yield {name: values[a - begin : b - begin] for name, values in held.items()}
+                window = self._window(number)
+                yield {name: values[a - begin : b - begin] for name, values in window.items()}
 
     def _window(self, number: int) -> dict[str, np.ndarray]:
         """The shuffled rows of one window; of those read before, only the previous one is kept."""
-        if number not in self._held:
+        if number not in self._windows:
             parts = [self._read(block) for block in self._order[number]]
             joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            order = draws.shuffled(len(joined["row"]), self.seed, WITHIN, self._epoch, self.rank, number)
-            self._held = {n: held for n, held in self._held.items() if n == number - 1}
-            self._held[number] = {name: values[order] for name, values in joined.items()}
-        return self._held[number]
+            order = draws.shuffled(len(joined["row"]), self.seed, WITHIN, self._dealt_epoch, self.rank, number)
+            self._windows = {n: rows for n, rows in self._windows.items() if n == number - 1}
+            self._windows[number] = {name: values[order] for name, values in joined.items()}
+        return self._windows[number]
 
-    def _read(self, block: Block) -> dict[str, np.ndarray]:
+    def _read(self, block: TarBlock) -> dict[str, np.ndarray]:
         """Every column of a block: tokens (n, V, L) uint16, label (n,), row (n,); ShardError names what is wrong."""
-        found = {"row": np.arange(block.first, block.first + block.rows)}
+        arrays = {"row": np.arange(block.first, block.first + block.rows)}
         with block.tar.open("rb") as file:
-            for column, (offset, size) in block.places.items():
+            for column, (offset, size) in block.columns.items():
                 where = f"{block.tar}: {block.name}.{COLUMNS[column]}"
                 file.seek(offset)
                 try:
-                    found[column] = np.load(io.BytesIO(file.read(size)), allow_pickle=False)
+                    arrays[column] = np.load(io.BytesIO(file.read(size)), allow_pickle=False)
                 except (ValueError, OSError, EOFError) as error:
                     raise ShardError(f"{where} is not a plain array ({error}); export the shards again") from None
-                self._check(where, column, found[column], block.rows)
-        return found
+                self._check(where, column, arrays[column], block.rows)
+        return arrays
 
     def _check(self, where: str, column: str, values: np.ndarray, rows: int) -> None:
         length = int(np.prod(self.about["grid"]))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from semdict.pipeline.common.device import DTYPES
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.config import paths as places
-from semdict.train.data.augment import Augmented, AugmentedLoader
+from semdict.train.data.augment import TimmAugmentation
+from semdict.train.data.images import ImageLoader, ImageRows
 from semdict.train.engine import dist
 from semdict.train.engine import rng as draws
 from semdict.train.engine.batch import Batch
@@ -137,16 +138,16 @@ class Session:
             save_classifier(self.place.folder / "model.pt", model, {"settings": self.place.settings})
         return {**scores, "loss": final["loss"], "steps": steps, "final": final}
 
-    def loader(self) -> AugmentedLoader:
+    def loader(self) -> ImageLoader:
         """Augmented training images of this rank."""
         g, world, source = self.given, self.world, self.train_source
-        scale = (g.crop_scale[0], g.crop_scale[1])
-        images = Augmented(
-            str(self.manifest), self.setup.params.manifest.images, source.rows, g.seed, g.rand_augment, scale,
-            source.decoder, source.max_pixels,
+        folders = dict(self.setup.params.manifest.images)
+        images = ImageRows(source.manifest, folders, source.rows, source.decoder, source.max_pixels)
+        augment = TimmAugmentation(g.seed, g.rand_augment, (g.crop_scale[0], g.crop_scale[1]))
+        return ImageLoader(
+            images, augment, g.batch, g.seed, world.rank, world.size, world.device, self.setup.given.workers,
+            processes=True,
         )  # fmt: skip
-        recipe = source.manifest.sha256[:16]
-        return AugmentedLoader(images, g.batch, recipe, world.rank, world.size, world.device, self.setup.given.workers)
 
     def plan(self, steps: int) -> Plan:
         """The loop's part of the settings."""

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semdict.pipeline.common.device import to_device
 from semdict.pipeline.common.errors import ManifestError
-from semdict.train.data.images import as_images
 from semdict.train.data.tokens import class_names
 from semdict.train.engine.loop import DTYPES
 from semdict.train.eval.imagesets import ImageSet
@@ -128,7 +128,7 @@ def latents_of(
     rows, n = np.empty(len(wanted), np.int64), 0
     for found, pixels in place.stream(wanted, given.batch, given.workers):
         here = slice(n, n + len(found))
-        ids[here], z[here], back = _pass(model, as_images(pixels, device), given.precision, copies)
+        ids[here], z[here], back = _pass(model, to_device(pixels, device), given.precision, copies)
         rows[here], n = found, here.stop
         if pictures is not None:
             pictures[here] = back

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from semdict.pipeline.common.device import to_device
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.config import paths as places
-from semdict.train.data.images import ImageLoader, as_images
+from semdict.train.data.images import ImageLoader, ImageRows, RandomCrop, centre_crops, usable_rows
 from semdict.train.engine import dist
 from semdict.train.engine.batch import Batch
 from semdict.train.engine.ema import Ema
@@ -124,7 +125,7 @@ class Session:
     def train(self) -> dict[str, Any]:
         """Fit both networks, write averaged and raw tokenizer, measure both on held-out images."""
         given, world, place = self.given, self.world, self.place
-        loader = self.loader(given.splits, given.batch, world.rank, world.size)
+        loader = self.loader()
         model = Tokenizer1d(config_of(given), given.seed).to(world.device)
         critic = PatchGan(given.discriminator_channels, seed=given.seed).to(world.device)
         average = Ema(model, ["encoder", "quantizer", "decoder"])
@@ -169,12 +170,18 @@ class Session:
         names = ("steps", "seed", "accumulate", "precision", "compile", "save_every", "keep", "log_every")
         return Plan(name="vcq", **{name: getattr(self.given, name) for name in names})
 
-    def loader(self, splits: list[str], batch: int, rank: int = 0, world: int = 1) -> ImageLoader:
-        """Images of some splits."""
-        given, images = self.given, dict(self.params.manifest.images)
-        pixels = self.params.pixels
-        place = (rank, world, self.world.device, given.workers, pixels.decoder, pixels.max_pixels)
-        return ImageLoader(self.manifest, images, splits, given.image_size, batch, given.seed, *place)
+    def images(self, splits: list[str]) -> ImageRows:
+        """Usable images of some splits."""
+        pixels, rows = self.params.pixels, usable_rows(self.manifest, splits)
+        return ImageRows(self.manifest, dict(self.params.manifest.images), rows, pixels.decoder, pixels.max_pixels)
+
+    def loader(self) -> ImageLoader:
+        """Random crops of the training images."""
+        given, world = self.given, self.world
+        images, crop = self.images(given.splits), RandomCrop(given.image_size, given.seed)
+        return ImageLoader(
+            images, crop, given.batch, given.seed, world.rank, world.size, world.device, given.workers, floats=True
+        )
 
     def averaging(self, average: Ema, model: nn.Module):
         """A short run is averaged over less: the decay grows to `ema` as (1 + step) / (10 + step)."""
@@ -201,9 +208,8 @@ class Session:
         from semdict.pipeline.images.visualize import psnr, save_grid
 
         given, folder = self.given, self.place.folder
-        loader = self.loader(given.held_out or given.splits, 1)
-        pixels = loader.fixed(given.measured_images)
-        loader.close()
+        held_out = self.images(given.held_out or given.splits)
+        pixels = centre_crops(held_out, given.image_size, given.measured_images, given.workers)
         save_tokenizer(folder / RAW, model, {"settings": self.place.settings})
         found, rows = {"psnr_raw": float(psnr(pixels, self.reconstruct(model, pixels)).mean())}, [pixels]
         for name, part in average.parts.items():
@@ -220,7 +226,7 @@ class Session:
         model.eval()
         kind, precision, parts = self.world.device.type, self.given.precision, []
         for start in range(0, len(pixels_NHWC), 32):
-            images = as_images(pixels_NHWC[start : start + 32], self.world.device)
+            images = to_device(pixels_NHWC[start : start + 32], self.world.device)
             with torch.autocast(kind, DTYPES[precision], enabled=precision != "float32"):
                 back = model.decode(model.encode(images))
             parts.append((back.float() * 255 + 0.5).floor().byte().permute(0, 2, 3, 1).cpu().numpy())
