@@ -26,8 +26,8 @@ from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import in_turns, wait
 from semdict.pipeline.tokenizers.mage import RELEASED, MageTokenizer
 from semdict.train.eval.features import FeatureStore, encoder_features
-from semdict.train.eval.head import ArrayBatches, HeadPlan, fit_head
 from semdict.train.eval.knn import knn
+from semdict.train.eval.linear_head import ArrayBatches, HeadPlan, fit_head
 from semdict.train.eval.sources import TokenBatch
 from semdict.train.masked.encoder import Encoder
 from semdict.train.masked.model import MaskedTokenTransformer, model_config

@@ -6,7 +6,7 @@ or None. A group is a command with actions, such as `semdict vcq train`.
 
 from typing import NamedTuple
 
-from semdict.train.eval import MEASURES
+from semdict.train.eval.measures import MEASURES
 
 
 class Command(NamedTuple):
@@ -27,11 +27,11 @@ class Group(NamedTuple):
 VCQ = {
     "train": Command("semdict.train.vcq.train", "train the tokenizer and its discriminator on a manifest's images"),
     "encode": Command("semdict.train.vcq.encode", "turn every image into its tokens, as a shard directory"),
-    "evaluate": Command("semdict.train.eval.vcq", "reconstruction, codebook use, first-k-token probe, samples"),
+    "evaluate": Command("semdict.train.eval.vcq_scores", "reconstruction, codebook use, first-k-token probe, samples"),
 }
 AR = {
     "train": Command("semdict.train.ar.train", "train on the generative tokens of a shard directory"),
-    "sample": Command("semdict.train.ar.generate", "sample images: tokens from the model, pixels from the tokenizer"),
+    "sample": Command("semdict.train.ar.sample", "sample images: tokens from the model, pixels from the tokenizer"),
 }
 
 COMMANDS: dict[str, Command | Group] = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from semdict.train.ar.sample import choose, sample, uniforms
+from semdict.train.ar.sampling import choose, sample, uniforms
 from semdict.train.engine.guidance import MODES, Guidance, combine, cosine_ramp, scales, size_ratio
 from semdict.train.vcq.schedule import codebook_sizes
 from tests.test_ar_model import SIZES, TINY, alive, rng

@@ -14,9 +14,9 @@ from PIL import Image
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.pipeline.shards import open_shards
 from semdict.pipeline.tokenizers import load_tokenizer
-from semdict.train.eval.head import HeadPlan
 from semdict.train.eval.knn import knn
-from semdict.train.eval.probe import probe
+from semdict.train.eval.linear_head import HeadPlan
+from semdict.train.eval.linear_probe import probe
 from semdict.train.masked.pretrained import load_pretrained
 from tests import tiny
 
@@ -250,7 +250,7 @@ def test_classes_are_compared_by_name_and_label():
 
 
 def test_a_second_dataset_is_not_mapped_to_a_class_without_training_images():
-    from semdict.train.eval.classmap import load_class_map
+    from semdict.train.eval.class_map import load_class_map
 
     names, trained = ["a", "b", "c"], np.array([0, 2])
     with pytest.raises(UsageError, match="1 classes of again have no training images"):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from semdict.pipeline.common.errors import SemdictError, UsageError
 from semdict.train.eval.few_shot import balanced, summary
-from semdict.train.eval.head import ArrayBatches, HeadPlan, LinearHead, decay_gradient, fit_head, lars, per_cent
 from semdict.train.eval.knn import knn, neighbours, vote
-from semdict.train.eval.probe import probe
+from semdict.train.eval.linear_head import ArrayBatches, HeadPlan, LinearHead, decay_gradient, fit_head, lars, per_cent
+from semdict.train.eval.linear_probe import probe
 
 WIDTH, CLASSES = 16, 4
 

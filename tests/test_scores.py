@@ -17,10 +17,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from semdict.cli import main
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.config.params import load_params
-from semdict.train.eval import scores
+from semdict.train.eval import image_scores as scores
 from semdict.train.eval.frechet import frechet_distance, gaussian
-from semdict.train.eval.imagesets import open_images
-from semdict.train.eval.nearest import nearest
+from semdict.train.eval.image_sets import open_images
+from semdict.train.eval.nearest_images import nearest
 from tests import tiny
 
 SIDE, COUNT = 40, 6
@@ -241,7 +241,7 @@ def test_nearest_training_images_are_found(world):
 
 
 def test_nearest_is_a_full_search(monkeypatch):
-    monkeypatch.setattr("semdict.train.eval.nearest.BLOCK", 7)
+    monkeypatch.setattr("semdict.train.eval.nearest_images.BLOCK", 7)
     rng = torch.Generator().manual_seed(0)
     wanted, bank = torch.randn(4, 5, generator=rng), torch.randn(50, 5, generator=rng)
     cosine, number = nearest(wanted, bank, 3)

@@ -11,8 +11,8 @@ from semdict.pipeline.common.errors import ManifestError, ShardError, UsageError
 from semdict.pipeline.config.schema import VcqEvaluate
 from semdict.pipeline.config.schema.vcq_evaluate import FirstK
 from semdict.train.eval.first_k import first_features, first_k_probe
-from semdict.train.eval.vcq import sample_folders
 from semdict.train.eval.vcq_latents import Latents
+from semdict.train.eval.vcq_scores import sample_folders
 from semdict.train.vcq.choices import CONTRADICTIONS, OPEN
 from semdict.train.vcq.schedule import codebook_sizes
 

@@ -1,92 +1,92 @@
-"""Draw codes from the autoregressive model: static key-value cache, temperature, guidance, one seed per image."""
+"""Draw images: codes from the autoregressive model, pixels from the tokenizer; PNG grid and an npz for evaluation."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from semdict.train.ar.model import ArModel, KvCache
-from semdict.train.engine.guidance import Guidance, combine, scales
+from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.files import publish_dir, write_json
+from semdict.train.ar.files import load_ar
+from semdict.train.ar.sampling import sample
+from semdict.train.ar.train import check_tokenizer
+from semdict.train.engine.dist import pick_device
+from semdict.train.engine.guidance import Guidance
+from semdict.train.vcq.tokenizer import load_tokenizer
 
+if TYPE_CHECKING:
+    from semdict.pipeline.config.schema import ArSample
 
-def uniforms(seed: int, images_B: list[int], length: int) -> Tensor:
-    """(B, L) float64 in [0, 1): image number i owns row i, a function of (seed, i) alone, whatever the batch."""
-    rows = [np.random.Generator(np.random.Philox(key=[seed, image])).random(length) for image in images_B]
-    return torch.from_numpy(np.stack(rows))
-
-
-@torch.no_grad()
-def sample(
-    model: ArModel,
-    labels_B: Tensor,
-    images_B: list[int],
-    seed: int = 0,
-    temperature: float = 1.0,
-    guidance: Guidance | None = None,
-    cache: bool = True,
-) -> Tensor:
-    """(B, L) int64 codes for (B,) int64 classes (`model.null_class` = unconditional).
-
-    images_B: the number of each image in the whole run; with `seed` it fixes the draws, so an image does not depend on
-    its neighbours. temperature divides the guided logits. cache=False runs the whole prefix at every position instead.
-    The model is put into evaluation mode for the time of the call. ValueError for a temperature <= 0 or a wrong label.
-    """
-    _check(model, labels_B, images_B, temperature)
-    sizes = model.sizes("sample")
-    scale_L = scales(guidance or Guidance(), model.config.sizes).tolist()
-    guided = any(scale_L)
-    labels = torch.cat([labels_B, torch.full_like(labels_B, model.null_class)]) if guided else labels_B
-    draws_BL = uniforms(seed, images_B, len(sizes)).to(labels.device)
-    ids_BL = torch.zeros(len(labels_B), len(sizes), dtype=torch.int64, device=labels.device)
-    training = model.training
-    model.eval()
-    try:
-        outputs = _Cached(model, labels) if cache else _Uncached(model, labels)
-        for t, k in enumerate(sizes):
-            before = ids_BL.repeat(2, 1) if guided else ids_BL
-            hidden = outputs(before, t)
-            logits = torch.nn.functional.linear(hidden, model.head.weight[:k]).float()
-            if guided:
-                logits = combine(*logits.chunk(2), scale_L[t])
-            ids_BL[:, t] = choose(logits / temperature, draws_BL[:, t])
-    finally:
-        model.train(training)
-    return ids_BL
+EXAMPLE = """examples:
+  semdict ar sample --model runs/demo/ar --tokenizer runs/demo/vcq --out samples
+  semdict ar sample --draw unguided --set ar_sample.unguided_temperature=0.85      the paper's "w/o CFG"
+  semdict ar sample --set ar_sample.mode=ramp                                     plain cosine guidance (table 8)"""
 
 
-def choose(logits_BK: Tensor, draws_B: Tensor) -> Tensor:
-    """(B,) int64: the code at which the cumulative probability passes the draw; an entry of -inf is never chosen."""
-    cumulative_BK = logits_BK.double().softmax(-1).cumsum(-1)
-    targets_B1 = draws_B[:, None] * cumulative_BK[:, -1:]
-    return torch.searchsorted(cumulative_BK, targets_B1, right=True).squeeze(1).clamp_max(logits_BK.shape[-1] - 1)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model and tokenizer; how to draw stands in params.yaml, section ar_sample."""
+    parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+    parser.add_argument("--model", type=Path, help="run of `semdict ar train` (default runs/<preset>/ar)")
+    parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
+    parser.add_argument("--draw", choices=("guided", "unguided"), default="guided", help="default: guided")
+    parser.add_argument("--out", type=Path, help="default: runs/<preset>/ar-samples-<draw>")
 
 
-class _Cached:
-    """Outputs at position t from the code at t - 1 and the cache; positions must be asked for in order."""
+def run(args: argparse.Namespace) -> int:
+    """Write samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels, tokens), grid.png and sampling.json."""
+    from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.images.visualize import save_grid, to_uint8
 
-    def __init__(self, model: ArModel, labels: Tensor) -> None:
-        self.model, self.labels = model, labels
-        self.shared = model.modulation(labels)
-        self.cache = KvCache(model.config, len(labels), labels.device, self.shared.dtype)
+    params = load_params(args.params, args.set)
+    given, runs = drawing(params.ar_sample, args.draw), Path("runs") / params.preset
+    device = pick_device(given.device)
+    model, about = load_ar(args.model or runs / "ar", device)
+    path = args.tokenizer or runs / "vcq"
+    tokenizer = load_tokenizer(path / "tokenizer.pt" if path.is_dir() else path, device)
+    check_tokenizer(about["tokens"], tokenizer.identity, path)
+    if tokenizer.quantizer.sizes != model.config.sizes:
+        raise UsageError(f"{path} has other codebook sizes than the model was trained with")
+    names = about.get("classes") or []
+    labels = wanted_labels(given.classes, given.per_class, model.null_class)
+    guidance = Guidance(given.scale, given.power, given.start, given.mode)
+    images, tokens = [], []
+    for start in range(0, len(labels), given.batch):
+        part = torch.tensor(labels[start : start + given.batch], device=device)
+        numbers = list(range(start, start + len(part)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bfloat16"):
+            ids_BL = sample(model, part, numbers, given.seed, given.temperature, guidance)
+            pixels = tokenizer.decode(ids_BL)
+        images.append(to_uint8(pixels))
+        tokens.append(ids_BL.cpu().numpy().astype(np.uint16))
+    images_NHWC = np.concatenate(images)
+    with publish_dir(args.out or runs / f"ar-samples-{args.draw}") as folder:
+        np.savez(folder / "samples.npz", arr_0=images_NHWC, arr_1=np.array(labels), tokens=np.concatenate(tokens))
+        save_grid(folder / "grid.png", *by_class(images_NHWC, labels, names))
+        write_json(folder / "sampling.json", {**given.model_dump(), "images": len(labels), "class_names": names})
+    return 0
 
-    def __call__(self, ids_BL: Tensor, t: int) -> Tensor:
-        last = ids_BL[:, t - 1 : t] if t else None
-        return self.model.step(last, self.labels, self.shared, self.cache, t)[:, 0]
+
+def drawing(given: "ArSample", draw: str) -> "ArSample":
+    """The section as it is, or unguided and at its temperature for that."""
+    if draw == "guided":
+        return given
+    return given.model_copy(update={"scale": 0.0, "start": 0.0, "temperature": given.unguided_temperature})
 
 
-class _Uncached:
-    """Outputs at position t from a pass over the whole prefix."""
-
-    def __init__(self, model: ArModel, labels: Tensor) -> None:
-        self.model, self.labels = model, labels
-
-    def __call__(self, ids_BL: Tensor, t: int) -> Tensor:
-        return self.model.hidden(ids_BL[:, : t + 1], self.labels)[:, t]
+def wanted_labels(classes: list[int], per_class: int, null_class: int) -> list[int]:
+    """`per_class` times each class asked for (all by default), class by class; UsageError for a wrong one."""
+    for label in classes:
+        if not 0 <= label <= null_class:
+            raise UsageError(f"ar_sample.classes: {label} is not in [0, {null_class}] ({null_class} = no class)")
+    return [label for label in classes or range(null_class) for _ in range(per_class)]
 
 
-def _check(model: ArModel, labels_B: Tensor, images_B: list[int], temperature: float) -> None:
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, found {temperature}")
-    if len(images_B) != len(labels_B):
-        raise ValueError(f"{len(labels_B)} labels, but {len(images_B)} image numbers")
-    if len(labels_B) and not 0 <= int(labels_B.min()) <= int(labels_B.max()) <= model.null_class:
-        raise ValueError(f"labels must lie in [0, {model.null_class}] ({model.null_class} = no class)")
+def by_class(images_NHWC: np.ndarray, labels: list[int], names: list[str]) -> tuple[list[np.ndarray], list[str]]:
+    """Rows of at most eight pictures for at most eight classes spread evenly over those drawn, and their names."""
+    drawn = sorted(set(labels))
+    chosen = [drawn[i] for i in np.linspace(0, len(drawn) - 1, min(8, len(drawn))).astype(int)]
+    rows = [images_NHWC[np.flatnonzero(np.array(labels) == label)[:8]] for label in chosen]
+    return rows, [names[label] if label < len(names) else str(label) for label in chosen]

@@ -12,8 +12,8 @@ import numpy as np
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.engine import rng as draws
 from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_table
-from semdict.train.eval.head import HeadPlan
-from semdict.train.eval.probe import ProbeResult, probe_batches, training_batches
+from semdict.train.eval.linear_head import HeadPlan
+from semdict.train.eval.linear_probe import ProbeResult, probe_batches, training_batches
 
 EXAMPLE = """examples:
   semdict evaluate few-shot --model runs/demo/lease --shards shards/demo

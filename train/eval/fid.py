@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.config import paths as places
-from semdict.train.eval import scores
-from semdict.train.eval.imagesets import open_images
-from semdict.train.eval.reference import reference_crop
+from semdict.train.eval import image_scores as scores
+from semdict.train.eval.image_sets import open_images
+from semdict.train.eval.reference_images import reference_crop
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params

@@ -30,8 +30,8 @@ from semdict.train.engine.run import Place
 from semdict.train.engine.stage import run_stage, say
 from semdict.train.eval.classifier import Classifier, layer_groups, save_classifier
 from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_confusion
-from semdict.train.eval.head import per_cent
 from semdict.train.eval.image_source import ImageSource
+from semdict.train.eval.linear_head import per_cent
 
 EXAMPLE = """examples:
   semdict evaluate fine-tune --model runs/demo/lease

@@ -9,8 +9,8 @@ import numpy as np
 
 from semdict.pipeline.common.errors import ManifestError, UsageError
 from semdict.train.eval.common import same_classes
-from semdict.train.eval.head import HeadPlan
-from semdict.train.eval.probe import probe
+from semdict.train.eval.linear_head import HeadPlan
+from semdict.train.eval.linear_probe import probe
 from semdict.train.eval.vcq_latents import Latents
 
 if TYPE_CHECKING:

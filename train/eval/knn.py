@@ -15,10 +15,10 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.nearest import exact_float32
-from semdict.train.eval.classmap import ClassMap, load_class_map
+from semdict.train.eval.class_map import ClassMap, load_class_map
 from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_confusion
 from semdict.train.eval.features import FeatureSet
-from semdict.train.eval.head import per_cent, shared
+from semdict.train.eval.linear_head import per_cent, shared
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema.evaluate import SecondSet

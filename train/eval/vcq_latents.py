@@ -16,7 +16,7 @@ from semdict.pipeline.common.device import to_device
 from semdict.pipeline.common.errors import ManifestError
 from semdict.train.data.tokens import class_names
 from semdict.train.engine.loop import DTYPES
-from semdict.train.eval.imagesets import ImageSet
+from semdict.train.eval.image_sets import ImageSet
 from semdict.train.vcq.tokenizer import Tokenizer1d
 
 if TYPE_CHECKING:

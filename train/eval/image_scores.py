@@ -24,7 +24,7 @@ from semdict.train.eval.extractors import (
     register_teacher,
 )
 from semdict.train.eval.frechet import frechet_distance, gaussian
-from semdict.train.eval.imagesets import ImageSet, read_npz
+from semdict.train.eval.image_sets import ImageSet, read_npz
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params

@@ -13,7 +13,7 @@ from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.config import paths as places
-from semdict.train.eval import scores
+from semdict.train.eval import image_scores as scores
 from semdict.train.eval.common import write_table
 from semdict.train.eval.fid import score_samples
 from semdict.train.eval.first_k import first_k_probe

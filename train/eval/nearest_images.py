@@ -12,7 +12,7 @@ from torch import Tensor
 from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.config import paths as places
-from semdict.train.eval.imagesets import ImageSet, open_images
+from semdict.train.eval.image_sets import ImageSet, open_images
 
 if TYPE_CHECKING:
     from semdict.pipeline.tokenizers.teachers import Teacher

@@ -12,8 +12,17 @@ import torch
 
 from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_confusion, write_curve
 from semdict.train.eval.features import encoder_features
-from semdict.train.eval.head import ArrayBatches, Batches, Curve, HeadPlan, LinearHead, fit_head, per_cent, predict
 from semdict.train.eval.image_source import RandomCropFeatures
+from semdict.train.eval.linear_head import (
+    ArrayBatches,
+    Batches,
+    Curve,
+    HeadPlan,
+    LinearHead,
+    fit_head,
+    per_cent,
+    predict,
+)
 
 EXAMPLE = """examples:
   semdict evaluate probe --model runs/demo/lease --shards shards/demo
