@@ -102,3 +102,13 @@ def test_a_users_mistake_is_one_line_and_exit_2(tmp_path):
     assert "none.yaml does not exist" in done.stderr
     assert done.stderr.startswith("semdict check: ")
     assert "Traceback" not in done.stderr
+
+
+def test_short_names_are_importable_and_the_package_itself_is_light():
+    script = (
+        f"import sys, semdict\nprint('HEAVY', [m for m in {HEAVY} if m in sys.modules])\n"
+        "from semdict import load_features, load_model, load_tokenizer, open_shards\n"
+        "print(load_tokenizer.__module__, open_shards.__module__, hasattr(semdict, 'load_nothing'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("HEAVY []\nsemdict.pipeline.tokenizers") and done.stdout.endswith("False\n")

@@ -1,8 +1,19 @@
-"""The only door for files that others made: checkpoints and arrays are read as data, never executed."""
+"""Checkpoints and arrays made by others are read here, as data: nothing in them is executed.
+
+Torch files go through torch's weights-only unpickler. What training code leaves beside the tensors (random states,
+configuration objects, callbacks) is replaced by inert objects, so that the tensors load; any other name in a pickle is
+refused. The state dict is looked for in the entries that training code wraps it in, and wrapper prefixes are removed
+from tensor names.
+"""
 
 import argparse
 import os
 import pathlib
+import pickletools
+import re
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +25,18 @@ from semdict.pipeline.common.errors import WeightsError
 
 
 class Inert:
-    """Stands where a checkpoint names a training-time class that is not needed to read its tensors."""
+    """Takes the place of a class or function that a checkpoint names and that reading its tensors does not need."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+def plain_dict(*args: Any) -> dict:
+    """Takes the place of `collections.defaultdict`."""
+    return {}
 
 
 # Plain data that released checkpoints carry beside their tensors: an argument namespace, paths, numpy scalars.
@@ -32,58 +48,81 @@ HARMLESS = [
     np.dtype,
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Int64DType,
-    np.dtypes.Int32DType,
-    np.dtypes.BoolDType,
+    *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+    (plain_dict, "collections.defaultdict"),
 ]
-# taming-transformers' released files name this class as a dictionary key; its code is never imported.
-FORGOTTEN = ["pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"]
+# Names that training code leaves in checkpoints, replaced by `Inert`; their modules are never imported.
+LEFTOVERS = re.compile(
+    r"numpy\.random\..+|numpy\.(_?core)\.multiarray\._reconstruct|numpy\.(ndarray|dtypes\.\w+)"
+    r"|(omegaconf|hydra|yacs|easydict|ml_collections|addict|pytorch_lightning|lightning|lightning_fabric)\..+"
+    r"|typing\.\w+|collections\.deque|datetime\.\w+|builtins\.(dict|list|tuple|int|float|str|bool|bytes|object)"
+    r"|torch\.torch_version\.TorchVersion|torch\.optim\..+|__main__\.\w+"
+)
+# Entries that hold a state dict, by precedence; those of averaged weights are asked first unless told otherwise.
+AVERAGED = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")
+PLAIN = ("state_dict", "model", "model_state_dict", "module", "teacher", "student")
+WRAPPERS = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module")  # DDP, compile, Fabric, FSDP
+WRAPPED = re.compile(rf"^(?:(?:{'|'.join(WRAPPERS)})\.)+|(?<=\.)(?:(?:{'|'.join(WRAPPERS[1:])})\.)+")
+INFLATION, SLACK = 4, 1 << 20  # members of a zip file may take this many times its size, and this many bytes more
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
-    """Read a .pt, .pth, .ckpt (torch, weights only) or .safetensors file to the CPU; the top level is a dict.
+    """Read a .pt, .pth, .ckpt, .bin (torch, weights only) or .safetensors file to the CPU; the top level is a dict.
 
-    WeightsError when the file is missing, damaged, not a checkpoint, or holds a pickle that would run code.
+    WeightsError when the file is missing, damaged (record checksums included), not a checkpoint, holds a pickle that
+    would run code, or would take far more memory than its size.
     """
     path = existing_file(path)
     try:
-        found = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+        checkpoint = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+    except WeightsError:
+        raise
     except Exception as error:
-        raise WeightsError(_why_not(path, error)) from None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path} holds a {type(found).__name__}, expected a dictionary of tensors")
-    return found
+        raise WeightsError(_explain(path, error)) from None
+    if not isinstance(checkpoint, dict):
+        raise WeightsError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
+    return checkpoint
 
 
-def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict of a checkpoint: the file itself, or what stands under `state_dict`, `model` or `teacher`.
+def load_tensors(path: str | os.PathLike, ema: bool = True) -> dict[str, Tensor]:
+    """The state dict of a checkpoint file, as `state_dict_of` finds it in `load_checkpoint`."""
+    return state_dict_of(load_checkpoint(path), path, ema)
 
-    A `module.` prefix from a wrapped model is removed. WeightsError when there are no tensors.
+
+def state_dict_of(checkpoint: Mapping[Any, Any], path: str | os.PathLike, ema: bool = True) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: the checkpoint itself, or what an entry such as `state_dict` or `ema` holds.
+
+    Averaged weights are preferred where a file has both, plain ones with ema=False. Prefixes of wrapping modules
+    (`module.`, `_orig_mod.`) are removed. WeightsError when there are no tensors, or when a tensor is larger than the
+    file (a view that repeats its few stored numbers).
     """
-    found: Any = load_checkpoint(path)
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(found.get(key), dict):
-            found = found[key]
-            break
-    tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    order = (*AVERAGED, *PLAIN) if ema else (*PLAIN, *AVERAGED)
+    state = _search(checkpoint, order)
+    tensors = {} if state is None else {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
-        keys = ", ".join(map(str, list(found)[:6])) or "nothing"
-        raise WeightsError(f"{path} holds no tensors; its entries are: {keys}")
-    if all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return tensors
+        entries = ", ".join(map(str, list(checkpoint)[:6])) or "nothing"
+        raise WeightsError(f"{path} holds no tensors; its entries are: {entries}")
+    limit = max(Path(path).stat().st_size, SLACK)
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > limit:
+            raise WeightsError(f"{path}: {name} has shape {tuple(tensor.shape)}, more than the whole file holds")
+    return unwrapped(tensors)
 
 
-def refuse_misfit(state: dict[str, Tensor], model: nn.Module, path: str | os.PathLike, what: str) -> None:
+def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without prefixes of wrapping modules in their names; unchanged where two names would become one."""
+    renamed = {WRAPPED.sub("", name): tensor for name, tensor in tensors.items() if name != "n_averaged"}
+    return renamed if len(renamed) == len(tensors.keys() - {"n_averaged"}) else tensors
+
+
+def refuse_misfit(state: dict[str, Tensor], model: nn.Module, path: str | os.PathLike, description: str) -> None:
     """WeightsError unless `state` has exactly the names and shapes of `model`; shows both sides of the first three."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [
-        f"{name}: the file holds {found.get(name, 'nothing')}, {what} has {wanted.get(name, 'nothing')}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
+        f"{name}: the file holds {actual.get(name, 'nothing')}, {description} has {expected.get(name, 'nothing')}"
+        for name in sorted(expected.keys() | actual.keys())
+        if expected.get(name) != actual.get(name)
     ]
     if wrong:
         more = f"\n  and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -94,13 +133,13 @@ def load_array(path: str | os.PathLike, mmap: bool = False) -> np.ndarray:
     """Read a .npy file of plain numbers, memory-mapped read-only on request; WeightsError for anything else."""
     path = existing_file(path)
     try:
-        found = np.load(path, allow_pickle=False, mmap_mode="r" if mmap else None)
+        array = np.load(path, allow_pickle=False, mmap_mode="r" if mmap else None)
     except Exception as error:
         raise WeightsError(f"{path} is not a .npy array of numbers and was not loaded: {_first_line(error)}") from None
-    if not isinstance(found, np.ndarray):
-        found.close()
+    if not isinstance(array, np.ndarray):
+        array.close()
         raise WeightsError(f"{path} is a .npz archive, expected one .npy array")
-    return found
+    return array
 
 
 def existing_file(path: str | os.PathLike) -> Path:
@@ -111,10 +150,63 @@ def existing_file(path: str | os.PathLike) -> Path:
     return path
 
 
+def _search(checkpoint: Any, order: tuple[str, ...], depth: int = 4) -> Mapping | None:
+    """The first dictionary with tensors, entries asked in `order`; None where there is none."""
+    if not isinstance(checkpoint, Mapping) or not depth:
+        return None
+    for entry in order:
+        if (state := _search(checkpoint.get(entry), order, depth - 1)) is not None:
+            return state
+    return checkpoint if any(isinstance(value, Tensor) for value in checkpoint.values()) else None
+
+
 def _load_torch(path: Path) -> Any:
-    inert = [(Inert, name) for name in FORGOTTEN]
-    with torch.serialization.safe_globals([*HARMLESS, *inert]):
+    names = _check_zip(path) if zipfile.is_zipfile(path) else _globals_of_legacy(path)
+    if "builtins.bytearray" in names:
+        raise WeightsError(f"{path} was refused: it asks for a bytearray, whose size the file does not bound")
+    inert = [(Inert, name) for name in names if LEFTOVERS.fullmatch(name)]
+    with torch.serialization.safe_globals([*inert, *HARMLESS]):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_zip(path: Path) -> set[str]:
+    """Check sizes and checksums of a zip file's records; returns the names that its pickle refers to."""
+    with zipfile.ZipFile(path) as archive:
+        records, limit = archive.infolist(), INFLATION * path.stat().st_size + SLACK
+        inflated = sum(record.file_size for record in records)
+        if inflated > limit:
+            raise WeightsError(f"{path} was refused: its {path.stat().st_size} bytes would inflate to {inflated}")
+        names: set[str] = set()
+        for record in records:
+            with archive.open(record) as stream:
+                if record.filename.endswith("data.pkl"):
+                    names |= _globals(stream.read())
+                while stream.read(1 << 20):  # the end of a record is where its checksum is compared
+                    pass
+        return names
+
+
+def _globals_of_legacy(path: Path) -> set[str]:
+    """The names in the four pickles at the start of a file from before torch 1.6, or in a file that is one pickle."""
+    names: set[str] = set()
+    with path.open("rb") as stream:
+        try:
+            for _ in range(4):
+                names |= _globals(stream)
+        except Exception:  # not a pickle any more: torch says what is wrong with the file
+            return names
+    return names
+
+
+def _globals(pickled: Any) -> set[str]:
+    """`module.name` of every global in a pickle, names of Python 2 translated as torch does."""
+    names = set()
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL":
+            module, _, name = argument.partition(" ")
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            names.add(f"{module}.{name}")
+    return names
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -123,12 +215,14 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def _why_not(path: Path, error: Exception) -> str:
+def _explain(path: Path, error: Exception) -> str:
     text = str(error)
     if "Unsupported global" in text or "Unsupported operand" in text or "weights_only" in text.lower():
+        out = path.with_name(f"{path.stem}-tensors.pt")
         return (
             f"{path} was refused and nothing in it was executed: it is not plain tensors ({_unsafe_part(text)}). "
-            "Save its state dict alone (torch.save of tensors, or safetensors) and use that file"
+            'If you trust it, save its state dict alone in the environment that wrote it: python -c "import torch; c = '
+            f"torch.load('{path}', weights_only=False); torch.save(c.get('state_dict', c), '{out}')\""
         )
     return f"{path} cannot be read as a checkpoint, it is damaged or of another kind: {_first_line(error)}"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.files import write_aside
-from semdict.pipeline.common.safeload import load_checkpoint
+from semdict.pipeline.common.safeload import load_checkpoint, state_dict_of
 from semdict.train.engine.ema import Ema
 from semdict.train.engine.layers import pos2d
 from semdict.train.masked.model import MaskedTokenTransformer, ModelConfig
@@ -67,8 +67,7 @@ def load_released(
     """
     path = Path(path)
     found = load_checkpoint(path)
-    state = found["model"] if isinstance(found.get("model"), dict) else found
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = state_dict_of(found, path)
     family = _family(path, state)
     config = _config(path, state, family, num_heads, decoder_num_heads)
     model = MaskedTokenTransformer(config)
