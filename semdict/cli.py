@@ -1,15 +1,14 @@
 """The `semdict` command: looks up one entry of the command table, imports it, parses its arguments and runs it."""
 
 import argparse
-import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from semdict import __version__
 from semdict.commands import COMMANDS, Command, Group
-from semdict.pipeline.common.errors import SemdictError, UsageError
+from semdict.pipeline.common.errors import SemdictError, UsageError, suggestion
 
 DESCRIPTION = "Turns image datasets into paired token shards, and trains on them."
 EXAMPLE = "example:\n  semdict shards info shards/demo"
@@ -84,12 +83,6 @@ def overview(name: str, kind: str, text: str, table: Mapping[str, Command | Grou
 def summary(entry: Command | Group) -> str:
     """An entry's line of help; a group's names its actions."""
     return f"{entry.text}: {', '.join(entry.actions)}" if isinstance(entry, Group) else entry.text
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """The nearest known name as a question, or all of them."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
-from semdict.pipeline.shards.convert import export
+from semdict.pipeline.shards.formats import export_tokens
 from semdict.train.data.streaming import StreamingLoader, find_blocks, read_about
 from semdict.train.data.tokens import ResidentLoader, TokenTable, recipe_of, table_from_shards
 from semdict.train.engine import rng as draws
@@ -44,9 +44,9 @@ def shards(tmp_path_factory):
     index = pa.table({**names, "label_name": [""] * ROWS, "reason": [""] * ROWS})
     write_shards(folder / "set", spec, [Block(gen, disc, np.arange(ROWS, dtype=np.int32), status)], index)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("semdict.pipeline.shards.export_webdataset.BLOCK_ROWS", 8)
-        patch.setattr("semdict.pipeline.shards.export_webdataset.TAR_ROWS", 24)
-        export(folder / "set", folder / "tars", "webdataset")
+        patch.setattr("semdict.pipeline.shards.layouts.webdataset.BLOCK_ROWS", 8)
+        patch.setattr("semdict.pipeline.shards.layouts.webdataset.TAR_ROWS", 24)
+        export_tokens(folder / "set", folder / "tars", "webdataset")
     return folder
 
 
@@ -254,7 +254,7 @@ def test_streaming_refuses_what_it_cannot_share_or_read(shards, tmp_path):
         StreamingLoader(shards / "tars", ["test"], 4, 0)
     with pytest.raises(ShardError, match=r"dataset.json does not exist"):
         StreamingLoader(tmp_path, ["train"], 4, 0)
-    export(shards / "set", tmp_path / "single", "webdataset", per_sample=True)
+    export_tokens(shards / "set", tmp_path / "single", "webdataset", per_sample=True)
     with pytest.raises(ShardError, match="without --per-sample"):
         StreamingLoader(tmp_path / "single", ["train"], 4, 0)
 

@@ -16,7 +16,7 @@ import yaml
 
 from semdict.cli import main
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
-from semdict.pipeline.shards.convert import export
+from semdict.pipeline.shards.formats import export_tokens
 from semdict.train.engine.logging import read_log
 from semdict.train.masked.pretrained import load_pretrained
 from tests import tiny
@@ -163,8 +163,8 @@ def test_two_processes_when_nothing_is_visible(place, shards):
 
 def test_streaming_trains_from_tars(place, shards, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("semdict.pipeline.shards.export_webdataset.BLOCK_ROWS", 8)
-        export(shards, place / "tars", "webdataset")
+        patch.setattr("semdict.pipeline.shards.layouts.webdataset.BLOCK_ROWS", 8)
+        export_tokens(shards, place / "tars", "webdataset")
     options = ("--set", "pretrain.loader=streaming", "--set", "pretrain.epochs=1")
     assert pretrain(place / "tars", "lease", *options) == 1 and "--centroids" in capsys.readouterr().err
     assert pretrain(place / "tars", "lease", *options, "--centroids", str(shards / "codebooks/centroids.npy")) == 0

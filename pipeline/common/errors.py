@@ -1,5 +1,8 @@
 """What a user is told when something they gave cannot be used: one line that names it and the way out."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class SemdictError(Exception):
     """A mistake in the input, or data found unsound; the command line prints it without a traceback, exit 1."""
@@ -37,3 +40,10 @@ class InterruptedRun(SemdictError):  # noqa: N818
     """SIGINT or SIGTERM arrived; finished chunks are kept, the same command continues."""
 
     exit_code = 130
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """For the message about an unknown name: the nearest known one as a question, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

@@ -15,36 +15,37 @@ EXAMPLE = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Four sub-commands."""
+    """Four actions; the layouts and their options come from the tables of `formats.py`."""
+    from semdict.pipeline.shards.formats import EXPORTERS, IMPORTERS
+
     actions = parser.add_subparsers(dest="action", required=True, metavar="info|verify|import|export")
     info = actions.add_parser("info", help="counts, grid, codebooks, bytes, bits per token, entropy, provenance")
     info.add_argument("dir", type=Path)
     info.add_argument("--json", action="store_true", help="machine-readable")
     verify = actions.add_parser("verify", help="read every byte; exit 0 sound, 1 damaged, 2 not a shard directory")
     verify.add_argument("dir", type=Path)
-    importer = actions.add_parser("import", help="from the published .pt layout (tokens_vqgan, labels, tokens_dino)")
+    importer = actions.add_parser("import", help="write the tokens of another layout as a shard directory")
     importer.add_argument("file", type=Path)
     importer.add_argument("dir", type=Path)
+    layouts = "|".join(IMPORTERS.modules)
+    importer.add_argument("--from", dest="layout", metavar=layouts, help="layout of FILE (default: by its ending)")
     importer.add_argument("--centroids", type=Path, help="(K, D) .npy of the discriminative codebook")
-    importer.add_argument("--gen-size", type=int, help="entries of the generative codebook (1024)")
-    importer.add_argument("--disc-size", type=int, help="entries of the discriminative codebook (16384)")
-    importer.add_argument("--split", default="train")
+    importer.add_argument("--gen-size", type=int, metavar="K", help="entries of the generative codebook")
+    importer.add_argument("--disc-size", type=int, metavar="K", help="entries of the discriminative codebook")
+    importer.add_argument("--split", default="train", help="split of all rows (default: train)")
     importer.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-    exporter = actions.add_parser("export", help="to the authors' .pt, webdataset tars or a Hugging Face folder")
+    IMPORTERS.add_arguments(importer)
+    exporter = actions.add_parser("export", help="write a shard directory in another layout")
     exporter.add_argument("dir", type=Path)
     exporter.add_argument("out", type=Path)
-    exporter.add_argument("--to", required=True, choices=("pt", "webdataset", "hf"))
+    exporter.add_argument("--to", required=True, metavar="|".join(EXPORTERS.modules), help="layout of OUT")
     exporter.add_argument("--split", help="one split only")
-    exporter.add_argument("--view", type=int, help="pt: which view of a set with several")
-    exporter.add_argument(
-        "--dtype", choices=("int16", "int32", "int64"), help="pt: integer type (as imported, or int64)"
-    )
-    exporter.add_argument("--per-sample", action="store_true", help="webdataset: one image per sample, not a block")
     exporter.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    EXPORTERS.add_arguments(exporter)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Dispatch; returns the exit status."""
+    """Run one action; returns the exit status."""
     return {"info": _info, "verify": _verify, "import": _import, "export": _export}[args.action](args)
 
 
@@ -95,30 +96,30 @@ def summary(path: Path) -> dict[str, Any]:
 
 
 def _info(args: argparse.Namespace) -> int:
-    found = summary(args.dir)
-    print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else _as_text(found))
+    numbers = summary(args.dir)
+    print(json.dumps(numbers, indent=1, ensure_ascii=False) if args.json else _as_text(numbers))
     return 0
 
 
-def _as_text(found: dict[str, Any]) -> str:
-    views = ", ".join(str(view.get("name", "?")) for view in found["views"])
-    splits = ", ".join(f"{name} {rows:,}" for name, rows in found["splits"].items())
+def _as_text(numbers: dict[str, Any]) -> str:
+    views = ", ".join(str(view.get("name", "?")) for view in numbers["views"])
+    splits = ", ".join(f"{name} {rows:,}" for name, rows in numbers["splits"].items())
     lines = [
-        f"{found['path']}: {found['title'] or 'untitled'} (format {found['version']}, {found['codec']})",
-        f"rows       {found['rows']:,} ({splits}), {found['bad_rows']:,} without tokens",
-        f"grid       {' x '.join(map(str, found['grid']))}, views: {views}",
+        f"{numbers['path']}: {numbers['title'] or 'untitled'} (format {numbers['version']}, {numbers['codec']})",
+        f"rows       {numbers['rows']:,} ({splits}), {numbers['bad_rows']:,} without tokens",
+        f"grid       {' x '.join(map(str, numbers['grid']))}, views: {views}",
     ]
-    for name, book in found["codebooks"].items():
+    for name, book in numbers["codebooks"].items():
         ratio = f"{book['bits_per_token'] / book['order0_entropy_bits']:.4f} x" if book["order0_entropy_bits"] else "-"
         lines.append(
             f"{name:<10} {book['used']:,} of {book['size']:,} codes used, {book['bytes']:,} bytes = "
             f"{book['bits_per_token']} bits per token, order-0 entropy {book['order0_entropy_bits']} ({ratio})"
         )
     lines += [
-        f"size       {found['bytes']:,} bytes in {found['files']} files",
-        f"licence    {found['licence']}; source: {found['source'] or 'not stated'}",
-        f"made with  fingerprint {found['fingerprint'] or '-'}",
-        *("           " + line for line in json.dumps(found["recipe"], indent=1, ensure_ascii=False).splitlines()),
+        f"size       {numbers['bytes']:,} bytes in {numbers['files']} files",
+        f"licence    {numbers['licence']}; source: {numbers['source'] or 'not stated'}",
+        f"made with  fingerprint {numbers['fingerprint'] or '-'}",
+        *("           " + line for line in json.dumps(numbers["recipe"], indent=1, ensure_ascii=False).splitlines()),
     ]
     return "\n".join(lines)
 
@@ -138,35 +139,30 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from semdict.pipeline.shards.convert import import_pt
+    from semdict.pipeline.shards.formats import IMPORTERS, guess_layout, import_tokens
 
-    done = import_pt(
+    layout = args.layout or guess_layout(args.file)
+    result = import_tokens(
         args.file,
         args.dir,
-        args.centroids,
+        layout,
+        centroids=args.centroids,
         gen_size=args.gen_size,
         disc_size=args.disc_size,
         split=args.split,
         overwrite=args.overwrite,
+        **IMPORTERS.selected(args, layout),
     )
-    if done.ignored:
-        print(f"{args.file}: not imported, no tokens: {', '.join(done.ignored)}")
-    print(f"{args.dir}: {done.rows:,} rows, codebooks {done.gen_size} and {done.disc_size or 'none'}")
+    if result.ignored:
+        print(f"{args.file}: not imported, no tokens: {', '.join(result.ignored)}")
+    print(f"{args.dir}: {result.rows:,} rows, codebooks {result.gen_size} and {result.disc_size or 'none'}")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from semdict.pipeline.shards.convert import export
+    from semdict.pipeline.shards.formats import EXPORTERS, export_tokens
 
-    left_out = export(
-        args.dir,
-        args.out,
-        args.to,
-        split=args.split,
-        view=args.view,
-        dtype=args.dtype,
-        per_sample=args.per_sample,
-        overwrite=args.overwrite,
-    )
+    options = EXPORTERS.selected(args, args.to)
+    left_out = export_tokens(args.dir, args.out, args.to, split=args.split, overwrite=args.overwrite, **options)
     print(f"{args.out}: written as {args.to}" + (f"; {left_out:,} rows without tokens left out" if left_out else ""))
     return 0
