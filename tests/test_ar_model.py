@@ -7,8 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from semdict.train.ar.head import grouped_nll, masked_logits
-from semdict.train.ar.model import ArConfig, ArModel, KvCache, drop_labels, parameter_count, preset, rope_table, rotate
-from semdict.train.ar.nll import nll_bits
+from semdict.train.ar.model import (
+    ArConfig,
+    ArModel,
+    KvCache,
+    drop_labels,
+    nll_bits,
+    parameter_count,
+    preset,
+    rope_table,
+    rotate,
+)
 from semdict.train.engine.optim import groups
 from semdict.train.vcq.schedule import codebook_sizes
 

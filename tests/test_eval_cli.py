@@ -14,6 +14,7 @@ from PIL import Image
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.pipeline.shards import open_shards
 from semdict.pipeline.tokenizers import load_tokenizer
+from semdict.train.engine.rng import Stream, permutation
 from semdict.train.eval.knn import knn
 from semdict.train.eval.linear_head import HeadPlan
 from semdict.train.eval.linear_probe import probe
@@ -319,7 +320,7 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     orders = []
     for epoch in range(2):
         labels = torch.cat([label for _, label in batches(epoch)])
-        order = sources.draws.shuffled(12, 3, sources.ORDER, epoch)[:10]
+        order = permutation(12, 3, Stream.CROP_ORDER, epoch)[:10]
         orders.append(order.tolist())
         assert labels.tolist() == source.labels[order].tolist()
         shown = np.concatenate(seen)

@@ -14,11 +14,11 @@ from semdict.pipeline.images.decode import BadImage, Status
 from semdict.pipeline.manifest.stage import load_manifest
 from semdict.train.data.augment import TimmAugmentation, make_transform
 from semdict.train.data.images import ImageLoader, ImageRows
-from semdict.train.engine import rng as draws
 from semdict.train.engine.layers import drop_path
 from semdict.train.engine.logging import read_log
+from semdict.train.engine.rng import Stream, batch_generator, numpy_seed
 from semdict.train.eval.classifier import Classifier, layer_groups, load_classifier, save_classifier
-from semdict.train.eval.finetune import MIXING, Classify
+from semdict.train.eval.finetune import Classify
 from tests import tiny
 from tests.test_eval_cli import evaluate, report, table, world  # noqa: F401
 from tests.test_eval_features import small_model
@@ -239,7 +239,7 @@ def test_mixing_is_timms_and_belongs_to_the_step():
     before = np.random.get_state()[1].copy()
     losses, shown = [], []
     for seed in (1, 1, 2):
-        loss, _ = objective(model, batch, draws.batch_generator(seed, 0, 4), None)
+        loss, _ = objective(model, batch, batch_generator(seed, 0, 4), None)
         losses.append(loss.item())
         shown.append(source.seen)
     assert torch.equal(shown[0], shown[1]) and not torch.equal(shown[0], shown[2])
@@ -247,15 +247,15 @@ def test_mixing_is_timms_and_belongs_to_the_step():
     assert np.array_equal(np.random.get_state()[1], before)  # NumPy's own state is put back
     from timm.data.mixup import Mixup
 
-    rng = draws.batch_generator(1, 0, 4)
-    np.random.seed(int(draws.key(rng.initial_seed(), MIXING, 0)) >> 32)
+    rng = batch_generator(1, 0, 4)
+    np.random.seed(numpy_seed(rng.initial_seed(), Stream.MIXING, 0))
     images, target = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=5)(batch["images"].float() / 255, batch["label"])
     torch.nn.init.normal_(model.eval().head.weight)
     loss, _ = objective(model, batch, rng, None)
     logp = model(source.codes(images)).log_softmax(1)
     assert loss.item() == pytest.approx(-(target * logp).sum(1).mean().item(), rel=1e-5)  # smoothed once
     plain = Classify(source, 5, 0.0, 0.0, 0.1)
-    loss, _ = plain(model.eval(), batch, draws.batch_generator(1, 0, 4), None)
+    loss, _ = plain(model.eval(), batch, batch_generator(1, 0, 4), None)
     assert torch.equal(source.seen, batch["images"].float() / 255)
     want = F.cross_entropy(model(source.codes(source.seen)), batch["label"], label_smoothing=0.1)
     assert loss.item() == pytest.approx(want.item())

@@ -17,7 +17,8 @@ from semdict.train.data.tokens import ResidentLoader
 from semdict.train.engine import checkpoint, dist
 from semdict.train.engine.logging import read_log
 from semdict.train.engine.loop import Phase, Plan, Run, fit
-from semdict.train.engine.optim import adamw, groups, scaled_lr, warmup_cosine
+from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
+from semdict.train.engine.optim import adamw, groups
 from semdict.train.engine.run import Place, held
 from tests import toy
 

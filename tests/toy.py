@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from semdict.pipeline.common.errors import SemdictError
 from semdict.train.data.tokens import ResidentLoader, TokenTable
 from semdict.train.engine import dist
-from semdict.train.engine import rng as draws
 from semdict.train.engine.batch import Batch
 from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit
-from semdict.train.engine.optim import adamw, warmup_cosine
+from semdict.train.engine.lr_schedule import warmup_cosine
+from semdict.train.engine.optim import adamw
+from semdict.train.engine.rng import rand_rows
 
 CODES, LENGTH, ROWS = 8, 6, 50
 
 
 class Toy(nn.Module):
-    """Guess an image's first token from what is not hidden; dropout shows whether the loop's draws can be repeated."""
+    """Guess an image's first token from what is not hidden; dropout tests that a step is repeatable."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class Toy(nn.Module):
 def objective(model: Toy, batch: Batch, rng: torch.Generator, _clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy; hidden cells are drawn from `rng`."""
     tokens_BL = batch["gen"]
-    hidden_BL = draws.rand_rows(*tokens_BL.shape, rng=rng) < 0.5
+    hidden_BL = rand_rows(*tokens_BL.shape, rng=rng) < 0.5
     x_BE = model.drop(model.word(tokens_BL.masked_fill(hidden_BL, CODES)).mean(dim=1))
     nats = F.cross_entropy(model.guess(x_BE), tokens_BL[:, 0])
     return nats, {"nats": nats.detach(), "hidden": hidden_BL.float().mean()}

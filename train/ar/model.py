@@ -4,16 +4,23 @@ Rotary positions, SwiGLU, one adaLN projection shared by all layers (VAR, arXiv:
 vocabulary of position t is its first K_t codes. Shapes: B images, L positions, E width, H heads, V codes.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semdict.train.ar.head import grouped_nll, masked_logits
+from semdict.train.engine.modelfile import load_model, save_model
 from semdict.train.engine.rng import rand_rows
 
 MASK_MODES = ("train", "sample_only", "off")
+KIND = "semdict-ar"
+OTHER = "{path} is not a model that `semdict ar train` wrote; its entries are {entries}"
 
 
 @dataclass(frozen=True)
@@ -226,3 +233,42 @@ def parameter_count(config: ArConfig) -> int:
     """Parameters of a model, counted without allocating them."""
     with torch.device("meta"):
         return sum(p.numel() for p in ArModel(config).parameters())
+
+
+@torch.no_grad()
+def nll_bits(model: ArModel, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
+    """((L,) float64 mean bits per position, number of images) over (ids (B, L), labels (B,)) batches, in eval mode.
+
+    ValueError when there is no batch. The sum over positions is bits per image.
+    """
+    training = model.training
+    model.eval()
+    total_L, images = None, 0
+    try:
+        for ids_BL, labels_B in batches:
+            bits_L = model.nll(ids_BL, labels_B).double().sum(0) / math.log(2)
+            total_L = bits_L if total_L is None else total_L + bits_L
+            images += len(ids_BL)
+    finally:
+        model.train(training)
+    if total_L is None:
+        raise ValueError("no tokens to measure the likelihood on")
+    return (total_L / images).cpu(), images
+
+
+def save_ar(path: Path, model: ArModel, about: dict[str, Any]) -> None:
+    """Write the model; `about` is plain data (settings, identity of the tokens, names of the classes)."""
+    save_model(path, KIND, model, asdict(model.config), about)
+
+
+def load_ar(path: str | Path, device: str | torch.device = "cpu") -> tuple[ArModel, dict[str, Any]]:
+    """(model in evaluation mode, what the file says of itself); `path` is a run's folder or its model.pt.
+
+    WeightsError when it is not an AR model or damaged.
+    """
+    model, about = load_model(path, KIND, _build, OTHER)
+    return model.to(device), about
+
+
+def _build(config: dict[str, Any]) -> ArModel:
+    return ArModel(ArConfig(**{**config, "sizes": tuple(config["sizes"])}))

@@ -9,7 +9,7 @@ import torch
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import publish_dir, write_json
-from semdict.train.ar.files import load_ar
+from semdict.train.ar.model import load_ar
 from semdict.train.ar.sampling import sample
 from semdict.train.ar.train import check_tokenizer
 from semdict.train.engine.dist import pick_device

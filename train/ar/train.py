@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.files import write_json
-from semdict.train.ar.files import MODEL, save_ar
-from semdict.train.ar.model import SHAPES, ArConfig, ArModel, drop_labels
-from semdict.train.ar.nll import nll_bits
+from semdict.train.ar.model import SHAPES, ArConfig, ArModel, drop_labels, nll_bits, save_ar
 from semdict.train.data.tokens import ResidentLoader, class_names, recipe_of, table_from_shards
 from semdict.train.engine import dist
 from semdict.train.engine.batch import Batch
 from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit
 from semdict.train.engine.lr_schedule import warmup_hold_linear
+from semdict.train.engine.modelfile import MODEL
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.run import Place
 from semdict.train.engine.stage import add_run_arguments, run_stage

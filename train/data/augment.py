@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from semdict.train.engine import rng as draws
+from semdict.train.engine.rng import Stream, numpy_seed
 
-AUGMENT = 42  # stream of the seed
 SIZE = 256  # pixels a side
 
 
@@ -26,7 +25,7 @@ class TimmAugmentation:
     def __call__(self, rgb_HW3: np.ndarray, epoch: int, row: int) -> np.ndarray:
         from PIL import Image
 
-        seed_all(int(draws.key(self.seed, AUGMENT, epoch, row)) >> 32)
+        seed_all(numpy_seed(self.seed, Stream.AUGMENT, epoch, row))
         return np.asarray(self.transform(Image.fromarray(rgb_HW3))).transpose(1, 2, 0)
 
 

@@ -10,15 +10,13 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import ManifestError, UsageError
 from semdict.train.data.loader import Resumable, epoch_order, share_of
-from semdict.train.engine import rng as draws
 from semdict.train.engine.batch import Batch
+from semdict.train.engine.rng import Stream, stream_key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from semdict.pipeline.manifest.stage import Manifest
-
-ORDER, CROP = 1, 3  # streams of the seed
 
 # (image (H, W, 3) uint8, epoch, row) -> (S, S, 3) uint8; depends on these three and the augmentation's seed alone
 Augmentation = Callable[[np.ndarray, int, int], np.ndarray]
@@ -67,7 +65,9 @@ class RandomCrop:
 
     def __call__(self, rgb_HW3: np.ndarray, epoch: int, row: int) -> np.ndarray:
         image = resize_shorter_side(rgb_HW3, self.size)
-        u = [(int(draws.key(self.seed, CROP, epoch, row, i)) >> 11) / 2**53 for i in range(3)]  # in [0, 1)
+        u = [
+            (int(stream_key(self.seed, Stream.RANDOM_CROP, epoch, row, i)) >> 11) / 2**53 for i in range(3)
+        ]  # in [0, 1)
         left, top = (min(int(u[i] * (side - self.size + 1)), side - self.size) for i, side in enumerate(image.size))
         pixels_SS3 = square(image, left, top, self.size)
         return np.ascontiguousarray(pixels_SS3[:, ::-1]) if u[2] < 0.5 else pixels_SS3
@@ -193,7 +193,7 @@ class _LoadAugmented:
 
         epoch, position = request
         rows = self.images.rows
-        order = epoch_order(len(rows), self.seed, ORDER, epoch)
+        order = epoch_order(len(rows), self.seed, epoch)
 
         def load(at: int) -> np.ndarray:
             row = int(rows[at])

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from semdict.pipeline.common.errors import SemdictError, ShardError, UsageError
-from semdict.train.engine import rng
 from semdict.train.engine.batch import Batch
+from semdict.train.engine.rng import Stream, permutation
 
 
 def share_of(batch: int, world: int) -> int:
@@ -18,9 +18,9 @@ def share_of(batch: int, world: int) -> int:
 
 
 @lru_cache(maxsize=4)
-def epoch_order(n: int, seed: int, stream: int, epoch: int) -> np.ndarray:
-    """(n,) int64 read-only permutation of range(n) that depends on the four numbers alone."""
-    order = rng.shuffled(n, seed, stream, epoch)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) int64 read-only permutation of range(n) that depends on the three numbers alone."""
+    order = permutation(n, seed, Stream.ROW_ORDER, epoch)
     order.flags.writeable = False
     return order
 

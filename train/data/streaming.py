@@ -20,12 +20,11 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.train.data.loader import Resumable, share_of
-from semdict.train.data.tokens import VIEW, recipe_of
-from semdict.train.engine import rng as draws
+from semdict.train.data.tokens import recipe_of
 from semdict.train.engine.batch import Batch
+from semdict.train.engine.rng import Stream, choice_per_row, permutation
 
 WINDOW = 64  # blocks shuffled together: 65,536 rows of 1 KiB by default
-BLOCKS, WITHIN = 3, 4  # streams of the seed
 COLUMNS = {"gen": "gen.npy", "disc": "disc.npy", "label": "cls.npy"}
 
 
@@ -147,7 +146,7 @@ class StreamingLoader(Resumable):
         parts = list(self._parts(within * self._share, (within + 1) * self._share))
         self._step += 1
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        views = draws.choices(columns["row"], self.views, self.seed, VIEW, epoch)
+        views = choice_per_row(columns["row"], self.views, self.seed, Stream.VIEW, epoch)
         return {"disc": None, **{name: self._tensor(name, values, views) for name, values in columns.items()}}
 
     def sample(self, n: int) -> Tensor:
@@ -168,7 +167,7 @@ class StreamingLoader(Resumable):
         """Deal out the blocks of an epoch."""
         if epoch == self._dealt_epoch:
             return
-        dealt = draws.shuffled(len(self.blocks), self.seed, BLOCKS, epoch)[self.rank :: self.world]
+        dealt = permutation(len(self.blocks), self.seed, Stream.BLOCK_ORDER, epoch)[self.rank :: self.world]
         mine = [self.blocks[number] for number in dealt]
         self._order = [mine[i : i + self.window] for i in range(0, len(mine), self.window)]
         self._starts = np.cumsum([0, *(sum(block.rows for block in window) for window in self._order)])
@@ -187,7 +186,9 @@ class StreamingLoader(Resumable):
         if number not in self._windows:
             parts = [self._read(block) for block in self._order[number]]
             joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            order = draws.shuffled(len(joined["row"]), self.seed, WITHIN, self._dealt_epoch, self.rank, number)
+            order = permutation(
+                len(joined["row"]), self.seed, Stream.WINDOW_ORDER, self._dealt_epoch, self.rank, number
+            )
             self._windows = {n: rows for n, rows in self._windows.items() if n == number - 1}
             self._windows[number] = {name: values[order] for name, values in joined.items()}
         return self._windows[number]

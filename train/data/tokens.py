@@ -12,10 +12,8 @@ from torch import Tensor
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.pipeline.common.files import sha256_json
 from semdict.train.data.loader import Resumable, epoch_order, share_of
-from semdict.train.engine import rng as draws
 from semdict.train.engine.batch import Batch
-
-ORDER, VIEW = 1, 2  # streams of the seed
+from semdict.train.engine.rng import Stream, choice_per_row
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def _joined(arrays: list[np.ndarray | None]) -> np.ndarray | None:
 class ResidentLoader(Resumable):
     """Endless shuffled batches of a `TokenTable`, `batch` rows over all ranks; each rank gets its own contiguous share.
 
-    Epoch e is the permutation `epoch_order(rows, seed, ORDER, e)`, cut into batches; the remainder that fills no batch
+    Epoch e is the permutation `epoch_order(rows, seed, e)`, cut into batches; the remainder that fills no batch
     is left out of that epoch, other rows each time. Nothing is padded or repeated, and the order does not depend on
     the number of ranks. The view of an image depends on (seed, epoch, row).
     Batches hold gen, disc (B, L) int64, label, row (B,) int64, on `device`; the table keeps its small integers there.
@@ -113,12 +111,13 @@ class ResidentLoader(Resumable):
         start = within * self.batch + self.rank * self._share
         indices = self.order(epoch)[start : start + self._share]
         self._step += 1
-        views = draws.choices(self.table.row[indices], self.views, self.seed, VIEW, epoch) if self.views > 1 else None
-        return self.take(indices, views)
+        if self.views == 1:
+            return self.take(indices)
+        return self.take(indices, choice_per_row(self.table.row[indices], self.views, self.seed, Stream.VIEW, epoch))
 
     def order(self, epoch: int) -> np.ndarray:
         """(n,) int64 permutation of range(n), n usable rows; includes the remainder that is in no batch."""
-        return epoch_order(len(self.table.at), self.seed, ORDER, epoch)
+        return epoch_order(len(self.table.at), self.seed, epoch)
 
     def take(self, indices: np.ndarray, views: np.ndarray | None = None) -> Batch:
         """A batch of usable rows: indices (B,) in [0, n), views (B,) ints (None = view 0)."""

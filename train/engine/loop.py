@@ -24,12 +24,10 @@ from semdict.pipeline.common.errors import InterruptedRun, SemdictError, UsageEr
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.train.engine import checkpoint, dist
-from semdict.train.engine import rng as draws
 from semdict.train.engine.batch import Batch, Loader
 from semdict.train.engine.logging import Progress, RunLog, read_log
-from semdict.train.engine.optim import Schedule
-
-MASKS, DROPOUT = 11, 12  # streams of a run's seed
+from semdict.train.engine.lr_schedule import LrSchedule
+from semdict.train.engine.rng import Stream, batch_generator, torch_seed
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Phase:
     model: nn.Module
     objective: Objective
     optimiser: torch.optim.Optimizer
-    schedule: Schedule
+    lr_schedule: LrSchedule
     clip: float = 0.0
     start: int = 0
 
@@ -216,9 +214,9 @@ class _Fit:
 
     def _turn(self, index: int, phase: Phase, micros: list[Batch], clock: Clock) -> dict[str, float]:
         """One update of one phase; returns its scalars, averaged over micro-batches and ranks."""
-        rate = phase.schedule(clock.step)
+        lr = phase.lr_schedule(clock.step)
         for group in phase.optimiser.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         phase.optimiser.zero_grad(set_to_none=True)
         losses, sums = [], {}
         for number, micro in enumerate(micros):
@@ -235,7 +233,7 @@ class _Fit:
         self.scaler.update()
         stop = means.pop("stop")
         prefix = "" if index == 0 else f"{phase.name}_"
-        return {**{prefix + name: value for name, value in {**means, "lr": rate}.items()}, "stop": stop}
+        return {**{prefix + name: value for name, value in {**means, "lr": lr}.items()}, "stop": stop}
 
     def _forward_backward(
         self, index: int, number: int, micro: Batch, clock: Clock, last: bool
@@ -245,9 +243,9 @@ class _Fit:
         rows = self.loader.batch // self.world.size // plan.accumulate
         start = (self.world.rank * plan.accumulate + number) * rows
         device = self.world.device
-        seed = int(draws.key(plan.seed, MASKS, index, clock.step)) >> 1
-        rng = draws.batch_generator(seed, start, self.loader.batch, device)
-        torch.manual_seed(int(draws.key(plan.seed, DROPOUT, index, clock.step, self.world.rank, number)) >> 1)
+        seed = torch_seed(plan.seed, Stream.STEP, index, clock.step)
+        rng = batch_generator(seed, start, self.loader.batch, device)
+        torch.manual_seed(torch_seed(plan.seed, Stream.DROPOUT, index, clock.step, self.world.rank, number))
         apart = isinstance(bound, DistributedDataParallel) and not last
         with bound.no_sync() if apart else contextlib.nullcontext():
             with torch.autocast(device.type, DTYPES[plan.precision], enabled=plan.precision != "float32"):

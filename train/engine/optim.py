@@ -1,13 +1,10 @@
-"""Parameter groups and learning-rate schedules."""
+"""Parameter groups for weight decay, and AdamW over them."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-Schedule = Callable[[int], float]  # optimiser step, counted from 0 -> learning rate
 
 
 def is_decayed(name: str, parameter: Tensor, spared: Iterable[str] = ()) -> bool:
@@ -42,25 +39,3 @@ def groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def adamw(module: nn.Module, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
     """AdamW over `groups(module)`; the loop sets the rate before every step. Fused, on the CPU too: 4x faster."""
     return torch.optim.AdamW(groups(module, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
-
-
-def scaled_lr(base_lr: float, global_batch: int) -> float:
-    """Peak learning rate by the linear rule, base_lr * batch / 256 (Goyal et al., arXiv:1706.02677)."""
-    return base_lr * global_batch / 256
-
-
-def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.0) -> Schedule:
-    """Linear from 0 to `peak` over `warmup` steps, then half a cosine down to `floor` at `total` steps.
-
-    MAE's `adjust_learning_rate`, with the epoch counted in fractions of a step. Constant at `floor` after `total`.
-    """
-    if not 0 <= warmup <= total:
-        raise ValueError(f"warm-up of {warmup} steps does not fit into {total}")
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return peak * step / warmup
-        done = min(1.0, (step - warmup) / max(1, total - warmup))
-        return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
-
-    return rate

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from semdict.pipeline.common.errors import UsageError
-from semdict.train.engine import rng as draws
+from semdict.train.engine.rng import Stream, permutation
 from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_table
 from semdict.train.eval.linear_head import HeadPlan
 from semdict.train.eval.linear_probe import ProbeResult, probe_batches, training_batches
@@ -20,8 +20,6 @@ EXAMPLE = """examples:
   semdict evaluate few-shot --model runs/demo/lease --set evaluate.few_shot.shots=[4,8]
 
 Writes few_shot.json (mean and sample standard deviation over the seeds) and few_shot.csv (bars)."""
-
-SHOTS = 31  # stream of the seed
 
 
 def balanced(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
@@ -34,7 +32,7 @@ def balanced(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
         mine = np.flatnonzero(labels == label)
         if len(mine) < shots:
             raise UsageError(f"class {label} has {len(mine)} training images, {shots} shots were asked for")
-        chosen.append(mine[draws.shuffled(len(mine), seed, SHOTS, label)[:shots]])
+        chosen.append(mine[permutation(len(mine), seed, Stream.FEW_SHOT, label)[:shots]])
     return np.sort(np.concatenate(chosen))
 
 

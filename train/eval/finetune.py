@@ -21,11 +21,11 @@ from semdict.pipeline.config import paths as places
 from semdict.train.data.augment import TimmAugmentation
 from semdict.train.data.images import ImageLoader, ImageRows
 from semdict.train.engine import dist
-from semdict.train.engine import rng as draws
 from semdict.train.engine.batch import Batch
 from semdict.train.engine.logging import RunLog
 from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit
-from semdict.train.engine.optim import scaled_lr, warmup_cosine
+from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
+from semdict.train.engine.rng import Stream, numpy_seed
 from semdict.train.engine.run import Place
 from semdict.train.engine.stage import run_stage, say
 from semdict.train.eval.classifier import Classifier, layer_groups, save_classifier
@@ -40,7 +40,6 @@ EXAMPLE = """examples:
 
 Always trains from images. Writes finetune.json and finetune_confusion.csv; the classifier goes to --run."""
 
-MIXING = 43  # stream of the seed
 VERSION = 1  # raised when the same settings would train something else
 FREE = {"compile", "save_every", "keep", "log_every", "eval_every", "tensorboard"}
 
@@ -197,7 +196,7 @@ class Classify:
 def numpy_seeded(rng: torch.Generator) -> Iterator[None]:
     """NumPy's global generator, from which timm draws, seeded by that of a step and its rows, and then put back."""
     before = np.random.get_state()
-    np.random.seed(int(draws.key(rng.initial_seed(), MIXING, getattr(rng, "start", 0))) >> 32)
+    np.random.seed(numpy_seed(rng.initial_seed(), Stream.MIXING, getattr(rng, "start", 0)))
     try:
         yield
     finally:

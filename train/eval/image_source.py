@@ -17,7 +17,7 @@ from torch import Tensor
 from semdict.pipeline.common.device import reduced_precision, to_device
 from semdict.pipeline.common.errors import ManifestError, UsageError
 from semdict.train.data.tokens import class_names
-from semdict.train.engine import rng as draws
+from semdict.train.engine.rng import Stream, permutation, torch_seed
 from semdict.train.eval.sources import TokenBatch
 from semdict.train.masked.encoder import Encoder
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from semdict.pipeline.tokenizers.base import Tokenizer
 
 ROWS = 128  # images of a training batch that share a forward pass and its dropout; changes the result
-ORDER = 23  # stream of the seed
 
 
 class ImageSource:
@@ -150,14 +149,14 @@ class RandomCropFeatures:
         self.labels = torch.from_numpy(self.source.labels).to(source.device)
 
     def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = draws.shuffled(len(self.labels), self.seed, ORDER, epoch)[: self.steps * self.batch]
+        order = permutation(len(self.labels), self.seed, Stream.CROP_ORDER, epoch)[: self.steps * self.batch]
         cuts = range(ROWS, self.batch, ROWS)
         parts = [part for batch in order.reshape(self.steps, self.batch) for part in np.split(batch, cuts)]
         crops = enumerate(self.source.random_crops(parts, epoch, self.seed))
         for _ in range(self.steps):
             features, labels = [], []
             for number, (tokens_BL, positions) in itertools.islice(crops, len(cuts) + 1):
-                torch.manual_seed(int(draws.key(self.seed, ORDER, epoch, number)) >> 1)
+                torch.manual_seed(torch_seed(self.seed, Stream.CROP_DROPOUT, epoch, number))
                 features.append(self.features(tokens_BL))
                 labels.append(self.labels[torch.from_numpy(positions).to(self.labels.device)])
             yield torch.cat(features), torch.cat(labels)

@@ -14,12 +14,11 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import SemdictError, UsageError
-from semdict.train.engine import rng as draws
-from semdict.train.engine.optim import scaled_lr, warmup_cosine
+from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
+from semdict.train.engine.rng import Stream, choice_per_row, permutation
 
 NORM_EPS = 1e-6  # of the released probe's batch norm
 HEAD_STD = 0.01  # of the released probe's weights
-ORDER, VIEW = 21, 22  # streams of the seed
 
 Curve = list[dict[str, float]]
 
@@ -69,8 +68,8 @@ class ArrayBatches:
         self.rows = resident([shared(view) for view in self.views], self.device)
 
     def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = draws.shuffled(len(self.labels), self.seed, ORDER, epoch)
-        views = draws.choices(np.arange(len(order)), len(self.views), self.seed, VIEW, epoch)
+        order = permutation(len(self.labels), self.seed, Stream.PROBE_ORDER, epoch)
+        views = choice_per_row(np.arange(len(order)), len(self.views), self.seed, Stream.PROBE_VIEW, epoch)
         for start in range(0, self.steps * self.batch, self.batch):
             at = order[start : start + self.batch]
             yield self._gather(at, views[at]), self.labels[torch.from_numpy(at).to(self.device)]

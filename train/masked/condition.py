@@ -19,8 +19,9 @@ from semdict.train.data.token_set import TokenSet
 from semdict.train.data.tokens import ResidentLoader, TokenTable, recipe_of, table_from_shards
 from semdict.train.engine import dist
 from semdict.train.engine.loop import Phase, Plan, Run, fit
-from semdict.train.engine.optim import adamw, scaled_lr, warmup_cosine
-from semdict.train.engine.rng import key
+from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
+from semdict.train.engine.optim import adamw
+from semdict.train.engine.rng import Stream, torch_generator, torch_seed
 from semdict.train.engine.run import Place
 from semdict.train.engine.stage import add_run_arguments, run_stage, say
 from semdict.train.masked.conditional import (
@@ -53,7 +54,6 @@ CLIP's text embeddings of "An image of a CLASS". `semdict generate --task class`
 
 VERSION = 1  # raised when the same settings would train something else
 FREE = {"device", "compile", "save_every", "keep", "log_every", "tensorboard", "class_embeddings"}
-MEASURED = 51  # stream of a seed
 RATIO = 0.75  # of the cells are hidden where held-out images are measured
 
 
@@ -152,7 +152,7 @@ class Session:
         copy = MaskedTokenTransformer(config)
         copy.load_state_dict(base.state_dict())
         whole = ConditionalConfig(config, classes, width, words, word_width)
-        model = ConditionalTransformer(whole, copy, int(key(given.seed, 1)) >> 1)
+        model = ConditionalTransformer(whole, copy, torch_seed(given.seed, Stream.CONDITION_INIT))
         model.fill(vectors, centroids)
         return model
 
@@ -189,7 +189,7 @@ class Session:
         size = min(256, g.batch)
         for start in range(0, n, size):
             batch = loader.take(at[start : start + size])
-            rng = torch.Generator().manual_seed(int(key(g.seed, MEASURED, start)) >> 1)
+            rng = torch_generator(g.seed, Stream.HELD_OUT_MASKS, start)
             with torch.inference_mode(), reduced_precision(self.world.device, g.precision):
                 for name, nats in held_out_nats(model, batch, rng).items():
                     sums[name] += nats * len(batch["gen"])

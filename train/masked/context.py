@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from semdict.pipeline.common.errors import UsageError
-from semdict.train.engine.rng import key, shuffled
-
-HIDDEN, MIXED = 32, 33  # streams, apart from those of training and of decoding
+from semdict.train.engine.rng import Stream, numpy_generator, permutation
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ def known_images(path: Path, split: str, count: int, classes: list[int]) -> Know
         raise UsageError(
             f"generate.images is {count}, split {split!r} of {path} has {len(at)} images{which}; ask for fewer"
         )
-    at = at[shuffled(len(at), MIXED)[:count]]
+    at = at[permutation(len(at), Stream.CONTEXT_ROWS)[:count]]
     words = None if loaded.disc is None else loaded.disc[at, 0].astype(np.int64)
     return Known(loaded.gen[at, 0].astype(np.int64), words, loaded.label[at], loaded.rows[at])
 
@@ -64,6 +62,6 @@ def hidden_cells(task: str, grid: int, box: list[int], ratio: float, seed: int, 
         return torch.ones(len(numbers), cells, dtype=torch.bool)
     hidden = torch.zeros(len(numbers), cells, dtype=torch.bool)
     for place, number in enumerate(numbers):
-        rng = np.random.Generator(np.random.Philox(key=int(key(seed, HIDDEN, number))))
+        rng = numpy_generator(seed, Stream.CONTEXT_MASKS, number)
         hidden[place, rng.permutation(cells)[: int(np.ceil(ratio * cells))]] = True
     return hidden

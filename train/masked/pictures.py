@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from semdict.train.engine.rng import key
+from semdict.train.engine.rng import Stream, torch_generator
 from semdict.train.masked.masking import draw_masks
 
 RATIO = 0.75  # of the cells are hidden in a picture
@@ -19,7 +19,7 @@ class Pictures:
     """
 
     def __init__(self, vqgan: nn.Module, tokens_BL: Tensor, seed: int) -> None:
-        rng = torch.Generator().manual_seed(int(key(seed, 21)) >> 1)
+        rng = torch_generator(seed, Stream.PICTURE_MASKS)
         self.vqgan, self.tokens_BL = vqgan, tokens_BL
         self.masked_BL = draw_masks(*tokens_BL.shape, RATIO, rng)[1].to(tokens_BL.device)
         self.whole = self._pixels(tokens_BL)

@@ -18,7 +18,8 @@ from semdict.train.engine import dist
 from semdict.train.engine.batch import Loader
 from semdict.train.engine.logging import RunLog
 from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit
-from semdict.train.engine.optim import adamw, scaled_lr, warmup_cosine
+from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
+from semdict.train.engine.optim import adamw
 from semdict.train.engine.run import Place
 from semdict.train.engine.stage import add_run_arguments, run_stage, say
 from semdict.train.masked.model import FAMILIES, MaskedTokenTransformer, model_config

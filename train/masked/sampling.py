@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semdict.train.engine.rng import key
+from semdict.train.engine.rng import Stream, numpy_generator
 
 # logits_at(tokens_BL with the mask id at unknown cells, unknown_BL bool) -> (n, K) logits of the unknown cells
 LogitsAt = Callable[[Tensor, Tensor], Tensor]
 LAST = {"lease": "argmax", "mage": "sampled", "sorcen": "sampled"}  # what each family's published script does
-DRAWN = 31  # stream of a seed, apart from those of training
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class ImageDraws:
     """Random numbers of each image, from (seed, its number) alone: batch size and place in a batch change nothing."""
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:
-        self.streams = [np.random.Generator(np.random.Philox(key=int(key(seed, DRAWN, n)))) for n in numbers]
+        self.streams = [numpy_generator(seed, Stream.DECODING, n) for n in numbers]
 
     def uniform(self, cells: int) -> np.ndarray:
         """(B, cells) float64 in [0, 1), the next of every image."""

@@ -1,6 +1,6 @@
 """How many codes each position may use, and what follows from it: bits per pixel, capacity, the entropy cliff t*.
 
-Paper: arXiv:2605.06207, equations 1-3. Rounding and t*: see train/vcq/choices.py, D1-D4.
+Paper: arXiv:2605.06207, equations 1-3. Rounding and t*: see docs/vcq.md, choices D1-D4.
 """
 
 import math

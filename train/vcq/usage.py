@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semdict.train.engine.rng import key
+from semdict.train.engine.rng import Stream, torch_generator
 from semdict.train.vcq.quantizer import VariableQuantizer
-
-RESET = 41  # stream of the seed
 
 
 class CodeUsage:
@@ -138,7 +136,7 @@ class Revival:
         """Re-seed what died; a new code's average is the code itself, its moments are zero."""
         z_BLD, ids_BL = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
         self.seen.clear()
-        rng = torch.Generator().manual_seed(int(key(self.seed, RESET, step)) >> 1)
+        rng = torch_generator(self.seed, Stream.CODE_RESET, step)
         dead_M = self.reset.step(self.quantizer, z_BLD, ids_BL, rng)
         if not len(dead_M):
             return
