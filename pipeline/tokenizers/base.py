@@ -17,6 +17,7 @@ from semdict.pipeline.common.safeload import refuse_misfit
 from semdict.pipeline.tokenizers.networks import GROUPS, Decoder, Encoder, Sizes, Variant
 
 # B images, L = h * w grid cells in row-major order, D width of a code, K codes
+AVERAGED = "model_ema."  # averaged copies stand beside the plain tensors, their names without dots behind this
 
 
 class Tokenizer(Protocol):
@@ -77,10 +78,11 @@ class ConvTokenizer(nn.Module):
     absent: ClassVar[tuple[str, ...]] = ()  # tensor names that only files of similar layouts have
     ignored: ClassVar[tuple[str, ...]] = (  # beginnings of names that inference does not use
         "loss.",
-        "model_ema.",
+        AVERAGED,
         "quantize.embedding.cluster_size",
         "quantize.embedding.embed_avg",
     )
+    averaged: ClassVar[bool] = False  # files may hold averaged copies (AVERAGED), which the released scripts use
     variant: ClassVar[Variant]
     codebook_type: ClassVar[type[Codebook]] = Codebook
 
@@ -161,7 +163,10 @@ class ConvTokenizer(nn.Module):
 
         ema: use averaged weights where the state dict holds them beside the plain ones.
         """
-        state = cls.renamed({name: t for name, t in tensors.items() if not name.startswith(cls.ignored)})
+        state = {name: tensor for name, tensor in tensors.items() if not name.startswith(cls.ignored)}
+        if ema and cls.averaged:
+            state = averaged_copies(state, tensors, path)
+        state = cls.renamed(state)
         sizes = cls.infer_sizes(state, path)
         with torch.device("meta"):
             model = cls(sizes)
@@ -207,6 +212,20 @@ class ConvTokenizer(nn.Module):
     def codebook_shape(cls, state: dict[str, Tensor]) -> tuple[int, int]:
         """(K, D), from the tensors."""
         return tuple(state["quantize.embedding.weight"].shape)
+
+
+def averaged_copies(state: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The averaged copies of `state` among `tensors`, or `state` itself where there are none.
+
+    WeightsError when some tensors have a copy and others have none.
+    """
+    copies = {name: tensors.get(AVERAGED + name.replace(".", "")) for name in state}
+    missing = [name for name, copy in copies.items() if copy is None]
+    if len(missing) == len(state):
+        return state
+    if missing:
+        raise WeightsError(f"{path} holds averaged weights of some tensors only; {missing[0]} has none")
+    return copies
 
 
 def save_tokenizer(model: ConvTokenizer, path: str | os.PathLike) -> None:

@@ -1,47 +1,87 @@
-"""The table of released tokenizer layouts, and the loader that finds a file's layout by its tensors' names."""
+"""The tables of tokenizer layouts, and the loader that finds a file's layout by its tensors' names."""
 
+import difflib
+import importlib
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.files import sha256_file
-from semdict.pipeline.common.safeload import load_tensors
-from semdict.pipeline.tokenizers.base import ConvTokenizer
+from semdict.pipeline.common.hub import local_file
+from semdict.pipeline.common.safeload import load_checkpoint, state_dict_of
+from semdict.pipeline.tokenizers.base import ConvTokenizer, Tokenizer
+from semdict.pipeline.tokenizers.ibq import IbqTokenizer
+from semdict.pipeline.tokenizers.llamagen import LlamagenTokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
+from semdict.pipeline.tokenizers.magvit2 import Magvit2Tokenizer
+from semdict.pipeline.tokenizers.maskgit import MaskgitTokenizer
 from semdict.pipeline.tokenizers.taming import TamingTokenizer
 
-LAYOUTS: dict[str, type[ConvTokenizer]] = {layout.layout: layout for layout in (MageTokenizer, TamingTokenizer)}
+LAYOUTS: dict[str, type[ConvTokenizer]] = {
+    "mage": MageTokenizer,
+    "taming": TamingTokenizer,
+    "maskgit": MaskgitTokenizer,
+    "llamagen": LlamagenTokenizer,
+    "ibq": IbqTokenizer,
+    "magvit2": Magvit2Tokenizer,
+}
+# Tokenizers that state their format in the file: format -> "module:loader", imported by name when such a file is read.
+# That keeps the pipeline free of imports from semdict.train, where the VCQ tokenizer lives.
+FORMATS = {"semdict-vcq-1": "semdict.train.vcq.tokenizer:load_tokenizer"}
+RUN_FILE = "tokenizer.pt"  # what a tokenizer's training run leaves in its folder
 STEM = "encoder.conv_in.weight"  # every layout has it; what stands before it is the prefix of a larger model
-KNOWN_OTHERS = {"quantize.embed.weight": "it is a Gumbel VQGAN; only nearest-code models are supported"}
+HINTS = {  # tensor name -> what a file is that has it and fits no layout
+    "quantize.embed.weight": "it is a Gumbel VQGAN; only nearest-code models are supported",
+    "encoder.down.0.block.3.conv1.weight": (
+        "with four residual blocks per level it is an IBQ tokenizer without its averaged weights, or an unusual one of "
+        "taming-transformers, whose tensors have the same names; pass layout"
+    ),
+}
 
 
-def load_tokenizer(path: str | os.PathLike, device: str | torch.device = "cpu") -> ConvTokenizer:
-    """Read a tokenizer from a checkpoint of any known layout: frozen, in evaluation mode, float32.
+def load_tokenizer(
+    path: str | os.PathLike, device: str | torch.device = "cpu", layout: str | None = None, ema: bool = True
+) -> Tokenizer:
+    """Read a tokenizer: a checkpoint of any known layout, a run of `semdict vcq train`, or a file on the hub.
 
-    The layout is recognised by the names of the tensors, sizes are read from their shapes. WeightsError when the file
-    is of no known layout (names those that were tried, and the nearest) or its tensors do not fit each other.
+    path: a file, a run's folder, or `hf-hub:owner/name/file`. layout: a name of LAYOUTS; by default it is recognised
+    by the tensors' names. ema: use averaged weights where the file has both. Frozen, in evaluation mode, float32; sizes
+    are read from the tensors' shapes. WeightsError when the file is of no known layout (names those that were tried,
+    and the nearest) or its tensors do not fit each other.
     """
-    path = Path(path)
-    layout, tensors = recognise(load_tensors(path), path)
-    model = layout.from_tensors(tensors, path)
-    model.identity["sha256"] = sha256_file(path)
+    if layout is not None and layout not in LAYOUTS:
+        near = difflib.get_close_matches(layout, LAYOUTS, n=1) or LAYOUTS
+        raise WeightsError(f"tokenizer layout {layout} is unknown; did you mean {', '.join(near)}?")
+    file = local_file(path)
+    file = file / RUN_FILE if file.is_dir() else file
+    checkpoint = load_checkpoint(file)
+    if isinstance(checkpoint.get("format"), str) and checkpoint["format"] in FORMATS:
+        module, _, loader = FORMATS[checkpoint["format"]].partition(":")
+        return getattr(importlib.import_module(module), loader)(file, device)
+    found, tensors = recognise(state_dict_of(checkpoint, file, ema), path, layout)
+    model = found.from_tensors(tensors, path, ema)
+    model.identity["sha256"] = sha256_file(file)
+    if not ema:
+        model.identity["ema"] = False
     return model.requires_grad_(False).eval().to(device)
 
 
-def recognise(tensors: dict[str, Tensor], path: Path) -> tuple[type[ConvTokenizer], dict[str, Tensor]]:
+def recognise(
+    tensors: dict[str, Tensor], path: str | os.PathLike, layout: str | None = None
+) -> tuple[type[ConvTokenizer], dict[str, Tensor]]:
     """The layout of a state dict, and the tokenizer's part of it without its prefix."""
-    parts = {prefix: _part(tensors, prefix) for prefix in _prefixes(tensors)}
-    for part in parts.values():
-        for layout in LAYOUTS.values():
-            if not _differences(layout, part):
-                return layout, part
-    whole = next(iter(parts.values()))
-    nearest = min(LAYOUTS.values(), key=lambda layout: len(_differences(layout, whole)))
-    because = next((text for name, text in KNOWN_OTHERS.items() if name in whole), None)
-    because = because or f"{nearest.layout} is nearest, but {' and '.join(_differences(nearest, whole)[:3])}"
+    parts = [_part(tensors, prefix) for prefix in _prefixes(tensors)]
+    if layout is not None:
+        return LAYOUTS[layout], parts[0]
+    for part in parts:
+        for candidate in LAYOUTS.values():
+            if not _differences(candidate, part):
+                return candidate, part
+    nearest = min(LAYOUTS.values(), key=lambda candidate: len(_differences(candidate, parts[0])))
+    because = next((text for name, text in HINTS.items() if name in parts[0]), None)
+    because = because or f"{nearest.layout} is nearest, but {' and '.join(_differences(nearest, parts[0])[:3])}"
     raise WeightsError(
         f"{path} is a tokenizer of no known layout: {because}. Layouts tried: {', '.join(LAYOUTS)}; the file holds "
         f"{', '.join(list(tensors)[:4])}, ... ({len(tensors)} tensors). docs/tokenizers.md shows how to add a layout"
@@ -49,9 +89,9 @@ def recognise(tensors: dict[str, Tensor], path: Path) -> tuple[type[ConvTokenize
 
 
 def _prefixes(tensors: dict[str, Tensor]) -> list[str]:
-    """What stands before the stem's name, shortest first; nothing where there is no stem."""
-    found = {name.removesuffix(STEM) for name in tensors if name == STEM or name.endswith(f".{STEM}")}
-    return sorted(found, key=len) or [""]
+    """What stands before the stem's name, shortest first; the empty prefix where there is no stem."""
+    stems = (name for name in tensors if name == STEM or name.endswith(f".{STEM}"))
+    return sorted((name.removesuffix(STEM) for name in stems), key=len) or [""]
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -17,4 +17,5 @@ class TamingTokenizer(ConvTokenizer):
         "quant_conv.weight",
         "post_quant_conv.weight",
     )
+    absent = ("model_ema.encoderconv_inweight", "encoder.down.0.block.3.conv1.weight")  # both are signs of IBQ
     variant = Variant()

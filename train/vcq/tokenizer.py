@@ -163,6 +163,20 @@ class Tokenizer1d(nn.Module):
         """(L,) int64."""
         return self.quantizer.sizes_L
 
+    @property
+    def stride(self) -> int:
+        """Pixels per patch and side; the image size is fixed all the same."""
+        return self.config.patch
+
+    def grid(self, image_size: int) -> tuple[int, ...]:
+        """(rows, columns) where patches are the tokens, (L,) with latent queries; WeightsError for another size."""
+        if image_size != self.config.image_size:
+            raise WeightsError(
+                f"image size {image_size} is not the {self.config.image_size} that the tokenizer was trained for"
+            )
+        side = image_size // self.config.patch
+        return (self.config.tokens,) if self.config.latent_queries else (side, side)
+
     def no_weight_decay(self) -> set[str]:
         """Learned tokens, positions and the codebook are not decayed (choice O8)."""
         learned = ("cls", "latents", "mask_token", "codebook")

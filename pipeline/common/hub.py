@@ -1,0 +1,42 @@
+"""Files named by their place on the Hugging Face hub: `hf-hub:owner/name/file`, `hf-hub:owner/name@revision/file`."""
+
+import os
+from pathlib import Path
+
+from semdict.pipeline.common.errors import WeightsError
+
+SCHEME = "hf-hub:"
+
+
+def is_hub_name(name: str | os.PathLike) -> bool:
+    """Whether `name` is a place on the hub rather than a path."""
+    return str(name).startswith(SCHEME)
+
+
+def absolute(name: str | os.PathLike) -> str:
+    """The name as another process with another working folder can use it: hub names as they are, paths resolved."""
+    return str(name) if is_hub_name(name) else str(Path(name).resolve())
+
+
+def local_file(name: str | os.PathLike) -> Path:
+    """The path of a file; one on the hub is fetched into huggingface_hub's cache first, where it is not there yet.
+
+    WeightsError when the name is malformed or the file cannot be fetched.
+    """
+    if not is_hub_name(name):
+        return Path(name)
+    from huggingface_hub import hf_hub_download
+
+    owner, _, rest = str(name).removeprefix(SCHEME).partition("/")
+    repository, _, file = rest.partition("/")
+    repository, _, revision = repository.partition("@")
+    if not (owner and repository and file):
+        raise WeightsError(f"{name} is no file on the hub, expected {SCHEME}owner/name/file")
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", file, revision=revision or None))
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise WeightsError(
+            f"{name} cannot be fetched ({type(error).__name__}: {first}). Without a network, put the file on this "
+            "machine and give its path"
+        ) from None
