@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from semdict.pipeline.common.files import publish_dir
+from semdict.pipeline.common.files import write_json
+from semdict.pipeline.common.publish import publish_folder
 
 SHAPES = ("disc", "star")
 TEXTURES = ("striped", "dotted", "checked", "zigzag", "gridded", "bricked")
@@ -235,13 +236,14 @@ def write_images(out: str | Path, seed: int = 0, train: int = 1200, val: int = 4
     Returns counts and bytes. The bytes depend on `seed` and the library versions, never on `workers`.
     """
     workers = workers or len(os.sched_getaffinity(0))
-    with publish_dir(out) as folder:
+    with publish_folder(out, "demo-images") as folder:
         jobs = list(_jobs(folder, seed, {"train": train, "val": val}))
         if workers == 1:
             sizes = [_write(job) for job in jobs]
         else:
             with multiprocessing.get_context("spawn").Pool(workers) as pool:
                 sizes = pool.map(_write, jobs, chunksize=16)
+        write_json(folder / "demo-images.json", {"seed": seed, "train": train, "val": val})
     return {"images": len(jobs), "bytes": sum(sizes), "classes": len(CLASSES)}
 
 

@@ -330,7 +330,7 @@ def test_hub_folder_loads_offline(tmp_path, monkeypatch):
 
 
 def test_existing_output_is_kept_without_overwrite(tmp_path):
-    """A user's folder at the output path is refused, and replaced only with --overwrite."""
+    """A user's folder at the output path is refused, with --overwrite too, which replaces an earlier export."""
     path, _, _ = write_set(tmp_path / "s")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -343,8 +343,10 @@ def test_existing_output_is_kept_without_overwrite(tmp_path):
     ):
         assert main(["shards", *command]) == 2
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
-    assert main(["shards", "export", str(path), str(tmp_path / "mine"), "--to", "hf", "--overwrite"]) == 0
-    assert not (tmp_path / "mine" / "thesis.txt").exists()
+    assert main(["shards", "export", str(path), str(tmp_path / "mine"), "--to", "hf", "--overwrite"]) == 2
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    for options in ([], ["--overwrite"]):
+        assert main(["shards", "export", str(path), str(tmp_path / "hub"), "--to", "hf", *options]) == 0
 
 
 def test_info_as_json(tmp_path, capsys):

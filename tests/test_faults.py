@@ -104,7 +104,7 @@ def nursery(copy):
 def progress(root: Path) -> int:
     """How far an encode run has come: finished chunks, and one more once it writes the shards."""
     chunks = len(list((root / "work").glob("encode-*/chunk-??????.npz")))
-    return chunks + bool(list((root / "work").glob("encode-*/shards*")))
+    return chunks + bool(list((root / "shards").glob("tiny.*.part")))
 
 
 @pytest.mark.slow
@@ -121,6 +121,7 @@ def test_killed_at_random_points_the_bytes_are_those_of_an_undisturbed_run(copy,
             killed += nursery.kill(pid) == -signal.SIGKILL
         assert nursery.run("encode") == 0
         assert tiny.digest(copy / "shards" / "tiny") == undisturbed
+        assert [p.name for p in (copy / "shards").iterdir()] == ["tiny"], "leftovers are removed"
     assert not list((copy / "work").glob("encode-*")), "the work folder is swept once the shards stand"
 
 
@@ -190,7 +191,8 @@ def test_signals_end_cleanly_with_a_non_zero_status(copy, number, undisturbed):
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert not (copy / "shards" / "tiny").exists()
-    assert not list((copy / "work").rglob("*.part")), "nothing half-written is left"
+    assert not list(copy.rglob("*.part")), "no temporary file is left"
+    assert not list(copy.rglob("*.lock")), "no lock is left"
     assert tiny.semdict(copy, "encode") == 0
     assert tiny.digest(copy / "shards" / "tiny") == undisturbed
 

@@ -8,7 +8,7 @@ import yaml
 
 from semdict.cli import main
 from semdict.pipeline.common.errors import ParamsError
-from semdict.pipeline.common.files import occupied
+from semdict.pipeline.common.publish import occupied
 from semdict.pipeline.config.params import load_params
 from semdict.pipeline.config.presets import put_in_force, watched_folders
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semdict.pipeline.common.errors import BusyError
-from semdict.pipeline.common.files import publish_dir, write_aside
+from semdict.pipeline.common.files import atomic_write
 from semdict.pipeline.execute.chunks import Chunk, ChunkStore, fingerprint, lock, run_chunks, split_rows
 
 
@@ -137,18 +137,8 @@ def test_sigterm_ends_a_block_like_ctrl_c(tmp_path):
 def test_an_error_while_writing_leaves_the_old_file_and_no_rest(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), write_aside(path) as aside:
-        aside.write_text("half")
+    with pytest.raises(RuntimeError), atomic_write(path) as staged:
+        staged.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_publish_dir_replaces_the_old_folder_whole(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "stale").write_text("x")
-    with publish_dir(target) as aside:
-        (aside / "fresh").write_text("y")
-    assert [p.name for p in target.iterdir()] == ["fresh"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -1,71 +1,92 @@
-"""Whole files or none: write aside, flush, rename; and the hashes that name what a file holds."""
+"""Complete files or none: write under a temporary name, flush, rename; locks; and the hashes of what a file holds."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from semdict.pipeline.common.errors import BusyError
+
 PART = ".part"  # a name that ends so is never complete
+# Left in any folder by file managers, network drives and notebooks: neither data nor a reason to call a folder damaged.
+FOREIGN = frozenset({
+    ".DS_Store", ".localized", ".directory", ".ipynb_checkpoints", "Thumbs.db", "ehthumbs.db", "desktop.ini",
+    "__MACOSX", "@eaDir", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".fseventsd", "Icon\r", "lost+found",
+})  # fmt: skip
+FOREIGN_PREFIXES = ("._", ".nfs", ".fuse_hidden", ".~lock.")
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file or folder of this name belongs to another program (Finder, Explorer, NFS) and is ignored."""
+    return name in FOREIGN or name.startswith(FOREIGN_PREFIXES)
 
 
 @contextmanager
-def write_aside(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`, on error removed.
 
-    The temporary name carries the process id, so that two writers never share one.
+    A link at `path` is followed and stays. The temporary name carries the process id: two writers never share one.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    tmp_path = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
-        yield aside
-        if aside.is_file():
-            with aside.open("rb") as file:
+        yield tmp_path
+        if tmp_path.is_file():
+            with tmp_path.open("rb") as file:
                 os.fsync(file.fileno())
-        aside.replace(path)
+        tmp_path.replace(path)
     except BaseException:
-        remove(aside)
+        remove(tmp_path)
         raise
+
+
+write_aside = atomic_write  # the old name, until every caller uses the new one
 
 
 @contextmanager
-def publish_dir(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on success it takes the place of `path`, on error it is removed."""
-    path = Path(path)
+def hold_lock(path: Path, subject: str) -> Iterator[None]:
+    """Hold an advisory lock on file `path`, which is made for it and removed afterwards.
+
+    BusyError names the process that holds it. A killed process holds nothing. Where the file system has no locks, a
+    line on stderr says so and the block runs without one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    remove(aside)
-    aside.mkdir()
-    try:
-        yield aside
-        replace_dir(aside, path)
-    except BaseException:
-        remove(aside)
-        raise
-
-
-def replace_dir(source: Path, target: Path) -> None:
-    """Rename folder `source` to `target`, whatever stood there before (removed after it was moved out of the way)."""
-    old = target.with_name(f"{target.name}.{os.getpid()}.old{PART}")
-    remove(old)
-    if target.exists():
-        target.replace(old)
-    source.replace(target)
-    remove(old)
-
-
-def occupied(path: str | os.PathLike) -> bool:
-    """Whether anything stands at `path`; an empty folder, as `make preset` makes them, is nothing."""
-    path = Path(path)
-    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise BusyError(f"{subject} is already running: {owner}; wait for it") from None
+        except OSError as error:
+            print(f"{path}: no locks here ({error.strerror}); do not start {subject} twice", file=sys.stderr)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # the holder before removed it between our open and our lock
+    with file:
+        file.truncate(0)
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+        file.write(json.dumps({**owner, "command": " ".join(sys.argv)}))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def remove(path: str | os.PathLike) -> None:
-    """Delete a file or a folder; nothing happens where there is none."""
+    """Delete a file, a link or a folder; nothing happens where there is none."""
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -74,9 +95,9 @@ def remove(path: str | os.PathLike) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys, whole or not at all."""
-    with write_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    """Write `value` as indented JSON with sorted keys, complete or not at all."""
+    with atomic_write(path) as tmp_path:
+        tmp_path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -12,7 +12,6 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from semdict.pipeline.common.errors import SemdictError
-from semdict.pipeline.common.files import remove, replace_dir
 from semdict.pipeline.config.schema import Shards
 from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.execute.chunks import Chunk, ChunkStore, run_chunks, split_rows
@@ -37,14 +36,12 @@ class Publication:
 
 
 def encode_and_publish(what: Publication, scheduler: str) -> dict[str, Any]:
-    """Compute missing chunks, write the shards aside, rename them to `out`; counts of good and bad images."""
+    """Compute missing chunks, write and publish the shards; counts of good and bad images."""
     chunks = split_rows(len(what.manifest), what.chunk)
     _compute(what, chunks, scheduler)
     counts = _count(what, chunks)
-    aside = what.store.folder / "shards"
-    remove(aside)
     write_shards(
-        aside,
+        what.out,
         what.spec,
         lambda: _blocks(what, chunks),
         _index(what, chunks),
@@ -53,8 +50,6 @@ def encode_and_publish(what: Publication, scheduler: str) -> dict[str, Any]:
         chunk_rows=what.storage.chunk_rows,
         shard_rows=what.storage.shard_rows,
     )
-    what.out.parent.mkdir(parents=True, exist_ok=True)
-    replace_dir(aside, what.out)
     return counts
 
 

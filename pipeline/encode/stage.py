@@ -10,6 +10,7 @@ from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.common.files import sha256_file, write_json
 from semdict.pipeline.common.memory import keep_freed_memory
+from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.config import paths as places
 from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.config.schema import Params
@@ -48,13 +49,15 @@ def run(args: argparse.Namespace) -> int:
     """Encode what is missing, publish, report; 0 when the shard directory stands whole."""
     settings = params_of(args)
     preset = settings.preset
+    out = args.out or Path("shards") / preset
+    check_output(out, "shards")
     keep_freed_memory()
     with lock(f"encode-{preset}", args.work), sigterm_interrupts():
         encode(
             settings,
             manifest_path=args.manifest or places.manifest(preset),
             centroids=args.centroids or places.centroids(preset),
-            out=args.out or Path("shards") / preset,
+            out=out,
             reports=args.reports or Path("reports") / preset,
             root=args.work,
             scheduler=args.scheduler or settings.encode.scheduler,

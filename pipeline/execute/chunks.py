@@ -5,16 +5,12 @@ lost Dask worker and a second start are the same case. A folder's name is the fi
 result, so what another recipe left behind never matches. This is the only file that knows Dask.
 """
 
-import fcntl
-import json
 import os
 import signal
-import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +18,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from semdict.pipeline.common.errors import BusyError, SemdictError
-from semdict.pipeline.common.files import remove, sha256_json, write_aside
+from semdict.pipeline.common.errors import SemdictError
+from semdict.pipeline.common.files import atomic_write, hold_lock, remove, sha256_json
 
 WORK = Path("work")
 FINGERPRINT_DIGITS = 16
@@ -91,7 +87,7 @@ class ChunkStore:
 
     def write(self, chunk: Chunk, arrays: dict[str, np.ndarray]) -> None:
         """Write one chunk aside and rename it: from here on it is done."""
-        with write_aside(self.path(chunk)) as aside, aside.open("wb") as file:
+        with atomic_write(self.path(chunk)) as tmp_path, tmp_path.open("wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
@@ -111,22 +107,9 @@ def _pass(chunk: Chunk) -> None:
     """Nobody wants to know."""
 
 
-@contextmanager
-def lock(name: str, root: Path = WORK) -> Iterator[None]:
+def lock(name: str, root: Path = WORK) -> AbstractContextManager[None]:
     """Hold `work/locks/<name>.lock`; BusyError names the run that holds it. A killed run holds nothing."""
-    path = Path(root) / "locks" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise BusyError(f"{name} is already running: {file.read().strip() or 'unknown'}; wait for it") from None
-        file.truncate(0)
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-        file.write(json.dumps({**owner, "command": " ".join(sys.argv)}))
-        file.flush()
-        yield
+    return hold_lock(Path(root) / "locks" / f"{name}.lock", name)
 
 
 @contextmanager

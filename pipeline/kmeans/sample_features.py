@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from semdict.pipeline.common.device import reduced_precision, resolve_device, to_device
 from semdict.pipeline.common.errors import ManifestError
-from semdict.pipeline.common.files import publish_dir, remove, replace_dir, sha256_file, write_json
+from semdict.pipeline.common.files import sha256_file, write_json
 from semdict.pipeline.common.memory import keep_freed_memory
+from semdict.pipeline.common.publish import check_output, publish_folder
 from semdict.pipeline.config import paths as places
 from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.config.schema import Params
@@ -55,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
     """Sample, or say why there is nothing to sample."""
     settings = params_of(args)
     out = args.out or places.features(settings.preset)
+    check_output(out, "features")
     with lock(f"sample_features-{settings.preset}", args.work), sigterm_interrupts():
         if settings.kmeans.centroids:
             print(f"kmeans.centroids = {settings.kmeans.centroids} is used: nothing to sample", file=sys.stderr)
-            with publish_dir(out) as aside:
-                write_json(aside / "not-needed.json", {"kmeans.centroids": settings.kmeans.centroids})
+            with publish_folder(out, "features") as folder:
+                write_json(folder / "not-needed.json", {"kmeans.centroids": settings.kmeans.centroids})
             return 0
         scheduler = args.scheduler or settings.encode.scheduler
         sample(settings, args.manifest or places.manifest(settings.preset), out, args.work, scheduler)
@@ -222,25 +224,22 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
 
 
 def _publish(store: ChunkStore, chunks: list[Chunk], out: Path) -> None:
-    """Chunks to one zarr group {features (M, D) float16, row (M,), position (M,)}, renamed into place when whole."""
+    """Chunks to one zarr group {features (M, D) float16, row (M,), position (M,)}, published when complete."""
     import zarr
 
     sizes = [len(store.read(chunk, "row")["row"]) for chunk in chunks]
     total, width = sum(sizes), store.read(chunks[0], "features")["features"].shape[1]
-    aside = store.folder / "features.zarr"
-    remove(aside)
-    group = zarr.create_group(aside)
     block = max(1, min(total, 64 * 2**20 // (2 * width)))
-    arrays = {
-        "features": group.create_array("features", shape=(total, width), chunks=(block, width), dtype="float16"),
-        "row": group.create_array("row", shape=(total,), chunks=(block,), dtype="int64"),
-        "position": group.create_array("position", shape=(total,), chunks=(block,), dtype="int16"),
-    }
-    start = 0
-    for chunk, size in zip(chunks, sizes, strict=True):
-        part = store.read(chunk)
-        for name, array in arrays.items():
-            array[start : start + size] = part[name]
-        start += size
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_dir(aside, out)
+    with publish_folder(out, "features") as folder:
+        group = zarr.create_group(folder)
+        arrays = {
+            "features": group.create_array("features", shape=(total, width), chunks=(block, width), dtype="float16"),
+            "row": group.create_array("row", shape=(total,), chunks=(block,), dtype="int64"),
+            "position": group.create_array("position", shape=(total,), chunks=(block,), dtype="int16"),
+        }
+        start = 0
+        for chunk, size in zip(chunks, sizes, strict=True):
+            part = store.read(chunk)
+            for name, array in arrays.items():
+                array[start : start + size] = part[name]
+            start += size

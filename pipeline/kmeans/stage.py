@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from semdict.pipeline.common.errors import SemdictError, WeightsError
-from semdict.pipeline.common.files import write_aside, write_json
+from semdict.pipeline.common.files import atomic_write, write_json
+from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.common.safeload import load_array
 from semdict.pipeline.config import paths as places
 from semdict.pipeline.config.params import add_params_arguments, params_of
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Cluster, or take over the dictionary that the user has."""
     settings = params_of(args)
     out = args.out or places.centroids(settings.preset)
+    check_output(out, "array")
     reports = args.reports or Path("reports") / settings.preset
     with lock(f"kmeans-{settings.preset}", args.work), sigterm_interrupts():
         if settings.kmeans.centroids:
@@ -86,10 +88,10 @@ def _cluster(settings: Params, features: Path, out: Path, reports: Path) -> None
 
 def _write(out: Path, centroids: np.ndarray, reports: Path, metrics: dict, objective: list[float]) -> None:
     """centroids.npy, kmeans.json (metrics) and kmeans_objective.csv (a DVC plot)."""
-    with write_aside(reports / "kmeans_objective.csv") as aside:
+    with atomic_write(reports / "kmeans_objective.csv") as tmp_path:
         lines = [f"{i},{value:.9g}" for i, value in enumerate(objective)]
-        aside.write_text("\n".join(["iteration,objective", *lines]) + "\n")
+        tmp_path.write_text("\n".join(["iteration,objective", *lines]) + "\n")
     write_json(reports / "kmeans.json", metrics)
-    with write_aside(out) as aside, aside.open("wb") as file:
+    with atomic_write(out) as tmp_path, tmp_path.open("wb") as file:
         np.save(file, np.ascontiguousarray(centroids, dtype=np.float32))
     print(f"{out}: {centroids.shape[0]} words of width {centroids.shape[1]} ({metrics['engine']})", file=sys.stderr)

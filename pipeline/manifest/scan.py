@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from semdict.pipeline.common.errors import ManifestError
-from semdict.pipeline.common.files import remove, write_aside
+from semdict.pipeline.common.files import atomic_write, remove
 from semdict.pipeline.images.decode import BadImage, Status, probe
 from semdict.pipeline.manifest.reader import ByteReader
 
@@ -172,8 +172,8 @@ def _save(table: pa.Table, cache: Path) -> None:
         return
     taken = {path.name for path in cache.glob("*.parquet")}
     name = next(name for i in itertools.count() if (name := f"part-{i:06d}.parquet") not in taken)
-    with write_aside(cache / name) as aside:
-        pq.write_table(table, aside, compression="zstd")
+    with atomic_write(cache / name) as tmp_path:
+        pq.write_table(table, tmp_path, compression="zstd")
 
 
 def _compact(stamped: pa.Table, known: pa.Table, cache: Path) -> None:
@@ -186,8 +186,8 @@ def _compact(stamped: pa.Table, known: pa.Table, cache: Path) -> None:
     if len(parts) == 1 and pq.read_metadata(parts[0]).num_rows == len(table):
         return
     name = "part-000000.parquet"
-    with write_aside(cache / name) as aside:
-        pq.write_table(table, aside, compression="zstd")
+    with atomic_write(cache / name) as tmp_path:
+        pq.write_table(table, tmp_path, compression="zstd")
     for part in parts:
         if part.name != name:
             remove(part)

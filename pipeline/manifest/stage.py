@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from semdict.pipeline.common.errors import ManifestError
-from semdict.pipeline.common.files import remove, sha256_json, write_aside, write_json
+from semdict.pipeline.common.files import atomic_write, remove, sha256_json, write_json
+from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.config import paths as places
 from semdict.pipeline.config import schema
 from semdict.pipeline.config.params import add_params_arguments, params_of
@@ -135,10 +136,12 @@ def run(args: argparse.Namespace) -> int:
     """Write the manifest and its metrics; 0 when both stand."""
     settings = params_of(args)
     preset = settings.preset
+    out = args.out or places.manifest(preset)
+    check_output(out, "manifest")
     with lock(f"manifest-{preset}", args.work), sigterm_interrupts():
         build_manifest(
             settings.manifest,
-            args.out or places.manifest(preset),
+            out,
             metrics=args.metrics or Path("reports") / preset / "manifest.json",
             cache=args.work / "manifest-cache" / preset,
             max_pixels=settings.pixels.max_pixels,
@@ -156,8 +159,8 @@ def build_manifest(settings: schema.Manifest, out: Path, metrics: Path, cache: P
     known = scan(listing.table, settings.images, _cache_folder(cache, max_pixels), max_pixels, settings.workers)
     manifest = Manifest(_assemble(listing, known))
     _report_bad(manifest, cache / "bad.csv", settings.max_bad_fraction)
-    with write_aside(out) as aside:
-        pq.write_table(manifest.table, aside, compression="zstd")
+    with atomic_write(out) as tmp_path:
+        pq.write_table(manifest.table, tmp_path, compression="zstd")
     write_json(metrics, _metrics(manifest, listing))
     return manifest
 
@@ -187,7 +190,7 @@ def _report_bad(manifest: Manifest, path: Path, max_bad_fraction: float) -> None
     if not len(bad):
         return
     rows = manifest.table.take(pa.array(bad)).select(["key", "source", "status", "reason"]).to_pylist()
-    with write_aside(path) as aside, aside.open("w", newline="") as file:
+    with atomic_write(path) as tmp_path, tmp_path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["key", "source", "status", "reason"])
         writer.writerows([row["key"], row["source"], Status(row["status"]).name, row["reason"]] for row in rows)

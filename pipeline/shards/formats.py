@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from semdict.pipeline.common.errors import ShardError, UsageError, suggestion
-from semdict.pipeline.common.files import occupied, sha256_file
+from semdict.pipeline.common.files import sha256_file
+from semdict.pipeline.common.publish import occupied
 from semdict.pipeline.shards.format import ShardSpec
 from semdict.pipeline.shards.reader import open_shards
 from semdict.pipeline.shards.rows import Source, checked_blocks, numbered_index
@@ -166,7 +167,7 @@ def guess_layout(path: str | Path) -> str:
 def refuse_to_replace(out: str | Path, overwrite: bool) -> None:
     """UsageError if `out` exists and the user did not ask to replace it."""
     if not overwrite and occupied(out):
-        raise UsageError(f"{out} exists; choose another name, or give --overwrite to replace the whole of it")
+        raise UsageError(f"{out} exists; choose another name, or give --overwrite to replace an earlier output")
 
 
 def _load_centroids(path: str | Path, source: Source) -> np.ndarray:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from semdict.pipeline.common.errors import ShardError
-from semdict.pipeline.common.files import publish_dir, sha256_file
+from semdict.pipeline.common.files import sha256_file
+from semdict.pipeline.common.publish import publish_folder
 from semdict.pipeline.kmeans.neighbours import neighbour_table
 from semdict.pipeline.shards.format import (
     CODEBOOKS,
@@ -63,7 +64,7 @@ def write_shards(
     layout = Layout.fit(spec.rows, chunk_rows, shard_rows)
     _check_codebook(spec, centroids)
     counts = _all_counts(spec, blocks, {"gen": gen_counts, "disc": disc_counts})
-    with publish_dir(path) as folder:
+    with publish_folder(path, "shards") as folder:
         arrays = _create(folder, spec, layout, codec)
         _write_codebooks(folder, arrays, counts, centroids)
         found = _write_rows(spec, layout, _walk(blocks), arrays, counts, max(1, workers))

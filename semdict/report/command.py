@@ -27,10 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read the results and write the page."""
+    from semdict.pipeline.common.publish import check_output
     from semdict.report.results import Results
 
     preset = args.preset or params_of(args).preset
     out = args.out or Path("reports") / preset / "report.html"
+    check_output(out, "html")
     missing = write_page(Results(preset), out)
     print(out)
     if missing:

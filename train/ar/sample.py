@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from semdict.pipeline.common.errors import UsageError
-from semdict.pipeline.common.files import publish_dir, write_json
+from semdict.pipeline.common.files import write_json
+from semdict.pipeline.common.publish import check_output, publish_folder
 from semdict.train.ar.model import load_ar
 from semdict.train.ar.sampling import sample
 from semdict.train.ar.train import check_tokenizer
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
     params = load_params(args.params, args.set)
     given, runs = drawing(params.ar_sample, args.draw), Path("runs") / params.preset
+    out = args.out or runs / f"ar-samples-{args.draw}"
+    check_output(out, "ar-samples")
     device = pick_device(given.device)
     model, about = load_ar(args.model or runs / "ar", device)
     path = args.tokenizer or runs / "vcq"
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         images.append(to_uint8(pixels))
         tokens.append(ids_BL.cpu().numpy().astype(np.uint16))
     images_NHWC = np.concatenate(images)
-    with publish_dir(args.out or runs / f"ar-samples-{args.draw}") as folder:
+    with publish_folder(out, "ar-samples") as folder:
         np.savez(folder / "samples.npz", arr_0=images_NHWC, arr_1=np.array(labels), tokens=np.concatenate(tokens))
         save_grid(folder / "grid.png", *by_class(images_NHWC, labels, names))
         write_json(folder / "sampling.json", {**given.model_dump(), "images": len(labels), "class_names": names})

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from semdict.pipeline.common.files import remove, write_aside, write_json
+from semdict.pipeline.common.files import write_aside, write_json
 
 
 class RunLog:
@@ -27,7 +27,7 @@ class RunLog:
         self._file = self.path.open("a")
         self._plots: dict[str, Any] = {}
         if reports is not None:
-            remove(reports / "plots")
+            remove_plots(reports / "plots")
             for row in rows:
                 self._plot(row)
         self._board = _tensorboard(folder / "tensorboard", at_step) if tensorboard else None
@@ -91,6 +91,15 @@ def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
         with write_aside(path) as aside:
             aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def remove_plots(folder: Path) -> None:
+    """Remove the curves of an earlier run, recognised by their first column; other files stay."""
+    for path in folder.glob("*.tsv"):
+        with path.open("rb") as file:
+            ours = file.read(5) == b"step\t"
+        if ours:
+            path.unlink()
 
 
 def _number(value: float) -> float | str:

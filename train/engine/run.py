@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from semdict.pipeline.common.errors import SemdictError, UsageError
-from semdict.pipeline.common.files import occupied, remove, replace_dir, sha256_json, write_json
+from semdict.pipeline.common.files import remove, sha256_json, write_json
+from semdict.pipeline.common.publish import check_output, occupied, publish_staged
 from semdict.pipeline.execute.chunks import WORK, lock
 from semdict.train.engine import dist
 from semdict.train.engine.checkpoint import differences, plain
@@ -59,11 +60,10 @@ class Place:
 
         UsageError when `out` holds another run, or holds one and `resume` was not asked for: nothing is overwritten.
         """
+        check_output(self.out, "run")
         if not occupied(self.out):
             return None
         card = self.card(self.out)
-        if card is None:
-            raise UsageError(f"{self.out} holds no complete run. Give another --out, or remove that folder first")
         if card["fingerprint"] == self.fingerprint and resume:
             return card
         changed = "; ".join(differences(card["settings"], plain(self.settings)))
@@ -81,10 +81,13 @@ class Place:
         return card
 
     def publish(self) -> None:
-        """Rename the work folder to `out`; what is only needed to continue is left behind."""
+        """Put the work folder in the place of `out`, without what is only needed to continue.
+
+        UsageError when another run was published there meanwhile: this one waits in its work folder.
+        """
+        self.published(resume=True)
         remove(self.folder / "checkpoints")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_dir(self.folder, self.out)
+        publish_staged(self.folder, self.out, "run")
 
 
 @contextmanager

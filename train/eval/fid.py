@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import write_json
+from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.config import paths as places
 from semdict.train.eval import image_scores as scores
 from semdict.train.eval.image_sets import open_images
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     from semdict.pipeline.config.params import load_params
 
     params = load_params(args.params, args.set)
-    found, about = score_samples(args.samples, params, args.protocol, args.reference)
     out = args.out or Path("reports") / params.preset / samples_name(args.samples) / "scores.json"
+    check_output(out, "json")
+    found, about = score_samples(args.samples, params, args.protocol, args.reference)
     write_scores(out, found, about)
     return 0
 

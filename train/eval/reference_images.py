@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from semdict.pipeline.common.errors import UsageError
-from semdict.pipeline.common.files import occupied, publish_dir, write_json
+from semdict.pipeline.common.files import write_json
+from semdict.pipeline.common.publish import check_output, occupied, publish_folder
 from semdict.pipeline.config import paths as places
 
 EXAMPLE = """example:
@@ -36,13 +37,14 @@ def run(args: argparse.Namespace) -> int:
     from semdict.pipeline.manifest.stage import load_manifest
 
     params = load_params(args.params, args.set)
+    check_output(args.out, "reference")
     if occupied(args.out):
         raise UsageError(f"{args.out} exists; give another --out or remove it")
     manifest = load_manifest(args.manifest or places.manifest(params.preset))
     rows = manifest.rows_of([args.split])
     good = [int(row) for row in rows[manifest.status[rows] == 0]]
     reader = manifest.reader(params.manifest.images)
-    with publish_dir(args.out) as folder, ThreadPoolExecutor() as pool:
+    with publish_folder(args.out, "reference") as folder, ThreadPoolExecutor() as pool:
         (folder / "images").mkdir()
         jobs = pool.map(lambda row: save(reader.read(row), folder / "images" / f"{row:08d}.png"), good)
         for _ in tqdm(jobs, total=len(good), desc="reference", unit="img"):

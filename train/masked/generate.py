@@ -14,8 +14,9 @@ from torch import Tensor
 
 from semdict.pipeline.common.device import reduced_precision, resolve_device
 from semdict.pipeline.common.errors import UsageError
-from semdict.pipeline.common.files import occupied, publish_dir, sha256_file, sha256_json, write_json
+from semdict.pipeline.common.files import sha256_file, sha256_json, write_json
 from semdict.pipeline.common.memory import keep_freed_memory
+from semdict.pipeline.common.publish import check_output, occupied, publish_folder
 from semdict.pipeline.common.safeload import existing_file
 from semdict.train.data.tokens import recipe_of
 from semdict.train.masked.context import Known, hidden_cells, known_images
@@ -71,13 +72,14 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     params = load_params(args.params, args.set)
     out = args.out or Path("runs") / params.preset / f"{run_name(args.model)}-{args.task}"
+    check_output(out, "generated")
     drawing = Drawing(args, params)
     if occupied(out):
         if args.resume and (out / CARD).is_file() and drawing.made(out / CARD):
             print(f"generate: {out} holds these very images; nothing to do", file=sys.stderr)
             return 0
         raise UsageError(f"{out} exists; give another --out, or remove it (--resume keeps one of the same settings)")
-    with publish_dir(out) as folder:
+    with publish_folder(out, "generated") as folder:
         drawing.draw(folder)
     print(f"generate: {drawing.count} images in {out}", file=sys.stderr)
     return 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.config import paths as places
 from semdict.train.engine.loop import DTYPES
 from semdict.train.vcq.tokenizer import Tokenizer1d, load_tokenizer
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from semdict.pipeline.execute.chunks import lock, sigterm_interrupts
 
     params = load_params(args.params, args.set)
+    args.out = args.out or Path("shards") / f"{params.preset}-vcq"
+    check_output(args.out, "shards")
     path = args.tokenizer or Path("runs") / params.preset / "vcq"
     with lock(f"vcq-encode-{params.preset}", args.work), sigterm_interrupts():
         _encode(params, args, path / "tokenizer.pt" if path.is_dir() else path)
@@ -96,7 +99,7 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
         manifest=manifest,
         store=store,
         spec=shards,
-        out=args.out or Path("shards") / f"{preset}-vcq",
+        out=args.out,
         chunk=chosen.chunk,
         max_bad_fraction=params.manifest.max_bad_fraction,
         storage=params.shards,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from semdict.pipeline.common.errors import UsageError, suggestion
-from semdict.pipeline.common.files import publish_dir, write_json
+from semdict.pipeline.common.files import write_json
+from semdict.pipeline.common.publish import publish_folder
 from semdict.pipeline.shards.format import CODEBOOKS
 from semdict.pipeline.shards.reader import TokenShards
 from semdict.pipeline.shards.rows import RowBatch, export_splits, row_batches, rows_of
@@ -55,7 +56,7 @@ def export(shards: TokenShards, out: str | Path, split: str | None = None, licen
     """
     header = licence_fields(shards.meta, licence)
     counts: dict[str, int] = {}
-    with publish_dir(out) as folder:
+    with publish_folder(out, "hub") as folder:
         (folder / "data").mkdir()
         for name in export_splits(shards, split):
             counts[name] = _write_split(shards, name, folder / "data")

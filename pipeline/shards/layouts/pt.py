@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from semdict.pipeline.common.errors import ShardError, UsageError
-from semdict.pipeline.common.files import sha256_file, write_aside
+from semdict.pipeline.common.files import atomic_write, sha256_file
+from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.shards.reader import TokenShards
 from semdict.pipeline.shards.rows import STEP, RawRows, Source, square_grid
 
@@ -101,7 +102,7 @@ def export(
             if values.size and (values.max() > limits.max or values.min() < limits.min):
                 raise UsageError(f"{key} reaches {values.max()}, more than {target} holds: choose a larger --dtype")
             tensors[key] = torch.from_numpy(np.ascontiguousarray(values)).to(target)
-    with write_aside(out) as staged, staged.open("wb") as file:
+    with atomic_write(check_output(out, "tensors")) as staged, staged.open("wb") as file:
         torch.save(tensors, file)  # to a file object: a path would put its name into the bytes
     return loaded.left_out
 

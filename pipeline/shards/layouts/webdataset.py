@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from semdict.pipeline.common.files import publish_dir, write_json
+from semdict.pipeline.common.files import write_json
+from semdict.pipeline.common.publish import publish_folder
 from semdict.pipeline.shards.reader import TokenShards
 from semdict.pipeline.shards.rows import RowBatch, export_splits, row_batches, rows_of
 
@@ -29,7 +30,7 @@ def export(shards: TokenShards, out: str | Path, split: str | None = None, per_s
     Returns the number of rows left out because they have no tokens.
     """
     written = 0
-    with publish_dir(out) as folder:
+    with publish_folder(out, "webdataset") as folder:
         tars: dict[str, list[str]] = {}
         for name in export_splits(shards, split):
             tars[name] = []
