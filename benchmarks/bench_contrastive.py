@@ -1,8 +1,8 @@
-"""Codebook contrast, forward and backward: ours, full logits with the table, and S and w found in each step.
+"""Codebook contrast, forward and backward: fused, full logits with the neighbour table, neighbours in each step.
 
 Example: python -m benchmarks.bench_contrastive --out benchmarks/results/contrastive.json    (--small for a quick look)
-Times come from one process that runs the versions in turn; extra memory is how far a process of its own rises in one
-step above what it held before.
+Times come from one process that alternates between the versions; extra memory is the rise of a separate process's peak
+in one step.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import memory
 from benchmarks.report import arguments, in_child, machine, publish
-from benchmarks.timing import in_turns
+from benchmarks.timing import alternate
 from semdict.train.masked.losses import codebook_contrastive, neighbour_table
 
 SIZES = {"full": (4096, 16384, 1024), "small": (512, 4096, 256)}
@@ -29,26 +29,26 @@ def problem(small: bool, device: str) -> tuple[Tensor, ...]:
     centroids = F.normalize(torch.randn(K, D, generator=rng), dim=1)
     z = F.normalize(torch.randn(N, D, generator=rng), dim=1)
     words = torch.randint(0, K, (N,), generator=rng)
-    # rows of the table do not matter to time: neighbours are drawn, the full table would take minutes to make
+    # the neighbours' values do not change the time: random ones, since the full table would take minutes to compute
     ids = torch.cat([torch.arange(K)[:, None], torch.randint(0, K, (K, NEIGHBOURS - 1), generator=rng)], dim=1)
     weights = (centroids[:, None] * centroids[ids]).sum(-1).div(TAU).softmax(1) if small else torch.ones(K, 6) / 6
     return tuple(x.to(device) for x in (z, words, centroids, ids, weights))
 
 
 def ours(z: Tensor, words: Tensor, centroids: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The fused version of the package."""
+    """The package's fused loss."""
     return codebook_contrastive(z, words, centroids, ids, weights, TEMPERATURE)
 
 
 def full_logits(z: Tensor, words: Tensor, centroids: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Every logit written out, autograd, the neighbour table given."""
+    """All logits in memory, autograd, with a precomputed neighbour table."""
     logits_NK = z @ centroids.T / TEMPERATURE
     positive_N = (logits_NK.gather(1, ids[words]) * weights[words]).sum(dim=1)
     return (logits_NK.logsumexp(dim=1) - positive_N).mean()
 
 
 def per_step(z: Tensor, words: Tensor, centroids: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """As published: neighbours and weights of every row looked for in each step, log-softmax of every logit."""
+    """As published: neighbours and weights of every row computed in each step, log-softmax of all logits."""
     unit_KD = F.normalize(centroids, dim=1)
     logp_NK = (F.normalize(z, dim=1) @ unit_KD.T / TEMPERATURE).log_softmax(dim=1)
     with torch.no_grad():
@@ -57,32 +57,32 @@ def per_step(z: Tensor, words: Tensor, centroids: Tensor, ids: Tensor, weights: 
     return -(share * logp_NK.gather(1, near)).sum(dim=1).mean()
 
 
-def step(version: str, given: tuple[Tensor, ...]) -> float:
+def step(version: str, inputs: tuple[Tensor, ...]) -> float:
     """Forward and backward once; returns the loss."""
-    z = given[0].detach().requires_grad_()
-    loss = globals()[version](z, *given[1:])
+    z = inputs[0].detach().requires_grad_()
+    loss = globals()[version](z, *inputs[1:])
     loss.backward()
     return loss.item()
 
 
 def in_own_process(version: str, small: bool, device: str) -> int:
-    """Peak memory of one step above what was held before it, in a process of its own."""
-    given = ["--child", version, "--device", device, *(["--small"] if small else [])]
-    return json.loads(in_child("benchmarks.bench_contrastive", *given))["extra_bytes"]
+    """Bytes by which one step raises the peak memory of a separate process."""
+    options = ["--child", version, "--device", device, *(["--small"] if small else [])]
+    return json.loads(in_child("benchmarks.bench_contrastive", *options))["extra_bytes"]
 
 
 def child(version: str, small: bool, device: str) -> None:
-    """Run one step and print how far memory rose."""
-    given = problem(small, device)
-    step(version, tuple(x[:64] if i < 2 else x for i, x in enumerate(given)))  # libraries' own buffers
-    print(json.dumps({"extra_bytes": memory.extra_bytes(lambda: step(version, given), device)}))
+    """Run one step and print the rise of peak memory."""
+    inputs = problem(small, device)
+    step(version, tuple(x[:64] if i < 2 else x for i, x in enumerate(inputs)))  # libraries allocate their buffers
+    print(json.dumps({"extra_bytes": memory.extra_bytes(lambda: step(version, inputs), device)}))
 
 
 def measure(small: bool, device: str, repeats: int) -> dict:
-    """All versions, and ours against each."""
-    given = problem(small, device)
+    """Time and memory of all versions, and their ratios to ours."""
+    inputs = problem(small, device)
     N, K, D = SIZES["small" if small else "full"]
-    time, processor = in_turns({v: lambda v=v: step(v, given) for v in VERSIONS}, repeats, device)
+    time, processor = alternate({v: lambda v=v: step(v, inputs) for v in VERSIONS}, repeats, device)
     extra = {v: in_own_process(v, small, device) for v in VERSIONS}
     return {
         "machine": machine(device),
@@ -98,10 +98,10 @@ def measure(small: bool, device: str, repeats: int) -> dict:
 
 
 def check_equal() -> None:
-    """All versions give one value on a small problem with the true table: what is timed is the same loss."""
+    """SystemExit unless all versions give the same loss on a small problem with the true neighbour table."""
     z, words, centroids, *_ = problem(small=True, device="cpu")
-    given = (z, words, centroids, *neighbour_table(centroids, NEIGHBOURS, TAU))
-    values = [step(version, given) for version in VERSIONS]
+    inputs = (z, words, centroids, *neighbour_table(centroids, NEIGHBOURS, TAU))
+    values = [step(version, inputs) for version in VERSIONS]
     if max(values) - min(values) > 1e-4:
         raise SystemExit(f"the versions disagree: {dict(zip(VERSIONS, values, strict=True))}")
 

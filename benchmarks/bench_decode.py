@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.report import arguments, machine, publish
-from benchmarks.timing import in_turns
+from benchmarks.timing import alternate
 from semdict.pipeline.config import schema
 from semdict.pipeline.images.crops import crop_views, expand_views
 from semdict.pipeline.images.decode import MAX_PIXELS, decode, decoder_identity
@@ -55,7 +55,7 @@ def bench_decoders(items: list[bytes], repeats: int) -> dict:
 
     figures: dict = {"images": len(items), "mean_bytes": int(np.mean([len(item) for item in items]))}
     for kind, run in (("decode", decode_all), ("decode_and_crop", crop_all)):
-        best, _ = in_turns({name: partial(run, name) for name in ("simplejpeg", "pillow")}, repeats)
+        best, _ = alternate({name: partial(run, name) for name in ("simplejpeg", "pillow")}, repeats)
         figures[kind] = {f"{name}_per_s": len(items) / seconds for name, seconds in best.items()}
         figures[kind]["ratio"] = best["pillow"] / best["simplejpeg"]
     pairs = ((decode(item, "simplejpeg").astype(np.int16), decode(item, "pillow")) for item in items)

@@ -1,10 +1,10 @@
-"""Encode throughput: the stage (decode threads beside batched models) against a loop of one image at a time.
+"""Encode throughput: the stage (decode threads, batched models) against a loop over single images.
 
     python -m benchmarks.bench_encode --images demo/assets/images/train --vqgan demo/assets/vqgan.ckpt \
         --teacher demo/assets/teacher.pth
 
-Both tokenise the same files with the same weights in one process, in turns. `equal_tokens` is
-below 1 where near-ties fall differently: the loop decodes with Pillow and feeds single, contiguous images.
+Both tokenise the same files with the same weights in one process. `equal_tokens` is below 1 where near-ties are
+decided differently: the loop decodes with Pillow and encodes single, contiguous images.
 """
 
 import io
@@ -26,7 +26,7 @@ from semdict.pipeline.tokenizers.pair import PairSpec
 
 
 def loop(paths: list[Path], pair) -> np.ndarray:
-    """The plain way: open, resize, crop, two forward passes of batch 1, next image."""
+    """The baseline: for each image open, resize, crop, and two forward passes with batch size 1."""
     tokens = []
     for path in paths:
         image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
@@ -35,13 +35,13 @@ def loop(paths: list[Path], pair) -> np.ndarray:
         left, top = (round((side - 256) / 2) for side in image.size)  # as torchvision.transforms.CenterCrop
         pixels = np.asarray(image.crop((left, top, left + 256, top + 256)))
         batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
-        found = pair.tokens(batch, "float32")
-        tokens.append(np.stack([found["gen"][0].numpy(), found["disc"][0].numpy()]))
+        pair_tokens = pair.tokens(batch, "float32")
+        tokens.append(np.stack([pair_tokens["gen"][0].numpy(), pair_tokens["disc"][0].numpy()]))
     return np.stack(tokens)
 
 
 def stage(job: EncodeJob, worker, chunks) -> np.ndarray:
-    """The stage's own worker over the same rows."""
+    """The stage's worker on the same rows."""
     parts = [arrays for _, arrays in worker.process(chunks, lambda *_: None)]
     gen, disc = (np.concatenate([part[name] for part in parts])[:, 0] for name in ("gen", "disc"))
     return np.stack([gen, disc], axis=1)
@@ -62,7 +62,7 @@ def main() -> None:
         manifest_path = Path(folder) / "manifest.parquet"
         override = f"manifest.images={{train: {args.images}}}"
         if semdict(["manifest", "--set", override, "--out", str(manifest_path), "--metrics", f"{folder}/m.json"]):
-            raise SystemExit("no manifest, no benchmark")
+            raise SystemExit("semdict manifest failed")
         spec = PairSpec(args.vqgan, args.model, args.teacher, -1, 224, args.centroids, "cpu", 256)
         job = EncodeJob(
             fingerprint="benchmark",
@@ -79,6 +79,7 @@ def main() -> None:
         worker = job.open()
         manifest = load_manifest(manifest_path)
         paths = [Path(args.images) / source for source in manifest.table.column("source").to_pylist()[:count]]
+        count = len(paths)
         chunks = split_rows(count, count)
         equal = float(np.mean(loop(paths[:8], worker.tokenizer) == stage(job, worker, split_rows(8, 8))))
         ours = seconds(lambda: stage(job, worker, chunks), repeats=2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import arguments, machine, publish
-from benchmarks.timing import in_turns
+from benchmarks.timing import alternate
 from semdict.train.masked.model import SIZES, MaskedTokenTransformer, model_config
 from semdict.train.masked.sampling import Decoding, ImageDraws, decode_iteratively, once_where_equal
 from semdict.train.masked.vocab import LEASE
@@ -74,7 +74,7 @@ def main() -> None:
     model = MaskedTokenTransformer(config).to(args.device).eval().requires_grad_(False)
     how = Decoding(args.steps, 6.0, "sampled")  # as many passes as the loop that it is compared with
     with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-        wall, processor = in_turns(versions(model, args.batch, how), args.repeats, args.device)
+        wall, processor = alternate(versions(model, args.batch, how), args.repeats, args.device)
     publish(
         args.out,
         {

@@ -1,11 +1,11 @@
-"""K-means memory as the dataset grows tenfold: the sample is bounded, so the peak must stay flat.
+"""K-means memory when the dataset grows tenfold: the sample is bounded, so the peak must not grow.
 
     python -m benchmarks.bench_kmeans_memory
 
-Each size runs in a process of its own; the figure is that process's peak resident memory above one that only imports
-the same modules. Ours draws a fixed number of patches evenly over all images (`sample_features`) and clusters them; the
-baseline keeps the features of every patch and hands them to FAISS, as the published scripts do. Features are made up
-per image, so that only the handling of them is measured.
+Each size runs in a separate process; the figure is its peak resident memory above that of a process that only imports
+the same modules. Ours samples a fixed number of patches evenly over all images (`sample_features`) and clusters them;
+the baseline keeps the features of every patch and passes them to FAISS, as the published scripts do. Features are
+random, so that only their handling is measured.
 """
 
 import resource
@@ -22,12 +22,12 @@ K, WIDTH, PATCHES, ITERATIONS, POINTS = 256, 64, 256, 5, 65_536
 
 
 def features_of(image: int) -> np.ndarray:
-    """(PATCHES, WIDTH) float32 made-up teacher features of one image."""
+    """(PATCHES, WIDTH) float32 random features that stand for the teacher's features of one image."""
     return np.random.default_rng(image).standard_normal((PATCHES, WIDTH), dtype=np.float32)
 
 
 def ours(images: int) -> None:
-    """The stage's sampling, then its k-means."""
+    """The sampling of `semdict sample-features`, then the k-means of `semdict kmeans`."""
     counts = points_per_row(images, POINTS, PATCHES)
     sample = np.empty((int(counts.sum()), WIDTH), np.float16)
     start = 0
@@ -38,7 +38,7 @@ def ours(images: int) -> None:
 
 
 def plain(images: int) -> None:
-    """Every patch of every image, concatenated."""
+    """K-means over every patch of every image."""
     features = np.concatenate([features_of(image) for image in range(images)])
     faiss.Kmeans(WIDTH, K, niter=ITERATIONS, seed=1).train(features)
 
@@ -47,7 +47,7 @@ KINDS = {"ours": ours, "plain": plain, "idle": lambda images: None}
 
 
 def child(kind: str, images: str) -> None:
-    """Run and print this process's peak memory in MB."""
+    """Run one kind and print this process's peak memory in MB."""
     KINDS[kind](int(images))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
@@ -62,7 +62,7 @@ def main() -> None:
         return
     parser = arguments(__doc__, "kmeans_memory")
     args = parser.parse_args()
-    images = [500, 5_000] if args.small else [1_500, 15_000]
+    images = [200, 2_000] if args.small else [1_500, 15_000]
     figures = {**machine(), "k": K, "width": WIDTH, "images": images, "points": POINTS}
     idle = peak("idle", 0)
     for kind in ("ours", "plain"):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.memory import status
 from benchmarks.report import arguments, machine, publish
-from benchmarks.timing import in_turns, wait
+from benchmarks.timing import alternate, wait
 from semdict.pipeline.tokenizers.mage import RELEASED, MageTokenizer
 from semdict.train.eval.features import FeatureStore, encoder_features
 from semdict.train.eval.knn import knn
@@ -92,7 +92,7 @@ def epochs(args: Any, size: str, rows: int, root: Path) -> dict[str, Any]:
     ways: dict[str, Any] = {"cached": cached, "tokens_anew": Anew(from_tokens, cached)}
     ways["pixels_anew"] = Anew(from_pixels, cached)
     runs = {name: lambda way=way: fit_head(way, CLASSES, plan, device) for name, way in ways.items()}
-    wall, _ = in_turns(runs, args.repeats, device)
+    wall, _ = alternate(runs, args.repeats, device)
     whole = once + EPOCHS * wall["cached"]
     ratios = {name: round(EPOCHS * wall[name] / whole, 1) for name in ("tokens_anew", "pixels_anew")}
     shape = {"model": size, "rows": rows, "batch": batch, "precision": precision}

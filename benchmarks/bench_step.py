@@ -2,8 +2,8 @@
 
 Example: python -m benchmarks.bench_step --out benchmarks/results/step.json    (--small for a quick look)
          python -m benchmarks.bench_step --device cuda --batch 64 --out benchmarks/results/step-gpu.json
-A step is masks, forward, backward and AdamW. On a GPU in bfloat16 autocast, with model FLOP utilisation; needs torch
-and timm only. Times come from one process in turns, memory from a process per version.
+A step is masking, forward, backward and AdamW; bfloat16 autocast and model FLOP utilisation on a GPU. Needs torch and
+timm only. Times come from one process that alternates between the versions, memory from a process per version.
 """
 
 import argparse
@@ -17,13 +17,13 @@ import torch
 from benchmarks import memory
 from benchmarks.report import arguments, in_child, machine, publish
 from benchmarks.straight_lease import StraightLease
-from benchmarks.timing import in_turns
+from benchmarks.timing import alternate
 from semdict.train.masked.masking import draw_masks
 from semdict.train.masked.model import SIZES, MaskedTokenTransformer, model_config
 from semdict.train.masked.objectives import Lease, Mage, Masking, Sorcen
 from semdict.train.masked.vocab import LEASE
 
-RATIO = 0.695  # about the mean of the truncated normal; one value, so that every step is alike
+RATIO = 0.695  # about the mean of the truncated normal; constant, so that all steps cost the same
 WORDS, WIDTH = 16384, 1024
 VERSIONS = ("lease", "straight_lease", "sorcen", "mage", "mage_online_vqgan")
 PARTS = {  # the package's names -> the straightforward version's
@@ -42,14 +42,14 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16
 
 
 class Steps:
-    """What a version needs to run steps: its data, modules and optimiser are made once."""
+    """Builds the training step of each version on shared random data."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.batch = args.device, args.batch
         self.size = "tiny" if args.small else args.size
         self.words = (512, 64) if args.small else (WORDS, WIDTH)
         self.dropout, self.compile = args.dropout, args.compile
-        self.trained = 0  # parameters of the version made last
+        self.trained = 0  # number of parameters of the version built last
         rng = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(0, 1024, (self.batch, 256), generator=rng).to(self.device)
         self.disc = torch.randint(0, self.words[0], (self.batch, 256), generator=rng).to(self.device)
@@ -58,11 +58,11 @@ class Steps:
         self.rng = torch.Generator(device=self.device).manual_seed(1)
 
     def make(self, version: str) -> Callable[[], float]:
-        """A function that does one step and returns its loss."""
+        """A function that runs one step and returns its loss."""
         return self.straight() if version == "straight_lease" else self.ours(version)
 
     def ours(self, version: str) -> Callable[[], float]:
-        """The package's objectives; MAGE online first turns pictures into tokens, as its published training does."""
+        """The package's objectives; `mage_online_vqgan` encodes images in every step, as published."""
         family = version.partition("_")[0]
         words = self.words[1] if family == "lease" else 0
         config = model_config(family, self.size, words=words, dropout=self.dropout)
@@ -81,14 +81,14 @@ class Steps:
             tokens = tokenizer() if tokenizer else self.tokens
             with self.precision():
                 loss, _ = objective(model, {"gen": tokens, "disc": self.disc}, self.rng, epoch=50.0)
-            self.move(loss, optimiser)
+            self.update(loss, optimiser)
             objective.after_step(model, 50.0, 400.0)
             return loss.item()
 
         return step
 
     def straight(self) -> Callable[[], float]:
-        """The baseline: same masks, same precision, same optimiser."""
+        """The baseline, with equal masks, precision and optimiser."""
         model = StraightLease(SIZES[self.size], self.centroids, self.dropout).to(self.device)
         optimiser = self.optimiser(model, fused=self.device.startswith("cuda"))
 
@@ -96,22 +96,22 @@ class Steps:
             keep, masked, _ = draw_masks(self.batch, 256, RATIO, self.rng)
             with self.precision():
                 loss = model(self.tokens, self.disc, masked, keep)
-            self.move(loss, optimiser)
+            self.update(loss, optimiser)
             return loss.item()
 
         return step
 
     def tokenizer(self) -> Callable[[], torch.Tensor]:
-        """MAGE's VQGAN at its released size (narrow with --small) with random weights, on random pictures."""
+        """MAGE's VQGAN at its released size (narrow with --small) with random weights, on random images."""
         from semdict.pipeline.tokenizers.mage import RELEASED, MageTokenizer
 
         narrow = replace(RELEASED, stem=32, widths=(32, 32, 64, 64, 128), blocks=1, decoder_blocks=1)
         net = MageTokenizer(narrow if self.size == "tiny" else RELEASED).to(self.device).eval()
-        pictures = torch.rand(self.batch, 3, 256, 256, generator=torch.Generator().manual_seed(2)).to(self.device)
+        images = torch.rand(self.batch, 3, 256, 256, generator=torch.Generator().manual_seed(2)).to(self.device)
 
         def encode() -> torch.Tensor:
             with torch.no_grad(), self.precision():
-                return net.encode(pictures)
+                return net.encode(images)
 
         return encode
 
@@ -124,14 +124,15 @@ class Steps:
         """bfloat16 on a GPU, float32 on a CPU."""
         return torch.autocast("cuda" if self.device.startswith("cuda") else "cpu", torch.bfloat16, self.device != "cpu")
 
-    def move(self, loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> None:
+    def update(self, loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> None:
+        """Backward pass and optimiser step."""
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
 
 def lease_flops(size: dict[str, int], words: int, width: int) -> float:
-    """FLOPs that one image needs in a LEASE step: encoder (129 rows), decoder (257) and heads, forward and back."""
+    """FLOPs per image of a LEASE step: encoder (129 rows), decoder (257 rows) and heads, forward and backward."""
 
     def blocks(rows: int, e: int, depth: int) -> float:
         return depth * (24 * rows * e * e + 4 * rows * rows * e)
@@ -140,13 +141,13 @@ def lease_flops(size: dict[str, int], words: int, width: int) -> float:
     visible = 256 - masked
     e, f = size["width"], size["decoder_width"]
     forward = blocks(129, e, size["depth"]) + 2 * 129 * e * f + blocks(257, f, size["decoder_depth"])
-    # the dictionary and the word table take no gradient: one product back instead of two
+    # centroids and token embedding take no gradient: one backward product instead of two
     heads = masked * (3 * 2 * f * e + 2 * 2 * e * 1024) + visible * (3 * 2 * e * width + 2 * 2 * width * words)
     return 3 * forward + heads
 
 
 def child(version: str, args: argparse.Namespace) -> None:
-    """Three steps in a fresh process: how far memory rises above the imports, and what of it weights and AdamW hold."""
+    """Print the rise of peak memory in three steps, and the part of it that weights and AdamW state take."""
     steps = Steps(args)
 
     def work() -> None:
@@ -159,12 +160,13 @@ def child(version: str, args: argparse.Namespace) -> None:
     print(json.dumps({"peak_bytes": peak, "state_bytes": state, "step_bytes": peak - state}))
 
 
-def in_own_process(version: str, given: list[str]) -> dict[str, int]:
-    return json.loads(in_child("benchmarks.bench_step", *given, "--child", version).splitlines()[-1])
+def in_own_process(version: str, options: list[str]) -> dict[str, int]:
+    """`child` in a separate process."""
+    return json.loads(in_child("benchmarks.bench_step", *options, "--child", version).splitlines()[-1])
 
 
 def check_equal() -> None:
-    """With the same weights and masks both LEASEs give one loss: what is timed is the same thing."""
+    """SystemExit unless both LEASEs give the same loss with equal weights and masks."""
     size = SIZES["tiny"]
     centroids = torch.nn.functional.normalize(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     straight = StraightLease(size, centroids).eval()
@@ -179,15 +181,15 @@ def check_equal() -> None:
     keep, masked, _ = draw_masks(2, 256, RATIO, rng)
     ours, _ = Lease(centroids).losses(model, Lease.given_masks(model, tokens, masked, keep), words)
     if abs(ours.item() - straight(tokens, words, masked, keep).item()) > 1e-4:
-        raise SystemExit("the straightforward LEASE computes another loss than the package's")
+        raise SystemExit("the straightforward LEASE and the package's compute different losses")
 
 
-def measure(args: argparse.Namespace, given: list[str]) -> dict:
-    """Seconds and bytes of every version, and the ratios that matter."""
+def measure(args: argparse.Namespace, options: list[str]) -> dict:
+    """Seconds and bytes of every version, and their ratios."""
     wanted = args.versions.split(",")
     steps = Steps(args)
-    bytes_ = {v: in_own_process(v, given) for v in wanted if v in VERSIONS[:2] or args.device == "cuda"}
-    time, processor = in_turns({v: steps.make(v) for v in wanted}, args.repeats, args.device)
+    bytes_ = {v: in_own_process(v, options) for v in wanted if v in VERSIONS[:2] or args.device == "cuda"}
+    time, processor = alternate({v: steps.make(v) for v in wanted}, args.repeats, args.device)
     figures = {
         "machine": machine(args.device),
         "threads": torch.get_num_threads(),

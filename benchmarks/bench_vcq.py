@@ -1,4 +1,4 @@
-"""VCQ against its baselines, in one process: code search, autoregressive decoding, one tokenizer step, one AR step.
+"""VCQ against its baselines in one process: code search, autoregressive decoding, one tokenizer step, one AR step.
 
 python -m benchmarks.bench_vcq [--small] [--device cuda --peak-tflops 790] [--parts search decode]
 """
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import arguments, machine, publish
-from benchmarks.timing import in_turns
+from benchmarks.timing import alternate
 from semdict.train.ar.model import ArConfig, ArModel, preset
 from semdict.train.ar.sampling import sample
 from semdict.train.engine.guidance import Guidance
@@ -26,13 +26,13 @@ K = 16384
 
 
 def timed(versions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
-    """Best seconds by version: processor time on a CPU, which other work disturbs least, wall time on a GPU."""
-    wall, processor = in_turns(versions, repeats, device)
+    """Version -> best seconds: processor time on a CPU, which other processes disturb least, wall time on a GPU."""
+    wall, processor = alternate(versions, repeats, device)
     return wall if device.startswith("cuda") else processor
 
 
 def one_shot(z_BLD: torch.Tensor, codes_KD: torch.Tensor, sizes_L: torch.Tensor | None) -> torch.Tensor:
-    """Uniform VQ as usually written: the whole (B L, K) distance matrix, masked where `sizes_L` says so."""
+    """Uniform VQ as usually written: the whole (B L, K) distance matrix, masked beyond `sizes_L`."""
     with full_precision(z_BLD.device):
         scores = torch.addmm(codes_KD.square().sum(1) / 2, z_BLD.flatten(0, 1), codes_KD.T, alpha=-1)
     scores_BLK = scores.view(*z_BLD.shape[:2], -1)
@@ -61,7 +61,7 @@ def bench_search(device: str, small: bool, repeats: int) -> dict[str, Any]:
 
 
 def bench_decode(device: str, small: bool, repeats: int) -> dict[str, Any]:
-    """Images per second of guided sampling with the cache and without."""
+    """Images per second of guided sampling with and without the key-value cache."""
     gpu = device.startswith("cuda")
     length, k, batch = (32, 256, 2) if small else (256, K, 64 if gpu else 2)
     sizes = tuple(codebook_sizes("cosine", length, k_max=k).tolist())
@@ -69,18 +69,18 @@ def bench_decode(device: str, small: bool, repeats: int) -> dict[str, Any]:
     model = ArModel(config).to(device).eval()
     labels, images = torch.zeros(batch, dtype=torch.int64, device=device), list(range(batch))
 
-    def draw(cache: bool) -> None:
+    def sample_batch(cache: bool) -> None:
         with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=gpu):
             sample(model, labels, images, guidance=Guidance(3.0), cache=cache)
 
-    times = timed({"cached": lambda: draw(True), "uncached": lambda: draw(False)}, repeats, device)
-    rates = {name: batch / t for name, t in times.items()}
+    times = timed({"cached": lambda: sample_batch(True), "uncached": lambda: sample_batch(False)}, repeats, device)
+    speeds = {name: batch / t for name, t in times.items()}
     shape = {"depth": config.depth, "width": config.width, "length": length, "codes": k, "batch": batch}
-    return {**shape, "images_per_second": rates, "cached_over_uncached": rates["cached"] / rates["uncached"]}
+    return {**shape, "images_per_second": speeds, "cached_over_uncached": speeds["cached"] / speeds["uncached"]}
 
 
 def mfu(run: Callable[[], Any], repeats: int, device: str, batch: int, peak: float) -> dict[str, float]:
-    """Images per second, counted TFLOP of a step, and the share of `peak` TFLOP/s that it reaches (0 = unknown)."""
+    """Images per second, TFLOP per step, and model FLOP utilisation against `peak` TFLOP/s (0 = unknown)."""
     with FlopCounterMode(display=False) as counter:
         run()
     seconds = timed({"step": run}, repeats, device)["step"]
@@ -90,25 +90,25 @@ def mfu(run: Callable[[], Any], repeats: int, device: str, batch: int, peak: flo
 
 
 def bench_tokenizer(device: str, small: bool, repeats: int, peak: float) -> dict[str, Any]:
-    """One training step of tokenizer and discriminator without a perceptual loss (whose weights are the user's)."""
+    """One training step of tokenizer and discriminator, without the perceptual loss, whose weights are not shipped."""
     gpu = device.startswith("cuda")
     slim = TokenizerConfig(encoder=(2, 192, 3), decoder=(2, 192, 3))
     config, batch = (PRESETS["tiny"], 2) if small else (PRESETS["base"], 32) if gpu else (slim, 1)
-    model, critic = Tokenizer1d(config).to(device), PatchGan().to(device)
+    model, discriminator = Tokenizer1d(config).to(device), PatchGan().to(device)
     objective = TokenizerObjective(LossWeights(perceptual=0.0, start=0), None)
     images = torch.rand(batch, 3, config.image_size, config.image_size, device=device)
     rng = torch.Generator(device).manual_seed(0)
-    optimisers = [adamw(part, (0.9, 0.95), 1e-4) for part in (model, critic)]
+    optimisers = [adamw(part, (0.9, 0.95), 1e-4) for part in (model, discriminator)]
 
     def step() -> None:
         with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=gpu):
             out = model(images)
-            loss, _ = objective.generator(out, images, critic, 5000, rng)
+            loss, _ = objective.generator(out, images, discriminator, 5000, rng)
         optimisers[0].zero_grad()
         loss.backward()
         optimisers[0].step()
         with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=gpu):
-            loss, _ = objective.discriminator(out.images, images, critic, 5000, rng)
+            loss, _ = objective.discriminator(out.images, images, discriminator, 5000, rng)
         optimisers[1].zero_grad()
         loss.backward()
         optimisers[1].step()
@@ -121,7 +121,7 @@ def bench_tokenizer(device: str, small: bool, repeats: int, peak: float) -> dict
 
 
 def bench_ar_step(device: str, small: bool, repeats: int, peak: float) -> dict[str, Any]:
-    """One training step of the AR model, with the grouped head and with whole logits."""
+    """One training step of the AR model, with the grouped head and with full logits."""
     gpu = device.startswith("cuda")
     length, k, batch = (32, 256, 2) if small else (256, K, 64 if gpu else 2)
     sizes = tuple(codebook_sizes("cosine", length, k_max=k).tolist())
@@ -142,19 +142,19 @@ def bench_ar_step(device: str, small: bool, repeats: int, peak: float) -> dict[s
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the selected parts."""
     parser = arguments(__doc__, "vcq")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="dense bf16 peak of the GPU, for MFU")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="*", default=["search", "decode", "tokenizer", "ar_step"])
     args = parser.parse_args()
-    place = (args.device, args.small, args.repeats)
+    common = (args.device, args.small, args.repeats)
     parts: dict[str, Callable[[], Any]] = {
-        "search": lambda: bench_search(*place),
-        "decode": lambda: bench_decode(*place),
-        "tokenizer": lambda: bench_tokenizer(*place, args.peak_tflops),
-        "ar_step": lambda: bench_ar_step(*place, args.peak_tflops),
+        "search": lambda: bench_search(*common),
+        "decode": lambda: bench_decode(*common),
+        "tokenizer": lambda: bench_tokenizer(*common, args.peak_tflops),
+        "ar_step": lambda: bench_ar_step(*common, args.peak_tflops),
     }
     figures = {name: parts[name]() for name in args.parts}
     publish(args.out, {"machine": machine(args.device), "small": args.small, **figures})

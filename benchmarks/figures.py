@@ -1,6 +1,6 @@
-"""Set the figures of README.md anew from results/*.json: `python -m benchmarks.figures`.
+"""Rewrites the table of README.md from results/*.json: `python -m benchmarks.figures`.
 
-Every row is a template over one file's JSON, so a figure in the table can only be one that a benchmark wrote.
+Every row is a template over one result file, so the table shows only figures that a benchmark wrote.
 """
 
 import json
@@ -11,7 +11,7 @@ from tools.doc_tables import rewrite
 
 HERE = Path(__file__).resolve().parent
 
-# file, what was measured, what came out
+# result file, what was measured, template of the figure
 ROWS = (
     (
         "shards",
@@ -33,7 +33,7 @@ ROWS = (
     ),
     (
         "decode",
-        "manifest of {manifest[files]:,} files seen before, against opening every file",
+        "manifest of {manifest[files]:,} unchanged files, against opening every file",
         "{manifest[ratio_to_plain][again]:.1f} x as many files/s",
     ),
     ("encode", "encode stage against one image at a time, demo models", "{ratio:.2f} x as many images/s"),
@@ -67,13 +67,13 @@ ROWS = (
     ),
     (
         "probe",
-        "90 probe epochs from cached features, against features made anew",
+        "90 probe epochs from cached features, against features computed in every epoch",
         "{epochs[ratio_90_epochs][tokens_anew]:.0f} x from tokens, "
         "{epochs[ratio_90_epochs][pixels_anew]:.0f} x from pixels",
     ),
     (
         "probe",
-        "the same at ImageNet-1k's size, features made; k-NN of 50,000 images",
+        "the same at ImageNet-1k's size, features cached; k-NN of 50,000 images",
         "{imagenet_size[probe_90_epochs_min]:.0f} min; {imagenet_size[knn_50000_queries_min]:.0f} min",
     ),
     (
@@ -83,28 +83,28 @@ ROWS = (
     ),
     ("vcq", "autoregressive decoding with a cache against without", "{decode[cached_over_uncached]:.1f} x"),
     ("entropy", "conditional entropy of {rows:,} x 256 codes, slowest of six sets", "{slowest:.1f} s"),
-    ("entropy", "against a dictionary of prefixes, {rows_compared:,} rows", "{least:.0f} to {most:.0f} x"),
+    ("entropy", "against a Python dictionary of prefixes, {rows_compared:,} rows", "{least:.0f} to {most:.0f} x"),
 )
 
 
-def flat(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """A file's figures, with the extremes that a template cannot take by itself."""
+def flat(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """A file's figures, with the extremes that a template cannot compute."""
     if name == "entropy":
-        ratios, seconds = found["ratio_to_prefixes"].values(), found["seconds"].values()
-        return {**found, "slowest": max(seconds), "least": min(ratios), "most": max(ratios)}
-    return found
+        ratios, seconds = result["ratio_to_prefixes"].values(), result["seconds"].values()
+        return {**result, "slowest": max(seconds), "least": min(ratios), "most": max(ratios)}
+    return result
 
 
 def table(results: Path) -> str:
-    """The figures in Markdown, and what machines they are of; KeyError where a file lacks one."""
+    """The table in Markdown and the machines it was measured on; KeyError if a file lacks a figure."""
     files = {name: json.loads((results / f"{name}.json").read_text()) for name, _, _ in ROWS}
     lines = ["| benchmark | measured | figure |", "|---|---|---|"]
-    for name, what, figure in ROWS:
-        found = flat(name, files[name])
-        lines.append(f"| `{name}` | {what.format(**found)} | {figure.format(**found)} |")
-    machines = [found.get("machine", found) for found in files.values()]
-    told = sorted({f"{of['device']}, {of['cores']} cores, torch {of['torch']}" for of in machines})
-    return "\n".join([*lines, "", f"Measured on {'; '.join(told)}; no GPU.", ""])
+    for name, measured, figure in ROWS:
+        result = flat(name, files[name])
+        lines.append(f"| `{name}` | {measured.format(**result)} | {figure.format(**result)} |")
+    machines = [result.get("machine", result) for result in files.values()]
+    descriptions = sorted({f"{of['device']}, {of['cores']} cores, torch {of['torch']}" for of in machines})
+    return "\n".join([*lines, "", f"Measured on {'; '.join(descriptions)}; no GPU.", ""])
 
 
 def main() -> None:

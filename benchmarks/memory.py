@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, above what was held before it: resident size on a CPU, allocated bytes on a GPU."""
+"""Rise of peak memory while a function runs: resident size on a CPU, allocated bytes on a GPU."""
 
 import gc
 import threading
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-SAMPLE_SECONDS = 0.002  # where the kernel does not let the peak be reset
+SAMPLE_SECONDS = 0.002  # where the kernel does not allow resetting the peak
 
 
 def extra_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes by which memory rose at its highest while `work` ran."""
+    """Bytes by which peak memory rises while `work` runs."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -30,7 +30,7 @@ def extra_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
 
 
 def status(field: str) -> int:
-    """A size that Linux tells of this process, in bytes: VmRSS now, VmHWM at its highest."""
+    """A memory size of this process in bytes, from Linux: VmRSS (current) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -38,7 +38,7 @@ def status(field: str) -> int:
 
 
 def reset_peak() -> bool:
-    """Set VmHWM back to what is held now; False where that is not permitted or does nothing."""
+    """Reset VmHWM to the current size; False where that is not permitted or has no effect."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -47,15 +47,15 @@ def reset_peak() -> bool:
 
 
 def _sampled(work: Callable[[], Any]) -> int:
-    """Highest of many looks at the resident size while `work` runs."""
+    """Highest resident size sampled while `work` runs."""
     highest, done = [status("VmRSS")], threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not done.is_set():
             highest.append(max(highest.pop(), status("VmRSS")))
             time.sleep(SAMPLE_SECONDS)
 
-    watcher = threading.Thread(target=look)
+    watcher = threading.Thread(target=sample)
     watcher.start()
     try:
         work()

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's description, and one JSON file of figures written whole."""
+"""Shared by all benchmarks: description of the machine, command-line arguments, child processes, the result file."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from semdict.pipeline.common.files import write_json
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Device name, cores and versions: a figure means nothing without them."""
+    """Device name, core count and versions, without which no figure can be compared."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name()
     return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
 
@@ -28,29 +28,29 @@ def _cpu_name() -> str:
 
 
 def seconds(run: Callable[[], Any], repeats: int = 3, device: str = "cpu") -> float:
-    """Best wall time of `repeats` runs after one warm-up, in seconds; a GPU is waited for."""
+    """Best wall time of `repeats` runs after one warm-up, in seconds; on a GPU, waits for the kernels."""
     times = []
-    for turn in range(repeats + 1):
+    for round_ in range(repeats + 1):
         start = perf_counter()
         run()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-        if turn:
+        if round_:
             times.append(perf_counter() - start)
     return min(times)
 
 
 def arguments(description: str, name: str) -> argparse.ArgumentParser:
-    """--small for a quick look, --out for the JSON."""
+    """A parser with --small (quick run at small sizes) and --out (result file)."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--small", action="store_true", help="a quick look at small sizes")
+    parser.add_argument("--small", action="store_true", help="quick run at small sizes")
     parser.add_argument("--out", type=Path, default=Path("reports/bench") / f"{name}.json")
     return parser
 
 
-def in_child(module: str, *given: str) -> str:
-    """What `python -m module given...` prints, in a process of its own: memory that nothing else has touched."""
-    done = subprocess.run([sys.executable, "-m", module, *given], capture_output=True, text=True, check=False)
+def in_child(module: str, *options: str) -> str:
+    """Output of `python -m module options...` in a new process, for clean memory; SystemExit if it fails."""
+    done = subprocess.run([sys.executable, "-m", module, *options], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     return done.stdout

@@ -1,8 +1,8 @@
-"""A straightforward LEASE, written from its equations as one would at first: the baseline of the step benchmark.
+"""A straightforward LEASE, written directly from its equations: the baseline of the step benchmark.
 
 It keeps the published vocabulary of 17,030 rows, embeds all 257 ids before half are dropped, projects every position
-onto every row of the vocabulary, looks for every row's neighbours in each step, writes out every (N, K) logit, and
-evaluates the decoder's dictionary head to multiply it by zero. Its blocks are plain torch: fast attention, nn.Dropout.
+onto every row of the vocabulary, computes every row's neighbours in each step, holds all (N, K) logits in memory, and
+evaluates the decoder's contrast head and multiplies it by zero. Its blocks are plain torch: fast attention, nn.Dropout.
 """
 
 import torch
@@ -80,7 +80,7 @@ class StraightLease(nn.Module):
         return reconstruction + 0.1 * contrast + 0.0 * decoder_side
 
     def decode(self, x: Tensor, masked: Tensor, keep_idx: Tensor) -> Tensor:
-        """(B, 257, F) decoder features: visible latents added onto a canvas filled with the CLS row."""
+        """(B, 257, F) decoder features: visible latents added to cells that are filled with the CLS row."""
         u = self.decoder_embed(x)
         canvas = u[:, :1].repeat(1, CELLS, 1)
         shown = u[:, 1:] * ~masked.gather(1, keep_idx)[..., None]
@@ -94,7 +94,7 @@ class StraightLease(nn.Module):
         return F.normalize(projected.float(), dim=1) @ F.normalize(self.centroids, dim=1).T / 0.1
 
     def contrast(self, visible: Tensor, words: Tensor) -> Tensor:
-        """Neighbours and weights found for every row, log-softmax of every logit."""
+        """Contrast with neighbours and weights computed for every row, log-softmax of all logits."""
         logp = self.cosines(self.to_words(visible)).log_softmax(dim=1)
         unit = F.normalize(self.centroids, dim=1)
         with torch.no_grad():

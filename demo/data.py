@@ -1,4 +1,4 @@
-"""The demo's image folder as tensors, cropped as the pipeline crops."""
+"""The demo's images as tensors, in the pipeline's centre crop; checksums of the shipped weights."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SUMS = "SHA256SUMS"  # in the format of sha256sum
 def load_split(folder: str | Path) -> tuple[Tensor, Tensor, list[str]]:
     """A class-folder tree -> (images (N, 3, 256, 256) uint8, labels (N,) int64, class names), in path order.
 
-    SemdictError when the folder holds no images.
+    Raises SemdictError if the folder holds no images.
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*/*.jpg"))
@@ -42,23 +42,23 @@ def as_float(images: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """(B,) dB between images (B, 3, H, W) in [0, 1]; the second is clipped to that range."""
+    """(B,) dB between two batches of images (B, 3, H, W) in [0, 1]; the second is clipped to that range."""
     error = (images - others.clamp(0, 1)).square().mean(dim=(1, 2, 3))
     return -10 * error.clamp_min(1e-10).log10()
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """File name -> hex SHA-256, as the folder's SHA256SUMS says; empty where there is none."""
+    """File name -> hex SHA-256 from the folder's SHA256SUMS; empty if there is no such file."""
     if not (folder / SUMS).is_file():
         return {}
     lines = (folder / SUMS).read_text().splitlines()
     return {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
 
 
-def note_sum(path: Path) -> None:
-    """Where `path` is a shipped file, put its SHA-256 into SHA256SUMS."""
+def record_sum(path: Path) -> None:
+    """Record the SHA-256 of `path` in SHA256SUMS if it is a shipped file."""
     if path.parent.resolve() != SHIPPED.resolve():
         return
     sums = {**read_sums(path.parent), path.name: sha256_file(path)}
-    with write_aside(path.parent / SUMS) as aside:
-        aside.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    with write_aside(path.parent / SUMS) as staged:
+        staged.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))

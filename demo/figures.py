@@ -1,4 +1,4 @@
-"""The documents' pictures, cut from what the demo's stages keep; `python -m demo.figures` after `make demo`."""
+"""Cuts the documents' pictures from the demo's results: `python -m demo.figures` after `make demo`."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,7 @@ REPORTS, RUNS, TARGETS = Path("reports/demo"), Path("runs/demo"), Path("docs/fig
 
 
 class Figure(NamedTuple):
-    """A picture of the demo, and which of its `bands` of equal height are shown; 1 band = the whole."""
+    """A picture of the demo, and the ones of its `bands` of equal height that are shown; 1 band = the whole picture."""
 
     source: Path
     name: str
@@ -20,7 +20,7 @@ class Figure(NamedTuple):
 
 
 FIGURES = (
-    Figure(REPORTS / "reconstructions.png", "tokens.png", 4, (0, 2)),  # two textures: the words differ
+    Figure(REPORTS / "reconstructions.png", "tokens.png", 4, (0, 2)),  # two textures, different discriminative tokens
     Figure(RUNS / "lease-samples" / "grid.png", "samples.png", 4, (0, 3)),
     Figure(REPORTS / "lease-samples" / "nearest.png", "nearest.png"),
     Figure(REPORTS / "vcq" / "reconstructions.png", "vcq_reconstructions.png", 2, (0,)),
@@ -30,18 +30,18 @@ FIGURES = (
 
 
 def cut(figure: Figure, target: Path) -> None:
-    """Stack the shown bands, in 256 colours."""
+    """Write the shown bands below each other, in 256 colours."""
     with Image.open(figure.source) as grid:
         height = grid.height // figure.bands
         sheet = Image.new("RGB", (grid.width, height * len(figure.shown)), "white")
-        for place, band in enumerate(figure.shown):
-            sheet.paste(grid.crop((0, band * height, grid.width, (band + 1) * height)), (0, place * height))
-    with write_aside(target) as aside:
-        sheet.quantize(256, dither=Image.Dither.NONE).save(aside, format="PNG", optimize=True)
+        for position, band in enumerate(figure.shown):
+            sheet.paste(grid.crop((0, band * height, grid.width, (band + 1) * height)), (0, position * height))
+    with write_aside(target) as staged:
+        sheet.quantize(256, dither=Image.Dither.NONE).save(staged, format="PNG", optimize=True)
 
 
 def main() -> None:
-    """Every figure."""
+    """Write every figure."""
     for figure in FIGURES:
         cut(figure, TARGETS / figure.name)
 

@@ -1,8 +1,7 @@
-"""The demo's images: textured shapes on clutter, drawn from a seed; `python -m demo.images --out DIR --seed 0`.
+"""The demo's images: textured shapes among distractors, drawn from a seed; `python -m demo.images --out DIR --seed 0`.
 
-A class is a texture and a shape, so neither alone names it; colours, background, position, scale, rotation, lighting
-and distractors are drawn without looking at the class. Every image has its own generator, so the bytes do not depend
-on the number of workers.
+A class is a texture and a shape. Colours, background, position, scale, rotation, lighting and distractors are
+independent of the class. Every image has its own random generator, so the bytes do not depend on the worker count.
 """
 
 import argparse
@@ -22,9 +21,9 @@ from semdict.pipeline.common.publish import publish_folder
 
 SHAPES = ("disc", "star")
 TEXTURES = ("striped", "dotted", "checked", "zigzag", "gridded", "bricked")
-CLUTTER = (*SHAPES, "triangle", "cross", "bar")  # what distractors look like
+DISTRACTORS = (*SHAPES, "triangle", "cross", "bar")
 CLASSES = tuple(f"{texture}-{shape}" for texture in TEXTURES for shape in SHAPES)
-SPLITS = ("train", "val", "teach")  # "teach" is never written: the teacher's own stream of images
+SPLITS = ("train", "val", "teach")  # "teach" is never written to files: the images that train the teacher
 JPEG_QUALITY = 92
 SUPERSAMPLE = 4  # outlines are drawn this much larger, then averaged
 INKS = np.array(
@@ -38,14 +37,14 @@ INKS = np.array(
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn image: rgb (H, W, 3) uint8, object (H, W) float32 in [0, 1] = how much of a pixel is the object."""
+    """One drawn image: rgb (H, W, 3) uint8, object (H, W) float32 in [0, 1], the share of a pixel that it covers."""
 
     rgb: np.ndarray
     object: np.ndarray
 
 
 def draw(label: int, rng: np.random.Generator, size: tuple[int, int] = (256, 256)) -> Picture:
-    """Draw an image of class `label` (index into CLASSES), (height, width) pixels; all randomness comes from `rng`."""
+    """Draw an image of class `label` (index into CLASSES), `size` = (height, width); all randomness is from `rng`."""
     texture, shape = TEXTURES[label // len(SHAPES)], SHAPES[label % len(SHAPES)]
     unit = min(size)
     canvas = _background(rng, size)
@@ -70,7 +69,7 @@ def draw(label: int, rng: np.random.Generator, size: tuple[int, int] = (256, 256
 
 
 def picture(seed: int, split: str, index: int, size: tuple[int, int] | None = None) -> tuple[Picture, int]:
-    """The picture number `index` of a split and its label; classes take turns. Size None = varied, as in the files."""
+    """Image number `index` of a split and its label, `index` modulo the number of classes; size None = random."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     label = index % len(CLASSES)
     return draw(label, rng, size or _size(rng)), label
@@ -99,7 +98,7 @@ def _clouds(rng: np.random.Generator, size: tuple[int, int], cells: int) -> np.n
 
 
 def _axes(size: tuple[int, int], angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two (H, W) float32 pixel coordinates along axes turned by `angle`."""
+    """Two (H, W) float32 pixel coordinates along axes rotated by `angle`."""
     y, x = np.ogrid[: size[0], : size[1]]
     c, s = np.float32(math.cos(angle)), np.float32(math.sin(angle))
     return (c * x + s * y).astype(np.float32), (c * y - s * x).astype(np.float32)
@@ -157,19 +156,19 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
 
 
 def _outline(shape: str, rng: np.random.Generator) -> np.ndarray:
-    """(P, 2) vertices of a shape of radius about 1, stretched, slanted and turned at random."""
+    """(P, 2) vertices of a shape of radius about 1, randomly stretched, slanted and rotated."""
     if shape == "disc":
-        turns, radii = np.linspace(0, 1, 72, endpoint=False), np.ones(72)
+        fractions, radii = np.linspace(0, 1, 72, endpoint=False), np.ones(72)
     elif shape == "triangle":
-        turns, radii = np.arange(3) / 3, np.full(3, 1.25)
+        fractions, radii = np.arange(3) / 3, np.full(3, 1.25)
     elif shape == "star":
-        turns, radii = np.arange(10) / 10, np.where(np.arange(10) % 2, rng.uniform(0.42, 0.58), 1.2)
+        fractions, radii = np.arange(10) / 10, np.where(np.arange(10) % 2, rng.uniform(0.42, 0.58), 1.2)
     else:
         arm = rng.uniform(0.28, 0.42)
         quarter = np.array([[1.1, -arm], [1.1, arm], [arm, arm]])
         points = np.concatenate([quarter @ _rotation(k * math.pi / 2).T for k in range(4)])
-        turns, radii = np.arctan2(points[:, 1], points[:, 0]) / (2 * math.pi), np.hypot(*points.T)
-    points = radii[:, None] * np.stack([np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)], axis=1)
+        fractions, radii = np.arctan2(points[:, 1], points[:, 0]) / (2 * math.pi), np.hypot(*points.T)
+    points = radii[:, None] * np.stack([np.cos(2 * np.pi * fractions), np.sin(2 * np.pi * fractions)], axis=1)
     stretch = np.array([[rng.uniform(0.8, 1.2), rng.uniform(-0.2, 0.2)], [0, 1]])
     return points @ stretch.T @ _rotation(rng.uniform(0, 2 * math.pi)).T
 
@@ -179,7 +178,7 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _cover(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) float32 in [0, 1]: how much of each pixel lies inside the polygon `points` (P, 2) of (x, y) pixels."""
+    """(H, W) float32 in [0, 1]: share of each pixel inside the polygon `points` (P, 2) of (x, y) pixels."""
     large = Image.new("L", (size[1] * SUPERSAMPLE, size[0] * SUPERSAMPLE))
     ImageDraw.Draw(large).polygon([tuple(p) for p in (points * SUPERSAMPLE).tolist()], fill=255)
     return np.asarray(large.reduce(SUPERSAMPLE), dtype=np.float32) / 255
@@ -197,7 +196,7 @@ def _distractor(canvas: np.ndarray, rng: np.random.Generator, unit: int, scale: 
     """Paint one small plain shape of any kind, or a bar, anywhere."""
     size = canvas.shape[:2]
     centre = rng.uniform(0, size[1]), rng.uniform(0, size[0])
-    kind = CLUTTER[rng.integers(len(CLUTTER))]
+    kind = DISTRACTORS[rng.integers(len(DISTRACTORS))]
     if kind == "bar":
         bar = np.array([[-3.0, -0.25], [3.0, -0.25], [3.0, 0.25], [-3.0, 0.25]])
         outline = bar @ _rotation(rng.uniform(0, math.pi)).T
@@ -208,7 +207,7 @@ def _distractor(canvas: np.ndarray, rng: np.random.Generator, unit: int, scale: 
 
 
 def _light(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) float32 factor: a lamp somewhere, and the exposure of the whole."""
+    """(H, W) float32 factor: a linear light gradient times an exposure."""
     u, _ = _axes(size, rng.uniform(0, 2 * math.pi))
     ramp = (u - u.min()) / (u.max() - u.min())
     return (rng.uniform(0.8, 1.1) * (1 - rng.uniform(0, 0.35) * ramp)).astype(np.float32)
@@ -256,8 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes, 0 = one per core")
     args = parser.parse_args(argv)
     done = write_images(args.out, args.seed, args.train, args.val, args.workers)
-    what = f"{done['images']} images of {done['classes']} classes, {done['bytes'] / 1e6:.1f} MB, seed {args.seed}"
-    print(f"{args.out}: {what}")
+    summary = f"{done['images']} images of {done['classes']} classes, {done['bytes'] / 1e6:.1f} MB, seed {args.seed}"
+    print(f"{args.out}: {summary}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Put the demo's stand-in models in place, shipped or freshly trained; `python -m demo.stand_ins vqgan --out FILE ...`.
+"""Writes the demo's stand-in models, shipped or newly trained: `python -m demo.stand_ins vqgan --out FILE ...`.
 
-A stand-in is what a user would bring: here a VQGAN and a teacher trained on drawn images, of no worth for others. Each
-comes with a JSON beside it that says how it was made and what it reaches on the images at hand.
+The stand-ins replace the VQGAN and the teacher that a user supplies. They are trained on drawn images and useless for
+others. A JSON file beside each states its origin and its scores on the demo's validation images.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from semdict.pipeline.common.files import sha256_file, write_aside, write_json
 from semdict.pipeline.common.safeload import load_tensors
 
 TRAINERS = {"vqgan": train_vqgan, "teacher": train_teacher}
-SAMPLE = 32  # images of the val split that a stand-in is measured on
+SAMPLE = 32  # number of validation images that a stand-in is scored on
 
 
-def place(kind: str, weights: str, images: Path, out: Path, seed: int) -> dict:
-    """Write stand-in `kind` ("vqgan", "teacher") to `out`, what it is to <out>.json; weights "shipped" or "train"."""
+def write_stand_in(kind: str, weights: str, images: Path, out: Path, seed: int) -> dict:
+    """Write stand-in `kind` ("vqgan", "teacher") to `out`, its origin and scores to <out>.json."""
     if weights == "train":
         training = ["--images", str(images), "--out", str(out), "--seed", str(seed)]
         TRAINERS[kind].main(training)
@@ -31,32 +31,32 @@ def place(kind: str, weights: str, images: Path, out: Path, seed: int) -> dict:
     else:
         copy_shipped(SHIPPED / out.name, out)
         made_by = "make demo-weights"
-    held_out, labels, names = load_split(images / "val")
+    val, labels, names = load_split(images / "val")
     labels = torch.tensor([CLASSES.index(name) for name in names])[labels]
-    step = max(1, len(held_out) // SAMPLE)
-    found = {
+    step = max(1, len(val) // SAMPLE)
+    card = {
         "stand_in": f"demo {kind}, trained on drawn images only; not for other images",
         "weights": weights,
         "made_by": made_by,
         "sha256": sha256_file(out),
-        **MEASURES[kind](out, held_out[::step], labels[::step]),
+        **MEASURES[kind](out, val[::step], labels[::step]),
     }
-    write_json(out.with_suffix(".json"), found)
-    return found
+    write_json(out.with_suffix(".json"), card)
+    return card
 
 
 def copy_shipped(source: Path, out: Path) -> None:
-    """Copy a shipped file whose SHA-256 is the one in SHA256SUMS; WeightsError when it is not."""
-    wanted = read_sums(source.parent)
-    if source.name not in wanted or not source.is_file():
-        raise WeightsError(f"{source} is not among the shipped weights: {', '.join(wanted)}")
-    if (found := sha256_file(source)) != wanted[source.name]:
+    """Copy a shipped file; raises WeightsError if its SHA-256 is not the one in SHA256SUMS."""
+    sums = read_sums(source.parent)
+    if source.name not in sums or not source.is_file():
+        raise WeightsError(f"{source} is not among the shipped weights: {', '.join(sums)}")
+    if (digest := sha256_file(source)) != sums[source.name]:
         raise WeightsError(
-            f"{source} has SHA-256 {found}, SHA256SUMS says {wanted[source.name]}: restore it with "
+            f"{source} has SHA-256 {digest}, SHA256SUMS says {sums[source.name]}: restore it with "
             f"`git checkout -- demo/weights`, or train anew with `make demo-weights`"
         )
-    with write_aside(out) as aside:
-        shutil.copyfile(source, aside)
+    with write_aside(out) as staged:
+        shutil.copyfile(source, staged)
 
 
 def _measure_vqgan(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict:
@@ -66,8 +66,8 @@ def _measure_vqgan(path: Path, images: torch.Tensor, labels: torch.Tensor) -> di
 def _measure_teacher(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict:
     model = train_teacher.build().eval()
     model.load_state_dict(load_tensors(path))
-    found = train_teacher.accuracy(model, images, labels)
-    return {"model": train_teacher.MODEL, **found, "images": len(images)}
+    scores = train_teacher.accuracy(model, images, labels)
+    return {"model": train_teacher.MODEL, **scores, "images": len(images)}
 
 
 MEASURES = {"vqgan": _measure_vqgan, "teacher": _measure_teacher}
@@ -79,14 +79,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=["shipped", "train"], default="shipped")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder that `python -m demo.images` wrote")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     args = parser.parse_args(argv)
     try:
-        found = place(args.kind, args.weights, args.images, args.out, args.seed)
+        scores = write_stand_in(args.kind, args.weights, args.images, args.out, args.seed)
     except SemdictError as error:
         print(f"demo.stand_ins {args.kind}: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{args.out} ({args.weights}): {found}")
+    print(f"{args.out} ({args.weights}): {scores}")
     return 0
 
 

@@ -1,9 +1,9 @@
 """Train the demo's stand-in teacher, a small timm ViT: `python -m demo.train_teacher --images DIR --out FILE`.
 
-Supervised: the class of the image from the class token, and for every patch texture and shape, or "background" by the
-share of the patch that the object covers (token labelling, arXiv:2104.10858), so that patch features carry meaning. It
-learns from its own stream of drawn images and never sees the files that the pipeline encodes. Most steps see a window
-of 8 x 8 patches, in their true positions, at a quarter of the cost; the last steps see whole images.
+Supervised: the class token predicts the image's class, every patch its texture and shape or "background", weighted by
+the share of the patch that the object covers (token labelling, arXiv:2104.10858). Training images are drawn separately
+and are not the files that the pipeline encodes. Most steps use a window of 8 x 8 patches at their true positions, at a
+quarter of the cost; the last steps use whole images.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from demo.data import IMAGES, SHIPPED, as_float, load_split, note_sum
+from demo.data import IMAGES, SHIPPED, as_float, load_split, record_sum
 from demo.images import CLASSES, SHAPES, TEXTURES, picture
 from semdict.pipeline.common.files import write_aside, write_json
 
@@ -34,14 +34,14 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how."""
+    """Length and hyper-parameters of the training."""
 
     images: int = 8000
     steps: int = 6000
-    whole: int = 1200  # the last steps see all patches
-    window: int = 8  # patches a side that the others see
+    whole: int = 1200  # number of last steps that use all patches
+    window: int = 8  # patches per side of the window in the other steps
     batch: int = 16
-    rate: float = 1e-3
+    lr: float = 1e-3
 
     def scaled(self, scale: float) -> "Plan":
         """The same plan, shorter or longer."""
@@ -50,9 +50,9 @@ class Plan:
 
 
 def build() -> VisionTransformer:
-    """The untrained network; its patches start as cosine coefficients, its positions as 2-D sines and cosines.
+    """The untrained network: patch embedding initialised with cosines, position embedding with 2-D sines and cosines.
 
-    Random starts learn neither from so few images.
+    Random initialisation learns neither from so few images.
     """
     model = VisionTransformer(
         img_size=SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=len(CLASSES)
@@ -78,14 +78,14 @@ def _cosine_filters() -> Tensor:
 
 def _sine_table() -> Tensor:
     """(L, E): columns then rows, sines then cosines, frequencies 10000^(-i / (E / 4))."""
-    rates = 10000.0 ** (-torch.arange(WIDTH // 4) / (WIDTH // 4))
+    frequencies = 10000.0 ** (-torch.arange(WIDTH // 4) / (WIDTH // 4))
     row, column = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
-    angles = [position.flatten()[:, None] * rates for position in (column, row)]
+    angles = [position.flatten()[:, None] * frequencies for position in (column, row)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
 
 
-def _lesson(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
-    """One drawn image as the pipeline would crop it, (224, 224, 3) uint8, the object's share of each patch, label."""
+def _draw_example(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
+    """One drawn image in the pipeline's crop, (224, 224, 3) uint8, the object's share of each patch, and the label."""
     seed, index = job
     drawn, label = picture(seed, "teach", index)
     height, width = drawn.object.shape
@@ -96,20 +96,20 @@ def _lesson(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
     return np.asarray(image), np.asarray(share), label
 
 
-def draw_lessons(count: int, seed: int, workers: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(images (N, 3, 224, 224) uint8, object's share (N, 16, 16) in [0, 1], labels (N,)) of the teacher's stream."""
+def draw_training_set(count: int, seed: int, workers: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(images (N, 3, 224, 224) uint8, object's share (N, 16, 16) in [0, 1], labels (N,)) to train the teacher on."""
     jobs = [(seed, index) for index in range(count)]
     with multiprocessing.get_context("spawn").Pool(workers or len(os.sched_getaffinity(0))) as pool:
-        images, shares, labels = zip(*pool.map(_lesson, jobs, chunksize=16), strict=True)
+        images, shares, labels = zip(*pool.map(_draw_example, jobs, chunksize=16), strict=True)
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return images, torch.from_numpy(np.stack(shares)), torch.tensor(labels)
 
 
 def augment(images: Tensor, shares: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mirror and turn a batch, permute its colour channels, change its brightness; shares (B, 16, 16) turn along."""
-    turn, mirror = torch.randint(4, (), generator=rng).item(), torch.randint(2, (), generator=rng).item()
-    images, shares = torch.rot90(images, turn, (2, 3)), torch.rot90(shares, turn, (1, 2))
-    if mirror:
+    """Flip and rotate a batch and its shares (B, 16, 16); permute the colour channels, change the brightness."""
+    quarter_turns, flip = torch.randint(4, (), generator=rng).item(), torch.randint(2, (), generator=rng).item()
+    images, shares = torch.rot90(images, quarter_turns, (2, 3)), torch.rot90(shares, quarter_turns, (1, 2))
+    if flip:
         images, shares = images.flip(3), shares.flip(2)
     images = images[:, torch.randperm(3, generator=rng)]
     brightness = 0.8 + 0.4 * torch.rand(len(images), 1, 1, 1, generator=rng)
@@ -126,7 +126,7 @@ def forward(model: VisionTransformer, images: Tensor, keep: Tensor | None = None
 
 
 class PatchHeads(nn.Module):
-    """What a patch shows: a texture or background, a shape or background. Only used in training."""
+    """Linear heads that predict texture and shape, or background, of each patch. Only used in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,9 +144,9 @@ class PatchHeads(nn.Module):
 
 
 def draw_window(shares: Tensor, side: int, rng: torch.Generator) -> Tensor:
-    """(B, side * side) int64: row-major indices of a window of patches around a random one of the object's.
+    """(B, side * side) int64: row-major indices of a window of patches around a random patch of the object.
 
-    shares (B, 256) says where the object is.
+    shares (B, 256): the share of each patch that the object covers.
     """
     centre = torch.multinomial(shares + 1e-3, 1, generator=rng)
     centre = torch.stack([centre // GRID, centre % GRID], dim=1)
@@ -156,14 +156,14 @@ def draw_window(shares: Tensor, side: int, rng: torch.Generator) -> Tensor:
 
 
 def train(images: Tensor, shares: Tensor, labels: Tensor, plan: Plan, seed: int) -> tuple[VisionTransformer, list]:
-    """Fit the teacher to drawn lessons; returns it with its curve. The seed decides every draw."""
+    """Train the teacher on drawn images; returns it and its training curve. `seed` determines all randomness."""
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model, patch_heads = build(), PatchHeads()
     weights = [*model.parameters(), *patch_heads.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, plan.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(weights, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, plan.steps, pct_start=0.1)
     curve, started, order = [], time.monotonic(), torch.empty(0, dtype=torch.int64)
     for step in range(plan.steps):
         if len(order) < plan.batch:
@@ -182,7 +182,7 @@ def train(images: Tensor, shares: Tensor, labels: Tensor, plan: Plan, seed: int)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        schedule.step()
+        lr_schedule.step()
         if step % 50 == 49 or step == plan.steps - 1:
             seconds = round(time.monotonic() - started)
             curve.append({"step": step + 1, "loss": round(loss.item(), 4), "seconds": seconds})
@@ -191,24 +191,24 @@ def train(images: Tensor, shares: Tensor, labels: Tensor, plan: Plan, seed: int)
 
 
 def accuracy(model: VisionTransformer, images: Tensor, labels: Tensor, batch: int = 32) -> dict[str, float]:
-    """Shares of images (N, 3, 256, 256) uint8 whose class, texture and shape the head names; labels index CLASSES."""
-    guesses = []
+    """Accuracy of class, texture and shape on images (N, 3, 256, 256) uint8; labels index CLASSES."""
+    predictions = []
     for part in images.split(batch):  # to 224 pixels as the pipeline resizes
         small = F.interpolate(as_float(part), (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
-        guesses.append(model.head(forward(model, small)[:, 0]).argmax(1))
-    guess = torch.cat(guesses)
-    right = {
-        "accuracy": guess == labels,
-        "texture_accuracy": guess // len(SHAPES) == labels // len(SHAPES),
-        "shape_accuracy": guess % len(SHAPES) == labels % len(SHAPES),
+        predictions.append(model.head(forward(model, small)[:, 0]).argmax(1))
+    predicted = torch.cat(predictions)
+    correct = {
+        "accuracy": predicted == labels,
+        "texture_accuracy": predicted // len(SHAPES) == labels // len(SHAPES),
+        "shape_accuracy": predicted % len(SHAPES) == labels % len(SHAPES),
     }
-    return {name: round(hits.float().mean().item(), 4) for name, hits in right.items()}
+    return {name: round(hits.float().mean().item(), 4) for name, hits in correct.items()}
 
 
 def save(model: VisionTransformer, path: str | Path) -> None:
-    """A timm state dict, float32."""
+    """Write a timm state dict in float32."""
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    with write_aside(path) as aside, aside.open("wb") as file:
+    with write_aside(path) as staged, staged.open("wb") as file:
         torch.save(state, file)
 
 
@@ -222,21 +222,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     started = time.monotonic()
     plan = Plan().scaled(args.scale)
-    images, shares, labels = draw_lessons(plan.images, args.seed, args.workers)
+    images, shares, labels = draw_training_set(plan.images, args.seed, args.workers)
     model, curve = train(images, shares, labels, plan, args.seed)
     save(model, args.out)
-    note_sum(args.out)
-    held_out, truth, names = load_split(args.images / "val")
-    truth = torch.tensor([CLASSES.index(name) for name in names])[truth]
-    found = {
+    record_sum(args.out)
+    val, labels_val, names = load_split(args.images / "val")
+    labels_val = torch.tensor([CLASSES.index(name) for name in names])[labels_val]
+    card = {
         "model": MODEL,
-        **accuracy(model, held_out, truth),
-        "images": len(held_out),
+        **accuracy(model, val, labels_val),
+        "images": len(val),
         "seconds": round(time.monotonic() - started),
         "curve": curve,
     }
-    write_json(args.out.with_suffix(".json"), found)
-    print({key: value for key, value in found.items() if key != "curve"})
+    write_json(args.out.with_suffix(".json"), card)
+    print({key: value for key, value in card.items() if key != "curve"})
     return 0
 
 

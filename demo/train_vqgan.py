@@ -1,9 +1,9 @@
 """Train the demo's stand-in VQGAN in MAGE's layout: `python -m demo.train_vqgan --images DIR --out FILE`.
 
-Grown from coarse to fine (arXiv:1710.10196): whole images at a quarter of the size through the coarse levels, then
-half, then all of it, so that most steps are cheap. An autoencoder first, then a codebook from k-means in its latents
-and moved as an exponential average (VQ-VAE, arXiv:1711.00937, appendix A.1), unused codes started anew from latents.
-The loss needs no downloaded network: L1, L2, and L1 between differences of neighbouring pixels at three scales.
+Trained from coarse to fine (arXiv:1710.10196): images at a quarter of the size through the coarse levels, then at half,
+then at full size, so that most steps are cheap. First an autoencoder, then a codebook initialised by k-means on its
+latents and updated as a moving average (VQ-VAE, arXiv:1711.00937, appendix A.1); unused codes are re-initialised from
+latents. The loss needs no pretrained network: L1, L2, and L1 of differences of neighbouring pixels at three scales.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo.data import IMAGES, SHIPPED, as_float, load_split, note_sum, psnr
+from demo.data import IMAGES, SHIPPED, as_float, load_split, psnr, record_sum
 from semdict.pipeline.common.files import write_aside, write_json
 from semdict.pipeline.common.nearest import nearest
 from semdict.pipeline.tokenizers import load_tokenizer
@@ -26,22 +26,22 @@ from semdict.pipeline.tokenizers.networks import ResidualBlock, Sizes, Upsample
 
 # B images, D latent channels, N latents (cells of a batch), K codes
 SIZES = Sizes(stem=64, widths=(64,) * 5, blocks=1, decoder_blocks=1, z_channels=32, codes=1024, dim=32, strided=False)
-RIM = 1.0  # size of the signal that `prepare` puts along the border
+RIM = 1.0  # amplitude of the border signal that `prepare` adds
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Training from level `finest` on, i.e. at images 2^finest times smaller than 256 pixels."""
+    """Training at a resolution of 256 / 2^finest pixels, through the levels from `finest` on."""
 
     finest: int
     steps: int
     batch: int
-    rate: float
+    lr: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how."""
+    """Length and hyper-parameters of the training."""
 
     stages: tuple[Stage, ...] = (Stage(2, 1600, 8, 2e-3), Stage(1, 300, 4, 1e-3), Stage(0, 90, 2, 5e-4))
     warm_up: int = 200  # steps without a codebook
@@ -55,11 +55,11 @@ class Plan:
 
 
 def prepare(model: MageTokenizer) -> None:
-    """Make an untrained model of equal widths easy to train; the layout stays as it is.
+    """Initialise a model of equal widths so that it trains quickly.
 
-    Residual blocks and upsampling start as the identity, so colours pass at once and a level that joins later changes
-    nothing at first. Group norm over 32 groups of two channels removes the mean and the scale of an image, and with
-    them its colours; a fixed signal along the border, of opposite sign in a group's two channels, outweighs both.
+    Residual blocks and upsampling start as the identity, so colours pass through and a level that is added later has no
+    effect at first. Group norm over 32 groups of two channels removes mean and scale of an image, and with them its
+    colours; a constant signal along the border, of opposite sign in a group's two channels, dominates both statistics.
     """
     width = model.sizes.stem
     sign = torch.ones(width)
@@ -109,7 +109,7 @@ def decode_to(model: MageTokenizer, z: Tensor, finest: int) -> Tensor:
 
 
 class Codes:
-    """The codebook while it is trained: an exponential average of the latents that chose each code."""
+    """The codebook in training: an exponential moving average of the latents assigned to each code."""
 
     def __init__(self, table_KD: Tensor, decay: float, rng: torch.Generator) -> None:
         self.table_KD, self.decay, self.rng = table_KD, decay, rng
@@ -118,13 +118,13 @@ class Codes:
         self.recent: list[Tensor] = []
 
     def remember(self, latents_ND: Tensor, keep: int = 8192) -> None:
-        """Keep the last `keep` latents to draw new codes from."""
+        """Store the last `keep` latents, from which codes are re-initialised."""
         self.recent.append(latents_ND.detach().clone())
         while sum(map(len, self.recent)) > keep:
             self.recent.pop(0)
 
     def begin(self, rounds: int = 10) -> None:
-        """Lloyd's k-means on the remembered latents."""
+        """Initialise the codes by Lloyd's k-means on the stored latents."""
         pool_ND = torch.cat(self.recent)
         codes = len(self.table_KD)
         rows = torch.randperm(max(len(pool_ND), codes), generator=self.rng)[:codes] % len(pool_ND)
@@ -138,7 +138,7 @@ class Codes:
         self.sums_KD = self.table_KD * self.hits_K[:, None]
 
     def update(self, latents_ND: Tensor, ids_N: Tensor) -> None:
-        """One step of the average; hits are in latents per step, relative to an even share."""
+        """One step of the moving average; hits are assignments per step relative to a uniform share."""
         share = len(latents_ND) / len(self.table_KD)
         hits_K = torch.bincount(ids_N, minlength=len(self.table_KD)) / share
         sums_KD = torch.zeros_like(self.sums_KD).index_add_(0, ids_N, latents_ND) / share
@@ -147,7 +147,7 @@ class Codes:
         self.table_KD.copy_(self.sums_KD / self.hits_K.clamp_min(1e-4)[:, None])
 
     def renew(self, below: float = 0.03) -> int:
-        """Replace codes that hardly any latent chose by remembered latents; returns how many."""
+        """Replace rarely used codes by stored latents; returns their number."""
         dead = (self.hits_K < below).nonzero()[:, 0]
         pool_ND = torch.cat(self.recent)
         self.table_KD[dead] = pool_ND[torch.randint(len(pool_ND), (len(dead),), generator=self.rng)]
@@ -168,25 +168,25 @@ def reconstruction_loss(images: Tensor, others: Tensor) -> Tensor:
 
 
 def draw_batch(images: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """(count, 3, S, S) float of images (N, 3, S, S) uint8: random rows, mirrored and turned at random."""
+    """(count, 3, S, S) float of images (N, 3, S, S) uint8: random rows, randomly flipped and rotated."""
     rows = torch.randint(len(images), (count,), generator=rng).tolist()
-    turns = torch.randint(8, (count,), generator=rng).tolist()
+    symmetries = torch.randint(8, (count,), generator=rng).tolist()
     parts = []
-    for row, turn in zip(rows, turns, strict=True):
-        part = torch.rot90(images[row], turn % 4, (1, 2))
-        parts.append(part.flip(2) if turn >= 4 else part)
+    for row, symmetry in zip(rows, symmetries, strict=True):
+        part = torch.rot90(images[row], symmetry % 4, (1, 2))
+        parts.append(part.flip(2) if symmetry >= 4 else part)
     return as_float(torch.stack(parts))
 
 
 def shrink(images: Tensor, finest: int) -> Tensor:
-    """(N, 3, 256, 256) uint8 -> the means of 2^finest x 2^finest pixels, uint8."""
+    """(N, 3, 256, 256) uint8 -> means over 2^finest x 2^finest pixels, uint8."""
     if finest == 0:
         return images
     return torch.cat([F.avg_pool2d(part.float(), 2**finest).round().byte() for part in images.split(64)])
 
 
 def train(images: Tensor, plan: Plan, seed: int, sizes: Sizes = SIZES) -> tuple[MageTokenizer, list[dict]]:
-    """Fit a VQGAN to images (N, 3, 256, 256) uint8; returns it with its curve. The seed decides every draw."""
+    """Train a VQGAN on images (N, 3, 256, 256) uint8; returns it and its curve. `seed` determines all randomness."""
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -208,10 +208,10 @@ def train(images: Tensor, plan: Plan, seed: int, sizes: Sizes = SIZES) -> tuple[
 def _run_stage(
     model: MageTokenizer, codes: Codes, images: Tensor, stage: Stage, plan: Plan, first: int
 ) -> Iterator[tuple[int, float]]:
-    """Take a stage's steps, numbered from `first`; yields (step, loss)."""
+    """Run the steps of a stage, numbered from `first`; yields (step, loss)."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=stage.rate, betas=(0.9, 0.95), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, stage.rate, stage.steps, pct_start=0.08)
+    optimizer = torch.optim.AdamW(weights, lr=stage.lr, betas=(0.9, 0.95), weight_decay=1e-4)
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, stage.lr, stage.steps, pct_start=0.08)
     for step in range(first, first + stage.steps):
         if step == plan.warm_up:
             codes.begin()
@@ -221,36 +221,36 @@ def _run_stage(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        schedule.step()
+        lr_schedule.step()
         if step % 20 == 19 and step > plan.warm_up and stage.finest > 0:
             codes.renew()
         yield step, loss.item()
 
 
 def _loss(model: MageTokenizer, codes: Codes, images: Tensor, finest: int, commitment: float | None) -> Tensor:
-    """The loss of one batch; moves the codebook, or leaves it out where commitment is None."""
+    """The loss of one batch; updates the codebook, or skips quantization if commitment is None."""
     z = encode_from(model, images, finest)
     latents_ND = z.detach().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     codes.remember(latents_ND)
     if commitment is None:
         return reconstruction_loss(images, decode_to(model, z, finest))
     ids_N = nearest(latents_ND, codes.table_KD)
-    chosen = codes.table_KD[ids_N].view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
+    quantized = codes.table_KD[ids_N].view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
     codes.update(latents_ND, ids_N)
-    straight_through = z + (chosen - z).detach()
+    straight_through = z + (quantized - z).detach()
     loss = reconstruction_loss(images, decode_to(model, straight_through, finest))
-    return loss + commitment * F.mse_loss(z, chosen) / codes.table_KD.var(dim=0).mean().clamp_min(1e-6)
+    return loss + commitment * F.mse_loss(z, quantized) / codes.table_KD.var(dim=0).mean().clamp_min(1e-6)
 
 
 def save_half(model: MageTokenizer, path: str | Path) -> None:
-    """MAGE's released layout, `{"state_dict": ...}`, tensors in float16 to be small; loaders read them as float32."""
+    """Write MAGE's released layout, `{"state_dict": ...}`, with tensors in float16; loaders read them as float32."""
     state = {name: tensor.half().contiguous().clone() for name, tensor in model.state_dict().items()}
-    with write_aside(path) as aside, aside.open("wb") as file:
+    with write_aside(path) as staged, staged.open("wb") as file:
         torch.save({"state_dict": state}, file)
 
 
 def measure(model: MageTokenizer, images: Tensor, batch: int = 16) -> dict:
-    """PSNR (dB, mean and lowest over images (N, 3, 256, 256) uint8) and how many codes those images use."""
+    """PSNR (dB, mean and lowest) of images (N, 3, 256, 256) uint8, and the number of codes that they use."""
     values, tokens = [], []
     for part in images.split(batch):
         tokens.append(model.encode(as_float(part)))
@@ -270,7 +270,7 @@ def measure(model: MageTokenizer, images: Tensor, batch: int = 16) -> dict:
 
 
 def save_grid(model: MageTokenizer, images: Tensor, path: str | Path, columns: int = 8) -> None:
-    """A picture of originals (upper rows) and what their tokens decode to (lower rows)."""
+    """Write a picture of originals (upper rows) and their reconstructions (lower rows)."""
     from PIL import Image
 
     originals = as_float(images)
@@ -294,21 +294,21 @@ def main(argv: list[str] | None = None) -> int:
     images, _, _ = load_split(args.images / "train")
     model, curve = train(images, Plan().scaled(args.scale), args.seed)
     save_half(model, args.out)
-    note_sum(args.out)
+    record_sum(args.out)
     report(args.out, args.images, args.grid, {"curve": curve, "seconds": round(time.monotonic() - started)})
     return 0
 
 
 def report(weights: Path, images: Path, grid: Path | None, more: dict) -> dict:
-    """Measure saved weights on the val split; writes <weights>.json beside them, and the grid."""
+    """Score saved weights on the val split; writes <weights>.json beside them, and the picture `grid`."""
     model = load_tokenizer(weights)
-    held_out, _, _ = load_split(images / "val")
-    found = {**measure(model, held_out), **more}
-    write_json(weights.with_suffix(".json"), found)
+    val, _, _ = load_split(images / "val")
+    card = {**measure(model, val), **more}
+    write_json(weights.with_suffix(".json"), card)
     if grid:
-        save_grid(model, held_out[:: max(1, len(held_out) // 16)][:16], grid)
-    print({key: value for key, value in found.items() if key != "curve"})
-    return found
+        save_grid(model, val[:: max(1, len(val) // 16)][:16], grid)
+    print({key: value for key, value in card.items() if key != "curve"})
+    return card
 
 
 if __name__ == "__main__":

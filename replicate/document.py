@@ -1,6 +1,6 @@
-"""Keep what the comparisons found with the project: `python -m replicate.document` after `make replicate`.
+"""Copies the comparisons' results into the documents: `python -m replicate.document` after `make replicate`.
 
-Copies reports/demo/replicate/*.json to docs/results/ and sets the tables of docs/replicate.md anew.
+Copies reports/demo/replicate/*.json to docs/results/ and rewrites the tables of docs/replicate.md from them.
 """
 
 import json
@@ -15,7 +15,7 @@ TEXTS = {"lease": lease.text, "vcq": vcq.text}
 
 
 def tables(results: Path) -> dict[str, str]:
-    """Name of the comparison -> its tables in Markdown, from <results>/NAME.json."""
+    """Name of each comparison -> its tables in Markdown, from <results>/NAME.json."""
     return {name: text(json.loads((results / f"{name}.json").read_text())) for name, text in TEXTS.items()}
 
 

@@ -1,13 +1,13 @@
-"""The comparisons: which settings stand for which row of the papers' tables."""
+"""The compared variants: the settings of each row of the papers' tables."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a name in file names, what the paper calls it, the trainer's objective and `section.key=value` changes.
+    """One row: its name in file names, its title in the paper, the objective and the `section.key=value` changes.
 
-    paper: figure name -> the number printed in the paper, at ImageNet scale.
+    paper: name of a score -> the number printed in the paper, at ImageNet scale.
     """
 
     name: str
@@ -18,15 +18,15 @@ class Variant:
 
 
 def paper(probe: float, fid: float, inception: float) -> dict[str, float]:
-    """Linear-probe accuracy in per cent, FID and Inception score as printed."""
+    """Linear-probe accuracy in per cent, FID and Inception score as printed in the paper."""
     return {"probe": probe, "fid": fid, "is": inception}
 
 
-REC = "pretrain.lambda=0"  # the same model without its contrast
+REC = "pretrain.lambda=0"  # LEASE's model without its contrast
 SIDE = "pretrain.lease.contrast={}"
 NEIGHBOURS = "pretrain.lease.neighbours={}"
 
-# LEASE, ablation of the components on ImageNet-1k (ViT-B); Sorcen's row is of the main table, at 1,600 epochs.
+# LEASE, ablation of components on ImageNet-1k (ViT-B); Sorcen's row is from the main table, at 1,600 epochs.
 COMPONENTS = (
     Variant("rec", "reconstruction only", "lease", (REC,), paper(73.62, 10.62, 79.59)),
     Variant("lease", "LEASE: contrast on the encoder", "lease", (), paper(76.11, 10.35, 86.71)),

@@ -1,4 +1,4 @@
-"""The demo's images and stand-in models: deterministic, balanced, neither trivial nor hopeless, and of use."""
+"""The demo's images and stand-in models: deterministic, balanced, neither trivial nor impossible, usable."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from demo.images import CLASSES, SHAPES, picture, write_images
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 
-UNSEEN = 987  # seed of images that no training saw
+UNSEEN = 987  # seed of images that are in no training set
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -49,13 +49,13 @@ def ridge_accuracy(train, train_labels, test, test_labels, strength: float) -> f
     return ((test @ train.T @ torch.linalg.solve(gram, target)).argmax(1) == test_labels).float().mean().item()
 
 
-def test_bytes_depend_on_the_seed_alone(tmp_path):
+def test_bytes_depend_only_on_the_seed(tmp_path):
     first, second, other = tmp_path / "a", tmp_path / "b", tmp_path / "c"
     write_images(first, seed=3, train=24, val=12, workers=1)
     write_images(second, seed=3, train=24, val=12, workers=2)
     write_images(other, seed=4, train=24, val=12, workers=1)
     assert contents(first) == contents(second)
-    assert len(set(contents(first).values())) == 36, "no image is drawn twice, in neither split"
+    assert len(set(contents(first).values())) == 36, "all images differ"
     assert not set(contents(first).values()) & set(contents(other).values())
 
 
@@ -74,7 +74,7 @@ def test_classes_are_balanced_and_sizes_vary(drawn):
     assert 0.15 < square < 0.6 and any(w > h for w, h in sizes) and any(w < h for w, h in sizes)
 
 
-def test_label_names_the_shape_that_was_drawn():
+def test_the_label_is_the_drawn_shape():
     """Discs are convex wherever the border cuts them; stars are not."""
     for index in range(24):
         drawn, label = picture(5, "val", index, (256, 256))
@@ -84,7 +84,7 @@ def test_label_names_the_shape_that_was_drawn():
         assert (solidity > 0.95) == convex, (CLASSES[label], solidity)
 
 
-def test_colours_and_raw_pixels_do_not_give_the_class_away(crops):
+def test_colours_and_raw_pixels_do_not_predict_the_class(crops):
     (train, train_labels), (test, test_labels) = crops["train"], crops["val"]
 
     def histogram(images):
@@ -103,14 +103,14 @@ def test_patch_shares_follow_the_augmented_image():
     images = (shares * 255).round().byte()[:, None].repeat_interleave(14, 2).repeat_interleave(14, 3)
     rng = torch.Generator().manual_seed(1)
     for _ in range(12):
-        turned, turned_shares = train_teacher.augment(images.expand(-1, 3, -1, -1), shares, rng)
-        seen = turned[:, 0, 7::14, 7::14]
-        brightness = seen.amax((1, 2)) / turned_shares.amax((1, 2))
-        assert torch.allclose(seen / brightness[:, None, None], turned_shares, atol=0.01)
+        augmented, augmented_shares = train_teacher.augment(images.expand(-1, 3, -1, -1), shares, rng)
+        seen = augmented[:, 0, 7::14, 7::14]
+        brightness = seen.amax((1, 2)) / augmented_shares.amax((1, 2))
+        assert torch.allclose(seen / brightness[:, None, None], augmented_shares, atol=0.01)
 
 
 def test_vqgan_training_is_deterministic(crops, tmp_path):
-    stages = tuple(train_vqgan.Stage(finest, steps=2 if finest else 1, batch=1, rate=1e-3) for finest in (2, 1, 0))
+    stages = tuple(train_vqgan.Stage(finest, steps=2 if finest else 1, batch=1, lr=1e-3) for finest in (2, 1, 0))
     plan = train_vqgan.Plan(stages=stages, warm_up=1)
     for name in ("a", "b"):
         model, _ = train_vqgan.train(crops["train"][0][:8], plan, seed=1)
@@ -120,8 +120,8 @@ def test_vqgan_training_is_deterministic(crops, tmp_path):
 
 
 @pytest.mark.parametrize(("rim", "seen"), [(1.0, True), (0.0, False)])
-def test_the_rim_lets_colours_through_the_group_norms(monkeypatch, rim, seen):
-    """Flat images of two greys: norms over pairs of channels hide the difference, the rim shows it."""
+def test_the_border_signal_preserves_colours_through_the_group_norms(monkeypatch, rim, seen):
+    """Uniform images of two greys: norms over pairs of channels remove the difference, the border signal keeps it."""
     monkeypatch.setattr(train_vqgan, "RIM", rim)
     torch.manual_seed(0)
     model = train_vqgan.MageTokenizer(train_vqgan.SIZES)
@@ -132,11 +132,11 @@ def test_the_rim_lets_colours_through_the_group_norms(monkeypatch, rim, seen):
     assert ((dark - light).abs().max() > 0.02) == seen
 
 
-def test_unused_codes_start_anew_and_used_ones_follow_their_latents():
+def test_unused_codes_are_replaced_and_used_ones_follow_their_latents():
     rng = torch.Generator().manual_seed(0)
     clusters = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
     latents = clusters.repeat(100, 1) + 0.1 * torch.randn(300, 2, generator=rng)
-    table = torch.full((3, 2), 50.0) + torch.arange(3.0)[:, None]  # all but one would never be chosen
+    table = torch.full((3, 2), 50.0) + torch.arange(3.0)[:, None]  # all but one would stay unused
     codes = train_vqgan.Codes(table, decay=0.8, rng=rng)
     codes.remember(latents)
     codes.sums_KD = table.clone()
@@ -146,7 +146,7 @@ def test_unused_codes_start_anew_and_used_ones_follow_their_latents():
     assert sorted(table.round().abs().tolist()) == [[0, 0], [0, 10], [10, 0]]
 
 
-def test_shipped_weights_are_small_and_those_of_the_sums():
+def test_shipped_weights_are_small_and_match_their_checksums():
     files = [stand_ins.SHIPPED / name for name in ("vqgan.ckpt", "teacher.pth")]
     assert sum(file.stat().st_size for file in files) <= 8e6
     sums = dict(reversed(line.split()) for line in (stand_ins.SHIPPED / "SHA256SUMS").read_text().splitlines())
@@ -163,13 +163,13 @@ def test_a_damaged_shipped_file_is_refused(tmp_path):
     assert not (tmp_path / "out.pth").exists()
 
 
-def test_stand_in_says_what_it_is(drawn, tmp_path, monkeypatch):
+def test_a_stand_in_states_its_origin_and_scores(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(stand_ins, "SAMPLE", 4)
     out = tmp_path / "vqgan.ckpt"
-    stand_ins.place("vqgan", "shipped", drawn, out, seed=0)
-    said = json.loads(out.with_suffix(".json").read_text())
-    assert "demo vqgan" in said["stand_in"] and said["weights"] == "shipped" and said["psnr"] > 20
-    assert said["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    stand_ins.write_stand_in("vqgan", "shipped", drawn, out, seed=0)
+    card = json.loads(out.with_suffix(".json").read_text())
+    assert "demo vqgan" in card["stand_in"] and card["weights"] == "shipped" and card["psnr"] > 20
+    assert card["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
 
 
 def test_shipped_vqgan_reconstructs_unseen_images(crops):
@@ -177,7 +177,7 @@ def test_shipped_vqgan_reconstructs_unseen_images(crops):
     assert (model.identity["layout"], model.codebook_size, model.grid(256)) == ("mage", 1024, (16, 16))
     images = as_float(crops["val"][0][::18])
     tokens = model.encode(images)
-    assert len(tokens.unique()) > 250, "most of the dictionary speaks"
+    assert len(tokens.unique()) > 250, "many codes are used"
     reached = psnr(images, model.decode(tokens)).mean()
     shuffled = tokens[:, torch.randperm(256, generator=torch.Generator().manual_seed(0))]
     blurred = images.mean((2, 3), keepdim=True).expand_as(images)
@@ -187,7 +187,7 @@ def test_shipped_vqgan_reconstructs_unseen_images(crops):
     assert reached > psnr(images, model.decode(model.encode(images * 2 - 1))).mean() + 6, "the range is [0, 1]"
 
 
-def test_shipped_teacher_knows_classes_and_patches(crops):
+def test_features_of_the_shipped_teacher_separate_classes_and_textures(crops):
     features = load_features(train_teacher.MODEL, stand_ins.SHIPPED / "teacher.pth")
     assert (features.grid, features.dim) == ((16, 16), train_teacher.WIDTH)
     pooled = {}

@@ -1,4 +1,4 @@
-"""The papers' comparisons: means and tables by hand, and both from end to end on a world of twelve images."""
+"""The papers' comparisons: means and tables against hand-computed ones, and both end to end on twelve images."""
 
 import json
 import math
@@ -8,23 +8,23 @@ import pytest
 import yaml
 
 from replicate import document, lease, vcq
+from replicate.common import plus_minus, spread
 from replicate.variants import COMPONENTS, NEIGHBOUR_COUNTS, SCHEDULES
-from replicate.work import plus_minus, spread
 from tests import tiny
 from tools.doc_tables import replace_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_spread_by_hand():
+def test_spread_against_hand_computed_values():
     assert spread([1.0, 2.0, 4.0]) == {"mean": 7 / 3, "std": pytest.approx(math.sqrt(7 / 3)), "runs": 3}
     assert spread([5.0])["std"] == 0
     assert plus_minus({"mean": 7 / 3, "std": 1.5, "runs": 3}) == "2.33 ± 1.50"
-    assert plus_minus(spread([5.0]), 1) == "5.0", "one run has no spread"
+    assert plus_minus(spread([5.0]), 1) == "5.0", "no spread for one run"
 
 
-def test_rows_differ_in_one_thing_only():
-    """The baseline is LEASE without its contrast, every other row changes one key; the papers' numbers are theirs."""
+def test_each_row_changes_at_most_one_key():
+    """The baseline is LEASE without its contrast; the papers' numbers are the printed ones."""
     for variants in (COMPONENTS, NEIGHBOUR_COUNTS, SCHEDULES):
         assert len({(*variant.changes, variant.objective) for variant in variants}) == len(variants)
         assert all(len(variant.changes) <= 1 for variant in variants)
@@ -33,8 +33,8 @@ def test_rows_differ_in_one_thing_only():
     assert [variant.paper["gfid"] for variant in SCHEDULES] == [6.43, 5.32, 4.79, 5.14]
 
 
-def test_the_document_holds_what_the_kept_results_say():
-    """docs/replicate.md is not edited by hand: its tables are those of docs/results/*.json."""
+def test_the_tables_of_the_document_are_those_of_the_results():
+    """docs/replicate.md is not edited by hand: its tables come from docs/results/*.json."""
     text = (ROOT / document.DOCUMENT).read_text()
     assert replace_tables(text, document.tables(ROOT / document.RESULTS)) == text, "run python -m replicate.document"
 
@@ -50,7 +50,7 @@ def world(tmp_path_factory):
     stack = {"patch": 64, "tokens": 16, "encoder": [1, 32, 2], "decoder": [1, 32, 2], "k_max": 16}
     tree = tiny.params(root)
     tree["inputs"]["perceptual"] = teacher["weights"]
-    tree["kmeans"]["k"] = 32  # a table of 30 neighbours needs more words
+    tree["kmeans"]["k"] = 32  # 30 neighbours need a larger codebook
     tree |= {
         "pretrain": {"size": "tiny", "width": 16, "decoder_width": 16, "batch": 4, "precision": "float32"},
         "generate": {"batch": 4, "steps": 2},
@@ -69,38 +69,38 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_lease_from_end_to_end_and_again_for_nothing(world, monkeypatch, capsys):
+def test_lease_end_to_end_and_a_second_run_does_nothing(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
-    given = ["--seeds", "2", "--epochs", "1", "--samples", "6"]
-    assert lease.main(given) == 0
-    found = json.loads((world / "reports/tiny/replicate/lease.json").read_text())
-    assert set(found["components"]) == {variant.name for variant in COMPONENTS}
-    rows = found["components"]
-    assert found["probe_gain"] == rows["lease"]["probe"]["mean"] - rows["rec"]["probe"]["mean"]
+    arguments = ["--seeds", "2", "--epochs", "1", "--samples", "6"]
+    assert lease.main(arguments) == 0
+    results = json.loads((world / "reports/tiny/replicate/lease.json").read_text())
+    assert set(results["components"]) == {variant.name for variant in COMPONENTS}
+    rows = results["components"]
+    assert results["probe_gain"] == rows["lease"]["probe"]["mean"] - rows["rec"]["probe"]["mean"]
     assert rows["lease"]["runs"][0]["reconstruction"] != rows["lease"]["runs"][1]["reconstruction"], "seeds differ"
-    assert rows["lease"]["runs"] == found["neighbours"]["lease"]["runs"], "one run serves both tables"
+    assert rows["lease"]["runs"] == results["neighbours"]["lease"]["runs"], "one run is in both tables"
     table = (world / "reports/tiny/replicate/lease.md").read_text()
-    assert table == lease.text(found), "the tables can be made from the file alone"
+    assert table == lease.text(results), "the tables can be made from the file alone"
     assert "76.11" in table
     capsys.readouterr()
     before = tiny.digest(world / "work" / "replicate")
-    assert lease.main(given) == 0
+    assert lease.main(arguments) == 0
     assert tiny.digest(world / "work" / "replicate") == before
     assert "step" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_vcq_from_end_to_end(world, monkeypatch):
+def test_vcq_end_to_end(world, monkeypatch):
     monkeypatch.chdir(world)
     assert vcq.main([]) == 0
-    found = json.loads((world / "reports/tiny/replicate/vcq.json").read_text())
-    rows = found["schedules"]
+    results = json.loads((world / "reports/tiny/replicate/vcq.json").read_text())
+    rows = results["schedules"]
     assert set(rows) == {variant.name for variant in SCHEDULES}
     means = [rows[variant.name]["k_mean"]["mean"] for variant in SCHEDULES]
     assert means[0] == 16
     assert means == sorted(means, reverse=True)
     assert len(set(means)) == 4
     table = (world / "reports/tiny/replicate/vcq.md").read_text()
-    assert table == vcq.text(found)
+    assert table == vcq.text(results)
     assert "27.98" in table
     assert "43.77 (k = 10)" in table

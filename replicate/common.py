@@ -1,4 +1,4 @@
-"""Run the package's own commands one after the other, each skipped when its result is there."""
+"""Shared by the comparisons: running `semdict` commands, statistics over seeds, Markdown tables."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ from semdict.pipeline.common.files import write_aside, write_json
 
 
 def semdict(*arguments: str | Path | int) -> None:
-    """One command in this process, as a user would type it; ends the comparison when it fails."""
+    """Run one command in this process, as typed on the command line; SystemExit if it fails."""
     line = [str(argument) for argument in arguments]
     started = time.monotonic()
     print(f"$ semdict {' '.join(line)}", file=sys.stderr, flush=True)
@@ -24,27 +24,27 @@ def semdict(*arguments: str | Path | int) -> None:
 
 
 def sets(changes: Iterable[str]) -> list[str]:
-    """--set for each of them."""
+    """`--set` before each change."""
     return [part for change in changes for part in ("--set", change)]
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON file."""
+    """The content of a JSON file."""
     return json.loads(path.read_text())
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
     """Mean, sample standard deviation (0 for one value) and count."""
-    found = list(values)
+    values = list(values)
     return {
-        "mean": statistics.fmean(found),
-        "std": statistics.stdev(found) if len(found) > 1 else 0.0,
-        "runs": len(found),
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "runs": len(values),
     }
 
 
 def plus_minus(cell: dict[str, float], digits: int = 2) -> str:
-    """ "mean ± std" of `spread`; the value alone where there was one run."""
+    """The text "mean ± std" of a `spread`; the mean alone for a single run."""
     mean = f"{cell['mean']:.{digits}f}"
     return mean if cell["runs"] == 1 else f"{mean} ± {cell['std']:.{digits}f}"
 
@@ -56,18 +56,18 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def compare(variants: Iterable[Variant], seeds: int, score: Callable[[Variant, int], dict[str, float]]) -> dict:
-    """Row name -> title, the paper's numbers, every seed's numbers, and their mean and spread."""
-    found = {}
+    """Name of each variant -> title, the paper's numbers, the scores of every seed, and their `spread`."""
+    table = {}
     for variant in variants:
         runs = [score(variant, seed) for seed in range(seeds)]
         means = {name: spread(run[name] for run in runs) for name in runs[0]}
-        found[variant.name] = {"title": variant.title, "paper": variant.paper, "runs": runs, **means}
-    return found
+        table[variant.name] = {"title": variant.title, "paper": variant.paper, "runs": runs, **means}
+    return table
 
 
-def publish(out: Path, name: str, numbers: dict[str, Any], text: str) -> None:
+def publish(out: Path, name: str, results: dict[str, Any], text: str) -> None:
     """Write <name>.json and <name>.md, and print the text."""
-    write_json(out / f"{name}.json", numbers)
-    with write_aside(out / f"{name}.md") as aside:
-        aside.write_text(text)
+    write_json(out / f"{name}.json", results)
+    with write_aside(out / f"{name}.md") as staged:
+        staged.write_text(text)
     print(text)
