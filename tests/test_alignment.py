@@ -70,7 +70,7 @@ def colour_vit(path) -> Teacher:
 def pair(tmp_path_factory) -> PairTokenizer:
     folder = tmp_path_factory.mktemp("colour")
     vqgan, teacher = colour_vqgan(folder / "vqgan.ckpt"), colour_vit(folder / "teacher.pth")
-    return PairTokenizer(vqgan, teacher, torch.zeros(256, 24), torch.device("cpu"), (SIDE, SIDE))
+    return PairTokenizer(vqgan, teacher, torch.zeros(256, 24), torch.device("cpu"))
 
 
 def name_cells(pair: PairTokenizer, z_DL: torch.Tensor, features_LD: torch.Tensor) -> None:
@@ -142,6 +142,6 @@ def test_misalignment_would_be_noticed(pair, mistake):
         features = pair.teacher(crops()[2][None])[0]
     else:
         features = torch.cat([features[:1], features[:-1]])
-    wrong = PairTokenizer(pair.tokenizer, lambda images: features[None], pair.centroids, pair.device, pair.grid)
+    wrong = PairTokenizer(pair.tokenizer, lambda images: features[None], pair.centroids, pair.device)
     gen, disc = both(wrong, image[None])
     assert torch.equal(gen[0], CELLS) and (disc[0] != CELLS).sum() > 200

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.common.hub import local_file
 
 
 class Inert:
@@ -102,7 +103,7 @@ def state_dict_of(checkpoint: Mapping[Any, Any], path: str | os.PathLike, ema: b
     if not tensors:
         entries = ", ".join(map(str, list(checkpoint)[:6])) or "nothing"
         raise WeightsError(f"{path} holds no tensors; its entries are: {entries}")
-    limit = max(Path(path).stat().st_size, SLACK)
+    limit = max(existing_file(path).stat().st_size, SLACK)
     for name, tensor in tensors.items():
         if tensor.numel() * tensor.element_size() > limit:
             raise WeightsError(f"{path}: {name} has shape {tuple(tensor.shape)}, more than the whole file holds")
@@ -143,8 +144,8 @@ def load_array(path: str | os.PathLike, mmap: bool = False) -> np.ndarray:
 
 
 def existing_file(path: str | os.PathLike) -> Path:
-    """The path, once it is known to be a file; WeightsError when it is not."""
-    path = Path(path)
+    """The path of a file that exists, fetched first where it is on the hub; WeightsError when there is none."""
+    path = local_file(path)
     if not path.is_file():
         raise WeightsError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}, expected a file of weights")
     return path

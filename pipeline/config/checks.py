@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from semdict.pipeline.common.hub import is_hub_name
 from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.config.schema import Params
 
@@ -43,4 +44,8 @@ def missing_inputs(settings: Params) -> list[tuple[str, str]]:
         wanted += [("vcq.perceptual", network.weights) for network in networks]
     if settings.vcq.warm_perceptual and settings.vcq.perceptual_weight:
         wanted.append(("vcq.warm_perceptual", settings.vcq.warm_perceptual.weights))
-    return [(key, path) for key, path in wanted if not any(c in path for c in "*?{") and not Path(path).exists()]
+    return [
+        (key, path)
+        for key, path in wanted
+        if not any(c in path for c in "*?{") and not is_hub_name(path) and not Path(path).exists()
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.common.files import sha256_file, write_json
+from semdict.pipeline.common.hub import absolute
 from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.config import paths as places
@@ -101,9 +102,9 @@ def pair_spec(settings: Params, centroids: Path) -> PairSpec:
     """The tokenizer pair that params.yaml names, with absolute paths (workers may start elsewhere)."""
     weights = settings.features.weights
     return PairSpec(
-        tokenizer=str(Path(settings.vqgan.weights).resolve()),
+        tokenizer=absolute(settings.vqgan.weights),
         features_model=settings.features.model,
-        features_weights=str(Path(weights).resolve()) if weights else None,
+        features_weights=absolute(weights) if weights else None,
         features_layer=settings.features.layer,
         features_image_size=settings.features.image_size,
         centroids=str(Path(centroids).resolve()),
@@ -166,7 +167,7 @@ def shard_spec(settings: Params, manifest: Manifest, pair: PairTokenizer, recipe
         rows=len(manifest),
         views=[{**asdict(view), "name": view.name} for view in expand_views(list(settings.encode.views))],
         grid=pair.grid,
-        gen_sizes=int(pair.tokenizer.codebook_size),
+        gen_sizes=pair.gen_sizes,
         disc_size=len(pair.centroids),
         recipe=recipe,
         fingerprint=name,

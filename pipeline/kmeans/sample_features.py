@@ -15,6 +15,7 @@ from tqdm import tqdm
 from semdict.pipeline.common.device import reduced_precision, resolve_device, to_device
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.common.files import sha256_file, write_json
+from semdict.pipeline.common.hub import absolute, local_file
 from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.common.publish import check_output, publish_folder
 from semdict.pipeline.config import paths as places
@@ -198,7 +199,7 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         manifest=manifest.sha256,
         sample=chosen.model_dump(exclude={"device"}),
         features=settings.features.model_dump(),
-        weights=sha256_file(weights) if weights else None,
+        weights=sha256_file(local_file(weights)) if weights else None,
         crop=crop_identity(settings.pixels.crop, list(recipe.views), recipe.seed),
         decoder=decoder_identity(settings.pixels.decoder),
         device=where.partition(":")[0],
@@ -211,7 +212,7 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         splits=tuple(chosen.splits),
         recipe=recipe,
         model=settings.features.model,
-        weights=str(Path(weights).resolve()) if weights else None,
+        weights=absolute(weights) if weights else None,
         layer=settings.features.layer,
         image_size=settings.features.image_size,
         device=where,

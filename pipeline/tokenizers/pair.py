@@ -1,5 +1,6 @@
 """A tokenizer and a teacher with its codebook: crops to one generative and one discriminative token per grid cell."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,7 +63,7 @@ class PairSpec:
         )
         centroids = torch.from_numpy(np.ascontiguousarray(load_array(self.centroids), dtype=np.float32))
         grid = tokenizer.grid(self.image_size)
-        if teacher.grid != grid:
+        if math.prod(grid) != math.prod(teacher.grid) or (len(grid) > 1 and grid != teacher.grid):
             raise WeightsError(
                 f"grids differ: {self.tokenizer} gives {_cells(grid)} cells for images of {self.image_size} pixels, "
                 f"{self.features_model} at {self.features_image_size} pixels gives {_cells(teacher.grid)}; change "
@@ -73,7 +74,7 @@ class PairSpec:
                 f"{self.centroids} holds centroids of width {centroids.shape[1]}, {self.features_model} gives features "
                 f"of width {teacher.dim}: the codebook was made with another teacher"
             )
-        return PairTokenizer(tokenizer, teacher, centroids.to(self.device), torch.device(self.device), grid)
+        return PairTokenizer(tokenizer, teacher, centroids.to(self.device), torch.device(self.device))
 
 
 def _cells(grid: tuple[int, ...]) -> str:
@@ -88,7 +89,17 @@ class PairTokenizer:
     teacher: Teacher
     centroids: Tensor  # (K, D) float32
     device: torch.device
-    grid: tuple[int, ...]  # cells of an image
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the cells; tokens of a 1-D tokenizer are as many, but belong to no cell."""
+        return self.teacher.grid
+
+    @property
+    def gen_sizes(self) -> int | list[int]:
+        """Codebook size of the generative tokens, one per position where positions differ (VCQ)."""
+        sizes = getattr(self.tokenizer, "codebook_sizes", torch.tensor([self.tokenizer.codebook_size])).tolist()
+        return sizes if len(set(sizes)) > 1 else sizes[0]
 
     @torch.inference_mode()
     def tokens(self, images: Tensor, precision: str = "float32") -> dict[str, Tensor]:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from semdict.pipeline.common.device import reduced_precision, resolve_device
 from semdict.pipeline.common.errors import UsageError
-from semdict.pipeline.common.files import sha256_file, sha256_json, write_json
+from semdict.pipeline.common.files import sha256_json, write_json
 from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.common.publish import check_output, occupied, publish_folder
-from semdict.pipeline.common.safeload import existing_file
 from semdict.train.data.tokens import recipe_of
 from semdict.train.masked.context import Known, hidden_cells, known_images
 from semdict.train.masked.encoder import run_name
@@ -148,7 +147,7 @@ class Drawing:
         return {
             **given, "task": self.task, "family": self.drawer.family, "ema": False,
             "schedule": "cosine", "last": self.how.last,
-            "model_sha256": self.drawer.encoder.sha256, "vqgan_sha256": sha256_file(existing_file(self.weights)),
+            "model_sha256": self.drawer.encoder.sha256, "vqgan_sha256": self.vqgan.identity["sha256"],
             "tokens": None if self.tokens is None else recipe_of(self.tokens.meta),
         }  # fmt: skip
 

@@ -4,6 +4,7 @@ from pathlib import PurePath
 
 from pydantic import model_validator
 
+from semdict.pipeline.common.hub import is_hub_name
 from semdict.pipeline.config.schema.base import Name, Section
 from semdict.pipeline.config.schema.condition import Condition
 from semdict.pipeline.config.schema.evaluate import Evaluate
@@ -53,10 +54,14 @@ class Params(Section):
 
     def watched(self) -> list[tuple[str, str, str | None]]:
         """(key of `inputs`, key of the file it stands for, the file or None) of the weights that DVC watches."""
+
+        def local(path: str | None) -> str | None:
+            return None if path and is_hub_name(path) else path
+
         first = self.vcq.perceptual[0].weights if self.vcq.perceptual else None
         return [
-            ("vqgan", "vqgan.weights", self.vqgan.weights),
-            ("features", "features.weights", self.features.weights),
+            ("vqgan", "vqgan.weights", local(self.vqgan.weights)),
+            ("features", "features.weights", local(self.features.weights)),
             ("centroids", "kmeans.centroids", self.kmeans.centroids),
             ("perceptual", "the first of vcq.perceptual", first),
         ]
