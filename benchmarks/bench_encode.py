@@ -18,10 +18,10 @@ from PIL import Image
 from benchmarks.report import arguments, machine, publish, seconds
 from semdict.cli import main as semdict
 from semdict.pipeline.encode.worker import EncodeJob
-from semdict.pipeline.execute.chunks import split_rows
+from semdict.pipeline.execute.store import split_rows
 from semdict.pipeline.images.batches import CropRecipe
 from semdict.pipeline.images.crops import expand_views
-from semdict.pipeline.manifest.stage import load_manifest
+from semdict.pipeline.manifest.table import load_manifest
 from semdict.pipeline.tokenizers.pair import PairSpec
 
 

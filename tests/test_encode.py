@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from semdict.pipeline.manifest.stage import load_manifest
+from semdict.pipeline.execute.store import ChunkStore
+from semdict.pipeline.manifest.table import load_manifest
 from semdict.pipeline.shards import open_shards, verify_shards
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 from tests import tiny
@@ -84,6 +85,23 @@ def test_every_scheduler_writes_the_same_bytes(world, copy, scheduler):
     assert tiny.semdict(copy, "encode", "--scheduler", scheduler) == 0
     # the paths differ, the recipe must not name them
     assert tiny.digest(copy / "shards" / "tiny") == tiny.digest(world / "shards" / "tiny")
+
+
+def test_assembling_opens_each_chunk_once(copy, monkeypatch):
+    """Computed in this run: one read to write the shards. Already there: one more to verify it."""
+    opened = []
+    real = ChunkStore.read
+
+    def read(self, chunk, names=()):
+        opened.append(chunk.index)
+        return real(self, chunk, names)
+
+    monkeypatch.setattr(ChunkStore, "read", read)
+    monkeypatch.setattr(ChunkStore, "sweep", lambda self: None)
+    for times in (1, 2):
+        opened.clear()
+        assert tiny.semdict(copy, "encode") == 0
+        assert sorted(opened) == sorted([*range(6)] * times)
 
 
 def test_probe_reports_psnr_and_keeps_the_grid(world):

@@ -301,7 +301,7 @@ def test_help(capsys):
 def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     from semdict.pipeline.images.crops import ViewSpec, crop_views
     from semdict.pipeline.images.decode import BadImage, Status
-    from semdict.pipeline.manifest.stage import load_manifest
+    from semdict.pipeline.manifest.table import load_manifest
     from semdict.train.eval import image_source as sources
     from semdict.train.masked.encoder import load_encoder
 

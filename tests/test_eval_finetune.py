@@ -11,7 +11,7 @@ from PIL import Image
 
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.images.decode import BadImage, Status
-from semdict.pipeline.manifest.stage import load_manifest
+from semdict.pipeline.manifest.table import load_manifest
 from semdict.train.data.augment import TimmAugmentation, make_transform
 from semdict.train.data.images import ImageLoader, ImageRows
 from semdict.train.engine.layers import drop_path

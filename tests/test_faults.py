@@ -213,7 +213,7 @@ def test_the_second_of_two_runs_is_told(copy):
 
 
 def test_a_full_disk_is_named_and_the_run_continues_later(copy, undisturbed, monkeypatch, capsys):
-    from semdict.pipeline.execute import chunks as work
+    from semdict.pipeline.execute import store as work
 
     real, written = work.np.savez, []
 

@@ -20,7 +20,8 @@ from semdict.cli import main
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.config import schema
 from semdict.pipeline.images.decode import MAX_PIXELS, BadImage, Status
-from semdict.pipeline.manifest.stage import COLUMNS, build_manifest, load_manifest
+from semdict.pipeline.manifest.stage import build_manifest
+from semdict.pipeline.manifest.table import COLUMNS, load_manifest
 from tests.image_files import bad_files, encoded, good_files, picture
 from tests.test_sources import write, write_parquet, write_tar
 
@@ -256,7 +257,7 @@ def test_a_manifest_that_is_none_is_named(tmp_path, content):
 
 SLOW = """
 import sys, time
-from pipeline import scan
+from semdict.pipeline.manifest import scan
 scan.BATCH_ROWS, scan.SAVE_ROWS = 2, 4
 examine = scan._examine
 def slow(*args):

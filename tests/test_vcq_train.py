@@ -10,7 +10,7 @@ import yaml
 
 from semdict.cli import main
 from semdict.pipeline.common.errors import UsageError
-from semdict.pipeline.manifest.stage import load_manifest
+from semdict.pipeline.manifest.table import load_manifest
 from semdict.pipeline.shards import open_shards, verify_shards
 from semdict.train.ar.model import load_ar
 from semdict.train.data.images import ImageLoader, ImageRows, RandomCrop, centre_crops, usable_rows

@@ -1,20 +1,25 @@
-"""Chunks, locks and fingerprints: what is done stays done, what is stale never matches, the second run is told."""
+"""Chunks, executors, locks and fingerprints: done chunks are kept, stale ones never match, a second run is refused."""
 
+import ast
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semdict.pipeline.common.errors import BusyError
+from semdict.pipeline.common.errors import BusyError, SemdictError
 from semdict.pipeline.common.files import atomic_write
-from semdict.pipeline.execute.chunks import Chunk, ChunkStore, fingerprint, lock, run_chunks, split_rows
+from semdict.pipeline.execute import dask as on_dask
+from semdict.pipeline.execute.executor import run_chunks
+from semdict.pipeline.execute.locks import lock
+from semdict.pipeline.execute.store import Chunk, ChunkStore, fingerprint, split_rows
 
 
 @dataclass
@@ -51,10 +56,75 @@ def test_finished_chunks_are_not_computed_again(tmp_path):
     assert values.tolist() == [2 * i for i in range(10)]
 
 
+@pytest.mark.parametrize("scheduler", ["in-process", "local-1"])
+def test_every_chunk_is_reported_once_with_its_arrays(tmp_path, scheduler):
+    """Chunks that are there, chunks that are computed, in this process and in another."""
+    store, chunks, reports, progress = ChunkStore(tmp_path, "s", "abc"), split_rows(10, 3), {}, []
+    run_chunks(Doubler(), store, chunks[:2], "in-process", lambda *_: None)
+
+    def finished(chunk, arrays):
+        assert chunk not in reports
+        reports[chunk] = arrays["value"].tolist()
+
+    run_chunks(Doubler(), store, chunks, scheduler, lambda done, bad: progress.append((done, bad)), finished)
+    assert reports == {c: [2 * i for i in range(c.start, c.stop)] for c in chunks}
+    assert sorted(progress) == [(1, 0), (3, 0), (3, 0), (3, 0)]
+
+
+def test_a_local_worker_that_dies_while_it_starts_is_started_again(tmp_path, monkeypatch, capsys):
+    """The first attempt's worker ends at once; without a second attempt the run would end with "Nanny failed"."""
+    real, attempts = on_dask.worker_options, []
+
+    def options(index, gpus, count):
+        attempts.append(index)
+        fatal = {"preload": ["import os; os._exit(3)"]} if len(attempts) == 1 else {}
+        return {**real(index, gpus, count), **fatal}
+
+    monkeypatch.setattr(on_dask, "worker_options", options)
+    store, chunks = ChunkStore(tmp_path, "s", "abc"), split_rows(4, 2)
+    run_chunks(Doubler(), store, chunks, "local-1", lambda *_: None)
+    assert len(attempts) == 2
+    assert "starting anew" in capsys.readouterr().err
+    assert all(store.read_if_done(c) is not None for c in chunks)
+
+
+def test_a_folder_that_workers_do_not_share_is_named(tmp_path, monkeypatch):
+    """Chunks that a worker finished elsewhere: the file is not where this process looks."""
+    store = ChunkStore(tmp_path, "s", "abc")
+    monkeypatch.setattr(ChunkStore, "read_if_done", lambda self, chunk: None)
+    with pytest.raises(SemdictError, match="must share the project's folder"):
+        run_chunks(Doubler(), store, split_rows(2, 2), "local-1", lambda *_: None)
+
+
+def test_each_worker_sees_one_of_the_gpus_that_this_process_may_use(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-8d1a,7")  # the third is none that CUDA knows
+    assert on_dask.visible_gpus() == ["5", "GPU-8d1a"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert on_dask.visible_gpus() == ["0", "1"]
+    seen = [on_dask.worker_options(i, ["5", "GPU-8d1a"], 3)["env"]["CUDA_VISIBLE_DEVICES"] for i in range(3)]
+    assert seen == ["5", "GPU-8d1a", "5"]
+    assert "CUDA_VISIBLE_DEVICES" not in on_dask.worker_options(0, [], 1)["env"]
+
+
+def test_one_file_knows_dask():
+    root = Path(__file__).resolve().parent.parent
+    knowing = set()
+    for path in (p for folder in ("pipeline", "train") for p in (root / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(name.split(".")[0] in ("dask", "distributed") for name in names):
+                knowing.add(path.relative_to(root).as_posix())
+    assert knowing == {"pipeline/execute/dask.py"}
+
+
 def test_another_recipe_never_sees_the_chunks(tmp_path):
     chunks = split_rows(4, 2)
     run_chunks(Doubler(), ChunkStore(tmp_path, "s", "abc"), chunks, "in-process", lambda *_: None)
-    assert not any(ChunkStore(tmp_path, "s", "abd").done(c) for c in chunks)
+    assert not any(ChunkStore(tmp_path, "s", "abd").read_if_done(c) for c in chunks)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-30] + b"\0" * 30])
@@ -74,7 +144,7 @@ def test_a_flipped_byte_in_a_chunk_is_noticed(tmp_path):
     data = bytearray(store.path(chunk).read_bytes())
     data[len(data) // 3] ^= 1
     store.path(chunk).write_bytes(data)
-    assert not store.done(chunk)
+    assert store.read_if_done(chunk) is None
     assert not store.path(chunk).exists()
 
 
@@ -86,7 +156,7 @@ def test_sweep_removes_stale_recipes_of_this_stage_only(tmp_path):
     mine.sweep()
     assert not mine.folder.exists()
     assert not stale.folder.exists()
-    assert other.done(Chunk(0, 0, 1))
+    assert other.read_if_done(Chunk(0, 0, 1)) is not None
 
 
 def test_fingerprint_depends_on_values_not_on_key_order():
@@ -104,7 +174,7 @@ def test_the_second_run_is_told_who_holds_the_lock(tmp_path):
 
 def test_a_killed_run_holds_nothing(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from semdict.pipeline.execute.chunks import lock\n"
+        "import sys, time; from pathlib import Path; from semdict.pipeline.execute.locks import lock\n"
         f"with lock('x', Path({str(tmp_path)!r})):\n    print('held', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
@@ -117,21 +187,32 @@ def test_a_killed_run_holds_nothing(tmp_path):
         pass
 
 
-def test_sigterm_ends_a_block_like_ctrl_c(tmp_path):
+def interrupted(number: signal.Signals, before: str = "") -> tuple[int, str]:
+    """Exit status and stderr of a process that gets a signal inside the block."""
     script = (
-        "import time\nfrom semdict.pipeline.execute.chunks import sigterm_interrupts\n"
-        "with sigterm_interrupts():\n    print('up', flush=True)\n    time.sleep(60)\n"
-    )
+        f"import signal, time\nfrom semdict.pipeline.execute.locks import interrupt_on_signals\n{before}\n"
+        "with interrupt_on_signals():\n    print('up', flush=True)\n    time.sleep(2 if SHORT else 60)\n"
+    ).replace("SHORT", str(bool(before)))
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
         child.stdout.readline()
         start = time.monotonic()
-        child.send_signal(signal.SIGTERM)
+        child.send_signal(number)
         _, errors = child.communicate()
         assert time.monotonic() - start < 30
-    assert child.returncode != 0
+    return child.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_block_like_ctrl_c(number):
+    status, errors = interrupted(number)
+    assert status != 0
     assert "KeyboardInterrupt" in errors
+
+
+def test_nohup_is_respected():
+    assert interrupted(signal.SIGHUP, "signal.signal(signal.SIGHUP, signal.SIG_IGN)") == (0, "")
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_no_rest(tmp_path):

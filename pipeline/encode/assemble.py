@@ -1,4 +1,4 @@
-"""From an encode job to a published shard directory, for any tokenizer: run, count, assemble, rename."""
+"""From an encode job to published token shards, for any tokenizer: compute the chunks, assemble, publish."""
 
 import json
 import sys
@@ -14,10 +14,13 @@ from tqdm import tqdm
 from semdict.pipeline.common.errors import SemdictError
 from semdict.pipeline.config.schema import Shards
 from semdict.pipeline.encode.worker import EncodeJob
-from semdict.pipeline.execute.chunks import Chunk, ChunkStore, run_chunks, split_rows
+from semdict.pipeline.execute.executor import run_chunks
+from semdict.pipeline.execute.store import Arrays, Chunk, ChunkStore, split_rows
 from semdict.pipeline.images.decode import Status
-from semdict.pipeline.manifest.stage import Manifest
-from semdict.pipeline.shards import Block, ShardSpec, write_shards
+from semdict.pipeline.manifest.table import Manifest
+from semdict.pipeline.shards import Block, ShardSpec, count_tokens, write_shards
+
+SHOWN = 5  # bad images named in an error message
 
 
 @dataclass(frozen=True)
@@ -35,105 +38,101 @@ class Publication:
     centroids: np.ndarray | None = None
 
 
-def encode_and_publish(what: Publication, scheduler: str) -> dict[str, Any]:
-    """Compute missing chunks, write and publish the shards; counts of good and bad images."""
-    chunks = split_rows(len(what.manifest), what.chunk)
-    _compute(what, chunks, scheduler)
-    counts = _count(what, chunks)
-    write_shards(
-        what.out,
-        what.spec,
-        lambda: _blocks(what, chunks),
-        _index(what, chunks),
-        centroids=what.centroids,
-        codec=what.storage.codec,
-        chunk_rows=what.storage.chunk_rows,
-        shard_rows=what.storage.shard_rows,
-    )
-    return counts
+def encode_and_publish(publication: Publication, scheduler: str) -> dict[str, Any]:
+    """Compute the missing chunks, write and publish the shards; returns the counts of good and bad images.
 
+    A chunk's file is read once, when its tokens are written: what the shards need to know of all chunks beforehand is
+    collected while they are computed. SemdictError once more than `max_bad_fraction` of the images are bad.
+    """
+    chunks = split_rows(len(publication.manifest), publication.chunk)
+    summary = Summary(publication)
+    with tqdm(total=len(publication.manifest), unit="img", desc="encode", smoothing=0.05, file=sys.stderr) as bar:
 
-def _compute(what: Publication, chunks: list[Chunk], scheduler: str) -> None:
-    """Run the job under a progress bar (images/s, time left, bad files); stop once too many images are bad."""
-    found = 0
-    with tqdm(total=len(what.manifest), unit="img", desc="encode", smoothing=0.05, file=sys.stderr) as bar:
-
-        def advance(done: int, bad: int) -> None:
-            nonlocal found
-            found += bad
-            bar.set_postfix(bad=found, refresh=False)
+        def advance(done: int, _bad: int) -> None:
+            bar.set_postfix(bad=summary.bad, refresh=False)
             bar.update(done)
 
-        seen: list[Chunk] = []
-        counts = {"bad": 0}
-
-        def finished(chunk: Chunk) -> None:
-            seen.append(chunk)
-            counts["bad"] += int(np.count_nonzero(what.store.read(chunk, "status")["status"]))
-            if counts["bad"] > what.max_bad_fraction * len(what.manifest):
-                raise SemdictError(_too_many(what, counts["bad"], seen))
-
-        run_chunks(what.job, what.store, chunks, scheduler, advance, finished)
-
-
-def _too_many(what: Publication, bad: int, seen: list[Chunk]) -> str:
-    """Why the stage gives up: how many, how many are allowed, the first of them with their reasons."""
-    rows = sum(map(len, seen))
-    return (
-        f"{bad} of the first {rows} images are bad, more than max_bad_fraction {what.max_bad_fraction} of all "
-        f"{len(what.manifest)}: {_first_bad(what, seen)}; repair them or raise manifest.max_bad_fraction"
+        run_chunks(publication.job, publication.store, chunks, scheduler, advance, summary.add)
+    storage = publication.storage
+    write_shards(
+        publication.out,
+        publication.spec,
+        _blocks(publication, chunks),
+        summary.index(),
+        centroids=publication.centroids,
+        gen_counts=summary.counts["gen"],
+        disc_counts=summary.counts.get("disc"),
+        codec=storage.codec,
+        chunk_rows=storage.chunk_rows,
+        shard_rows=storage.shard_rows,
     )
+    return summary.metrics()
 
 
-def _count(what: Publication, chunks: list[Chunk]) -> dict[str, Any]:
-    """Images by status."""
-    statuses = np.concatenate([what.store.read(chunk, "status")["status"] for chunk in chunks])
-    codes, numbers = np.unique(statuses, return_counts=True)
-    counts = {Status(int(c)).name.lower(): int(n) for c, n in zip(codes, numbers, strict=True)}
-    return {"rows": len(statuses), "bad": int(np.count_nonzero(statuses)), "status": counts}
+class Summary:
+    """What is known of all chunks before the first is written: statuses, reasons, boxes and token counts."""
 
+    def __init__(self, publication: Publication):
+        self.publication = publication
+        rows, views = len(publication.manifest), publication.job.recipe.views
+        self.rows = self.bad = 0
+        self.status = np.zeros(rows, np.uint8)
+        self.reasons: dict[int, str] = {}
+        self.counts = {name: np.zeros(sizes.max(), np.int64) for name, sizes in publication.spec.sizes.items()}
+        random = any(view.kind == "random" for view in views)  # the other views' boxes follow from the image's size
+        self.boxes = np.zeros((rows, 5 * len(views)), np.float32) if random else None
 
-def _first_bad(what: Publication, chunks: list[Chunk], show: int = 5) -> str:
-    """The first few bad keys with their reasons."""
-    named: list[str] = []
-    for chunk in chunks:
-        arrays = what.store.read(chunk)
-        reasons = json.loads(arrays["reasons"].tobytes())
-        for offset in np.flatnonzero(arrays["status"]):
-            row = chunk.start + int(offset)
-            if len(named) == show:
-                return ", ".join([*named, "..."])
-            named.append(f"{what.manifest.key(row)} ({reasons.get(str(row)) or what.manifest.reason(row)})")
-    return ", ".join(named)
+    def add(self, chunk: Chunk, arrays: Arrays) -> None:
+        """Take in a finished chunk; SemdictError once too many images are bad."""
+        part = slice(chunk.start, chunk.stop)
+        self.status[part] = arrays["status"]
+        self.reasons |= {int(row): reason for row, reason in json.loads(arrays["reasons"].tobytes()).items()}
+        for name, counts in count_tokens(self.publication.spec, [_block(self.publication, chunk, arrays)]).items():
+            self.counts[name] += counts
+        if self.boxes is not None:
+            self.boxes[part] = arrays["boxes"].reshape(len(chunk), -1)
+        self.rows += len(chunk)
+        self.bad += int(np.count_nonzero(arrays["status"]))
+        if self.bad > self.publication.max_bad_fraction * len(self.status):
+            raise SemdictError(self._too_many())
 
+    def index(self) -> pa.Table:
+        """key, split, label name and reason of every row; the boxes too where views are drawn per image."""
+        table = self.publication.manifest.table
+        reasons = table.column("reason").to_pylist()
+        for row, reason in self.reasons.items():
+            reasons[row] = reason
+        columns = {name: table.column(name) for name in ("key", "split", "label_name")}
+        columns["reason"] = pa.array(reasons, pa.string())
+        if self.boxes is not None:
+            columns["boxes"] = pa.FixedSizeListArray.from_arrays(pa.array(self.boxes.reshape(-1)), self.boxes.shape[1])
+        return pa.table(columns)
 
-def _blocks(what: Publication, chunks: list[Chunk]) -> Iterator[Block]:
-    """The finished chunks in row order, with the manifest's labels."""
-    for chunk in chunks:
-        arrays = what.store.read(chunk)
-        yield Block(
-            gen=arrays["gen"],
-            disc=arrays.get("disc"),
-            label=what.manifest.label[chunk.start : chunk.stop],
-            status=arrays["status"],
+    def metrics(self) -> dict[str, Any]:
+        """Images by status."""
+        codes, numbers = np.unique(self.status, return_counts=True)
+        counts = {Status(int(c)).name.lower(): int(n) for c, n in zip(codes, numbers, strict=True)}
+        return {"rows": len(self.status), "bad": self.bad, "status": counts}
+
+    def _too_many(self) -> str:
+        """Why the stage stops: how many, how many are allowed, the first of them with their reasons."""
+        manifest, limit = self.publication.manifest, self.publication.max_bad_fraction
+        bad = np.flatnonzero(self.status)[: SHOWN + 1].tolist()
+        named = [f"{manifest.key(row)} ({self.reasons.get(row) or manifest.reason(row)})" for row in bad[:SHOWN]]
+        return (
+            f"{self.bad} of the first {self.rows} images are bad, more than max_bad_fraction {limit} of all "
+            f"{len(manifest)}: {', '.join([*named, *['...'] * (len(bad) > SHOWN)])}; "
+            "repair them or raise manifest.max_bad_fraction"
         )
 
 
-def _index(what: Publication, chunks: list[Chunk]) -> pa.Table:
-    """key, split, label name and reason of every row; the boxes too where a view is drawn per image."""
-    table = what.manifest.table
-    reasons = table.column("reason").to_pylist()
-    boxes = []
-    drawn = any(view.kind == "random" for view in what.job.recipe.views)
+def _blocks(publication: Publication, chunks: list[Chunk]) -> Iterator[Block]:
+    """The finished chunks in row order."""
     for chunk in chunks:
-        arrays = what.store.read(chunk)
-        for row, reason in json.loads(arrays["reasons"].tobytes()).items():
-            reasons[int(row)] = reason
-        if drawn:
-            boxes.append(arrays["boxes"].reshape(len(chunk), -1))
-    columns = {name: table.column(name) for name in ("key", "split", "label_name")}
-    columns["reason"] = pa.array(reasons, pa.string())
-    if drawn:
-        flat = np.concatenate(boxes)
-        columns["boxes"] = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
-    return pa.table(columns)
+        yield _block(publication, chunk, publication.store.read(chunk, [*publication.job.streams, "status"]))
+
+
+def _block(publication: Publication, chunk: Chunk, arrays: Arrays) -> Block:
+    """A chunk's tokens with the manifest's labels."""
+    label = publication.manifest.label[chunk.start : chunk.stop]
+    return Block(gen=arrays["gen"], disc=arrays.get("disc"), label=label, status=arrays["status"])

@@ -14,7 +14,7 @@ from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.images.batches import load_crop
 from semdict.pipeline.images.decode import BadImage
 from semdict.pipeline.images.visualize import psnr, reconstruct, save_grid, word_colours, word_maps
-from semdict.pipeline.manifest.stage import Manifest
+from semdict.pipeline.manifest.table import Manifest
 from semdict.pipeline.tokenizers.pair import StreamTokenizer
 
 

@@ -18,12 +18,13 @@ from semdict.pipeline.config.schema import Params
 from semdict.pipeline.encode.assemble import Publication, encode_and_publish
 from semdict.pipeline.encode.preflight import probe
 from semdict.pipeline.encode.worker import EncodeJob
-from semdict.pipeline.execute.chunks import WORK, ChunkStore, fingerprint, lock, sigterm_interrupts
 from semdict.pipeline.execute.code_identity import code_identity
+from semdict.pipeline.execute.locks import interrupt_on_signals, lock
+from semdict.pipeline.execute.store import WORK, ChunkStore, fingerprint
 from semdict.pipeline.images import batches as flow
 from semdict.pipeline.images.crops import SIZE, crop_identity, expand_views
 from semdict.pipeline.images.decode import decoder_identity
-from semdict.pipeline.manifest.stage import Manifest, load_manifest
+from semdict.pipeline.manifest.table import Manifest, load_manifest
 from semdict.pipeline.shards import ShardSpec
 from semdict.pipeline.tokenizers.pair import PairSpec, PairTokenizer
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("shards") / preset
     check_output(out, "shards")
     keep_freed_memory()
-    with lock(f"encode-{preset}", args.work), sigterm_interrupts():
+    with lock(f"encode-{preset}", args.work), interrupt_on_signals():
         encode(
             settings,
             manifest_path=args.manifest or places.manifest(preset),

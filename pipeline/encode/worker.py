@@ -9,10 +9,10 @@ from torch import Tensor
 
 from semdict.pipeline.common.device import to_device
 from semdict.pipeline.common.memory import keep_freed_memory
-from semdict.pipeline.execute.chunks import Advance, Chunk
+from semdict.pipeline.execute.store import Advance, Chunk
 from semdict.pipeline.images.batches import CropBatch, CropRecipe, stream_batches
 from semdict.pipeline.manifest.sources import Reader
-from semdict.pipeline.manifest.stage import Manifest, load_manifest
+from semdict.pipeline.manifest.table import Manifest, load_manifest
 from semdict.pipeline.tokenizers.pair import StreamTokenizer, StreamTokenizerSpec
 
 FILL = 65535  # stands where a row has no tokens; never a word

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from semdict.pipeline.common.errors import ManifestError
-from semdict.pipeline.execute.chunks import Chunk
+from semdict.pipeline.execute.store import Chunk
 from semdict.pipeline.images.crops import ViewSpec, crop_views
 from semdict.pipeline.images.decode import BadImage, decode
 

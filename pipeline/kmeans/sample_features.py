@@ -21,22 +21,15 @@ from semdict.pipeline.common.publish import check_output, publish_folder
 from semdict.pipeline.config import paths as places
 from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.config.schema import Params
-from semdict.pipeline.execute import chunks as work
-from semdict.pipeline.execute.chunks import (
-    Advance,
-    Chunk,
-    ChunkStore,
-    fingerprint,
-    lock,
-    run_chunks,
-    sigterm_interrupts,
-)
 from semdict.pipeline.execute.code_identity import code_identity
+from semdict.pipeline.execute.executor import run_chunks
+from semdict.pipeline.execute.locks import interrupt_on_signals, lock
+from semdict.pipeline.execute.store import WORK, Advance, Arrays, Chunk, ChunkStore, fingerprint, split_rows
 from semdict.pipeline.images import batches as flow
 from semdict.pipeline.images.crops import crop_identity, expand_views
 from semdict.pipeline.images.decode import decoder_identity
 from semdict.pipeline.manifest.sources import Reader
-from semdict.pipeline.manifest.stage import Manifest, load_manifest
+from semdict.pipeline.manifest.table import Manifest, load_manifest
 from semdict.pipeline.tokenizers import load_features
 
 EXAMPLE = """example:
@@ -50,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheduler", help="in-process | local | local-N | tcp://host:port (default: params.yaml)")
     parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--out", type=Path, help="default: data/<preset>/features.zarr")
-    parser.add_argument("--work", type=Path, default=work.WORK, help="where unfinished chunks wait (default: work)")
+    parser.add_argument("--work", type=Path, default=WORK, help="where unfinished chunks wait (default: work)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     settings = params_of(args)
     out = args.out or places.features(settings.preset)
     check_output(out, "features")
-    with lock(f"sample_features-{settings.preset}", args.work), sigterm_interrupts():
+    with lock(f"sample_features-{settings.preset}", args.work), interrupt_on_signals():
         if settings.kmeans.centroids:
             print(f"kmeans.centroids = {settings.kmeans.centroids} is used: nothing to sample", file=sys.stderr)
             with publish_folder(out, "features") as folder:
@@ -172,10 +165,15 @@ def sample(settings: Params, manifest_path: Path, out: Path, root: Path, schedul
     job = make_job(settings, manifest, manifest_path)
     store = ChunkStore(root, f"sample_features-{settings.preset}", job.fingerprint)
     size = settings.sample_features.chunk
-    wanted = [c for c in work.split_rows(len(manifest), size) if _overlaps(rows, c)]
-    with tqdm(total=sum(map(len, wanted)), unit="img", desc="sample_features", file=sys.stderr) as bar:
-        run_chunks(job, store, wanted, scheduler, lambda done, bad: bar.update(done))
-    _publish(store, wanted, out)
+    chunks = [c for c in split_rows(len(manifest), size) if _overlaps(rows, c)]
+    shapes: dict[Chunk, tuple[int, int]] = {}  # (m, D) of each chunk's features
+
+    def finished(chunk: Chunk, arrays: Arrays) -> None:
+        shapes[chunk] = arrays["features"].shape
+
+    with tqdm(total=sum(map(len, chunks)), unit="img", desc="sample_features", file=sys.stderr) as bar:
+        run_chunks(job, store, chunks, scheduler, lambda done, bad: bar.update(done), finished)
+    _publish(store, [(chunk, shapes[chunk]) for chunk in chunks], out)
     store.sweep()
 
 
@@ -224,12 +222,14 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
     )
 
 
-def _publish(store: ChunkStore, chunks: list[Chunk], out: Path) -> None:
-    """Chunks to one zarr group {features (M, D) float16, row (M,), position (M,)}, published when complete."""
+def _publish(store: ChunkStore, chunks: list[tuple[Chunk, tuple[int, int]]], out: Path) -> None:
+    """Write `chunks` and the shapes of their features as zarr group `out`, complete or not at all.
+
+    {features (M, D) float16, row (M,) int64, position (M,) int16} in row order.
+    """
     import zarr
 
-    sizes = [len(store.read(chunk, "row")["row"]) for chunk in chunks]
-    total, width = sum(sizes), store.read(chunks[0], "features")["features"].shape[1]
+    total, width = sum(points for _, (points, _) in chunks), chunks[0][1][1]
     block = max(1, min(total, 64 * 2**20 // (2 * width)))
     with publish_folder(out, "features") as folder:
         group = zarr.create_group(folder)
@@ -239,8 +239,8 @@ def _publish(store: ChunkStore, chunks: list[Chunk], out: Path) -> None:
             "position": group.create_array("position", shape=(total,), chunks=(block,), dtype="int16"),
         }
         start = 0
-        for chunk, size in zip(chunks, sizes, strict=True):
+        for chunk, (points, _) in chunks:
             part = store.read(chunk)
             for name, array in arrays.items():
-                array[start : start + size] = part[name]
-            start += size
+                array[start : start + points] = part[name]
+            start += points

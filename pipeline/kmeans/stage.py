@@ -13,7 +13,8 @@ from semdict.pipeline.common.safeload import load_array
 from semdict.pipeline.config import paths as places
 from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.config.schema import Params
-from semdict.pipeline.execute.chunks import WORK, lock, sigterm_interrupts
+from semdict.pipeline.execute.locks import interrupt_on_signals, lock
+from semdict.pipeline.execute.store import WORK
 from semdict.pipeline.kmeans.clustering import train_centroids
 
 EXAMPLE = """example:
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or places.centroids(settings.preset)
     check_output(out, "array")
     reports = args.reports or Path("reports") / settings.preset
-    with lock(f"kmeans-{settings.preset}", args.work), sigterm_interrupts():
+    with lock(f"kmeans-{settings.preset}", args.work), interrupt_on_signals():
         if settings.kmeans.centroids:
             _plug_in(settings, out, reports)
         else:

@@ -16,7 +16,7 @@ from semdict.train.engine.rng import Stream, stream_key
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from semdict.pipeline.manifest.stage import Manifest
+    from semdict.pipeline.manifest.table import Manifest
 
 # (image (H, W, 3) uint8, epoch, row) -> (S, S, 3) uint8; depends on these three and the augmentation's seed alone
 Augmentation = Callable[[np.ndarray, int, int], np.ndarray]

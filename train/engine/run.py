@@ -14,7 +14,8 @@ from typing import Any
 from semdict.pipeline.common.errors import SemdictError, UsageError
 from semdict.pipeline.common.files import remove, sha256_json, write_json
 from semdict.pipeline.common.publish import check_output, occupied, publish_staged
-from semdict.pipeline.execute.chunks import WORK, lock
+from semdict.pipeline.execute.locks import lock
+from semdict.pipeline.execute.store import WORK
 from semdict.train.engine import dist
 from semdict.train.engine.checkpoint import differences, plain
 

@@ -81,11 +81,11 @@ class FeatureStore:
 
     def get(self, source: Source, views: list[str]) -> FeatureSet:
         """The features of some views, [] = all; made where they are not there yet. Images that are bad are left out."""
-        from semdict.pipeline.execute.chunks import lock, sigterm_interrupts
+        from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 
         name = f"features-{self.fingerprint(source)}"
         chosen, arrays, bad = views or source.views, {}, set()
-        with lock(name, self.root), sigterm_interrupts():
+        with lock(name, self.root), interrupt_on_signals():
             for left in (self.root / name).glob(f"*{PART}"):  # of a run that was killed
                 remove(left)
             for view in chosen:

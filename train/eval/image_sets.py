@@ -88,7 +88,7 @@ class ManifestSplit(ImageSet):
     def __init__(self, path: Path, params: "Params", split: str, limit: int = 0, crop: Crop | None = None) -> None:
         from semdict.pipeline.images.crops import expand_views
         from semdict.pipeline.images.decode import decoder_identity
-        from semdict.pipeline.manifest.stage import load_manifest
+        from semdict.pipeline.manifest.table import load_manifest
 
         manifest = load_manifest(path)
         rows = manifest.rows_of([split])

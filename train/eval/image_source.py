@@ -41,7 +41,7 @@ class ImageSource:
     ) -> None:  # fmt: skip
         from semdict.pipeline.images.crops import SIZE, crop_identity, expand_views
         from semdict.pipeline.images.decode import decoder_identity
-        from semdict.pipeline.manifest.stage import load_manifest
+        from semdict.pipeline.manifest.table import load_manifest
 
         self.manifest = load_manifest(manifest)
         rows = self.manifest.rows_of(splits) if splits else np.arange(len(self.manifest))

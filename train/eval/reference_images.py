@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from semdict.pipeline.config.params import load_params
-    from semdict.pipeline.manifest.stage import load_manifest
+    from semdict.pipeline.manifest.table import load_manifest
 
     params = load_params(args.params, args.set)
     check_output(args.out, "reference")

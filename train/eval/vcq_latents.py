@@ -22,7 +22,7 @@ from semdict.train.vcq.tokenizer import Tokenizer1d
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
     from semdict.pipeline.images.batches import CropRecipe
-    from semdict.pipeline.manifest.stage import Manifest
+    from semdict.pipeline.manifest.table import Manifest
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Place:
         """The manifest's images as params.yaml describes them."""
         from semdict.pipeline.images.batches import CropRecipe
         from semdict.pipeline.images.crops import expand_views
-        from semdict.pipeline.manifest.stage import load_manifest
+        from semdict.pipeline.manifest.table import load_manifest
 
         manifest, pixels = load_manifest(path), params.pixels
         recipe = CropRecipe(pixels.crop, tuple(expand_views(["centre"])), pixels.decoder, pixels.max_pixels, 0)
@@ -104,7 +104,7 @@ class Place:
 
     def stream(self, rows: np.ndarray, batch: int, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(rows (n,), crops (n, H, W, 3) uint8) of those that can be decoded, in order."""
-        from semdict.pipeline.execute.chunks import Chunk
+        from semdict.pipeline.execute.store import Chunk
         from semdict.pipeline.images.batches import stream_batches
 
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)

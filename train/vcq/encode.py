@@ -64,13 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Encode what is missing, publish, report; 0 when the shard directory stands whole."""
     from semdict.pipeline.config.params import load_params
-    from semdict.pipeline.execute.chunks import lock, sigterm_interrupts
+    from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 
     params = load_params(args.params, args.set)
     args.out = args.out or Path("shards") / f"{params.preset}-vcq"
     check_output(args.out, "shards")
     path = args.tokenizer or Path("runs") / params.preset / "vcq"
-    with lock(f"vcq-encode-{params.preset}", args.work), sigterm_interrupts():
+    with lock(f"vcq-encode-{params.preset}", args.work), interrupt_on_signals():
         _encode(params, args, path / "tokenizer.pt" if path.is_dir() else path)
     return 0
 
@@ -80,8 +80,8 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
     from semdict.pipeline.config.schema import Vqgan
     from semdict.pipeline.encode.assemble import Publication, encode_and_publish
     from semdict.pipeline.encode.preflight import probe
-    from semdict.pipeline.execute.chunks import ChunkStore
-    from semdict.pipeline.manifest.stage import load_manifest
+    from semdict.pipeline.execute.store import ChunkStore
+    from semdict.pipeline.manifest.table import load_manifest
     from semdict.train.engine.dist import pick_device
 
     chosen, preset = params.vcq_encode, params.preset
@@ -112,8 +112,8 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
 def _job(params, manifest, manifest_path: Path, spec: VcqSpec, model: Tokenizer1d):
     """The picklable job and the description of its shards."""
     from semdict.pipeline.encode.worker import EncodeJob
-    from semdict.pipeline.execute.chunks import fingerprint
     from semdict.pipeline.execute.code_identity import code_identity
+    from semdict.pipeline.execute.store import fingerprint
     from semdict.pipeline.images import batches as flow
     from semdict.pipeline.images import crops
     from semdict.pipeline.images.crops import crop_identity, expand_views

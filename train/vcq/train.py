@@ -113,7 +113,7 @@ class Session:
     """One call of the command."""
 
     def __init__(self, params: "Params", world: dist.World, args: argparse.Namespace) -> None:
-        from semdict.pipeline.manifest.stage import load_manifest
+        from semdict.pipeline.manifest.table import load_manifest
 
         self.params, self.given, self.world = params, params.vcq, world
         self.manifest = load_manifest(args.manifest or places.manifest(params.preset))
