@@ -17,7 +17,7 @@ from semdict.pipeline.config import paths
 from semdict.pipeline.config.params import load_params
 
 SHORT = ("pretrain.warmup_epochs=1", "pretrain.sorcen.echo_warmup_epochs=3")  # a tenth, three tenths of 10 epochs
-QUIET = ("pretrain.picture_every=0", "pretrain.tensorboard=false")
+QUIET = ("runtime.picture_every=0", "runtime.tensorboard=false")
 
 
 def score(variant: Variant, seed: int, args: argparse.Namespace, root: Path) -> dict[str, float]:

@@ -22,7 +22,7 @@ SCORES = {  # our name -> key in evaluate.json, title of the column, digits
     "guided": ("guided_teacher_frechet_distance", "samples, guided", 2),
 }
 INFORMATION = ("k_mean", "capacity_bits", "t_star", "spent_at", "nll_bits_held_out")  # keys of entropy.json
-QUIET = ("vcq.tensorboard=false", "ar.tensorboard=false")
+QUIET = ("runtime.tensorboard=false",)
 POOLS = tuple(f"{feature}_{pool}" for feature in ("pre", "code") for pool in ("mean", "concat"))
 
 

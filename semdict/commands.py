@@ -70,6 +70,6 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "entropy": Command("semdict.pipeline.analysis.stage", "information along token sequences: VCQ's table 1, figure 2"),
     "report": Command("semdict.report.command", "one HTML page of all results there are"),
-    "preset": Command("semdict.pipeline.config.presets", "write a preset to params.yaml"),
+    "preset": Command("semdict.pipeline.config.preset_command", "write a preset to params.yaml"),
     "check": Command("semdict.pipeline.config.checks", "validate params.yaml and name missing inputs"),
 }

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from semdict.cli import main
 from semdict.pipeline.common.errors import UsageError, WeightsError
+from semdict.pipeline.config.schema import Condition
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
 from semdict.train.engine.logging import read_log
 from semdict.train.engine.rng import batch_generator
@@ -33,7 +34,8 @@ from semdict.train.masked.model import MaskedTokenTransformer, model_config
 from semdict.train.masked.objectives import Masking
 from semdict.train.masked.pretrained import load_pretrained, save_pretrained
 from semdict.train.masked.released import load_released
-from tests.test_pretrain import CODES, ENV, ROOT, WORDS, write_tokens
+from tests import tiny
+from tests.test_pretrain import CODES, ENV, WORDS, write_tokens
 
 TAUGHT = {"decoder_embed", "decoder_position", "decoder_blocks", "decoder_norm"}  # of the pretrained model
 SHAPE = {"width": 32, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2, "grid": 4}
@@ -210,11 +212,13 @@ def shards(tmp_path_factory) -> Path:
 def place(tmp_path, monkeypatch, shards) -> Path:
     """A folder with params.yaml and a pretrained model, which is the current one."""
     monkeypatch.chdir(tmp_path)
-    tree = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text())
-    tree["condition"] = {
+    tree = tiny.preset("demo")
+    condition = {
         "epochs": 5, "warmup_epochs": 1, "batch": 12, "base_lr": 0.3, "dropout": 0.0, "precision": "float32",
-        "device": "cpu", "log_every": 1, "save_every": 3, "tensorboard": False, "held_out": ["train"],
+        "held_out": ["train"],
     }  # fmt: skip
+    runtime = {"device": "cpu", "log_every": 1, "save_every": 3, "tensorboard": False}
+    tree = tiny.replaced(tree, condition=condition, runtime=runtime)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
     about = {"corpus": {"recipe": {"seed": 0}}, "settings": {"epochs": 1}}
     save_pretrained(tmp_path / "runs" / "base" / "model.pt", base(), about)
@@ -227,8 +231,9 @@ def command(shards: Path, *options: str) -> list[str]:
 
 def test_a_run_learns_what_it_is_told_and_leaves_the_rest(place, shards, capsys):
     """The tokens' own entropies are the floors: 0 by class and word, ln 2 by class; nothing else of the model moves."""
-    given = ("epochs=400", "batch=24", "base_lr=0.1", "label_smoothing=0.0", "log_every=50", "save_every=0")
+    given = ("epochs=400", "batch=24", "base_lr=0.1", "label_smoothing=0.0")
     options = [text for value in given for text in ("--set", f"condition.{value}")]
+    options += ["--set", "runtime.log_every=50", "--set", "runtime.save_every=0"]
     assert main(command(shards, *options)) == 0
     out = place / "runs" / "demo" / "base-conditional"
     model, about = load_conditional(out)
@@ -376,9 +381,7 @@ def test_tokens_without_labels_teach_nothing(place, capsys):
 
 
 def test_defaults_are_table_a5():
-    from semdict.pipeline.config.schema.condition import Condition
-
-    c = Condition()
+    c = Condition(**tiny.base()["condition"])
     assert (c.base_lr, c.weight_decay, c.betas, c.batch, c.epochs) == (1.5e-4, 0.05, [0.9, 0.95], 4096, 300)
     assert (c.warmup_epochs, c.clip, c.label_smoothing, c.dropout) == (5, 3.0, 0.1, 0.1)
     assert (c.mask.min, c.mask.max, c.mask.mode, c.mask.std) == (0.5, 1.0, 0.55, 0.25)

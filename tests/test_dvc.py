@@ -1,6 +1,8 @@
-"""The pipeline as DVC sees it: whole graph, nothing done twice, tokens that travel to a second clone."""
+"""The pipeline as DVC runs it: whole graph, nothing done twice, tokens that travel to a second clone.
 
-import ast
+What each stage depends on is tested in test_dvc_deps.py.
+"""
+
 import csv
 import io
 import json
@@ -14,8 +16,8 @@ import numpy as np
 import pytest
 import yaml
 
-from semdict.commands import COMMANDS
-from semdict.pipeline.config.presets import awaited_folders
+from semdict.pipeline.config.preset_command import awaited_folders
+from semdict.pipeline.config.presets import preset_names
 from semdict.pipeline.shards import open_shards, verify_shards
 from semdict.train.vcq.schedule import codebook_sizes
 from tests import tiny
@@ -63,11 +65,9 @@ def repro(tmp_path_factory) -> Path:
     tiny.make_images(world / "images")
     tiny.make_vqgan(world / "vqgan.ckpt")
     tiny.make_teacher(world / "teacher.pth")
-    tree = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text())
-    short = {"epochs": 1, "warmup_epochs": 0, "batch": 4, "picture_every": 0}
-    tree["pretrain"] |= {**short, "width": 16, "decoder_width": 16}
-    tree["vcq"] |= {"perceptual": []}
-    (folder / "params.yaml").write_text(yaml.safe_dump({**tree, **tiny.params(world)}))
+    short = {"epochs": 1, "warmup_epochs": 0, "batch": 4, "precision": "float32"}
+    tree = tiny.merged(tiny.params(world), {"pretrain": {**short, "size": "tiny", "width": 16, "decoder_width": 16}})
+    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
     call(folder, "dvc", "repro", "-q", *STAGES)
     return folder
 
@@ -122,8 +122,8 @@ def test_an_experiment_overrides_one_number_and_trains_only(repro):
     """`dvc exp run -S` as docs/sweeps.md shows it; its row in the table holds the number and the losses."""
     call(repro, "git", "add", "-A")
     call(repro, "git", "commit", "-q", "--allow-empty", "-m", "Start the sweep")
-    output = call(repro, "dvc", "exp", "run", "-n", "half", "-S", "pretrain.lambda=0.5", "pretrain_lease")
-    assert ran(output) == ["pretrain_lease"]
+    output = call(repro, "dvc", "exp", "run", "-n", "half", "-S", "pretrain.lambda=0.5", "pretrain@lease")
+    assert ran(output) == ["pretrain"]
     rows = csv.DictReader(io.StringIO(call(repro, "dvc", "exp", "show", "--csv").lstrip()))
     row = next(row for row in rows if row["Experiment"] == "half")
     assert float(row["pretrain.lambda"]) == 0.5
@@ -133,7 +133,7 @@ def test_an_experiment_overrides_one_number_and_trains_only(repro):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", sorted(p.stem for p in (ROOT / "presets").glob("*.yaml") if p.stem != "demo"))
+@pytest.mark.parametrize("preset", [name for name in preset_names(ROOT / "presets") if name != "demo"])
 def test_another_preset_shows_the_whole_graph_and_never_the_demo(tmp_path, preset):
     folder = project(tmp_path / "project")
     call(folder, "semdict", "preset", preset)
@@ -153,7 +153,7 @@ def test_the_imagenet_preset_runs_to_the_end_on_photographs(tmp_path, photograph
     call(folder, "semdict", "preset", "in1k")
     tiny.make_vqgan(tmp_path / "vqgan.ckpt")
     tiny.make_teacher(tmp_path / "teacher.pth")
-    tree = yaml.safe_load((ROOT / "presets" / "in1k.yaml").read_text())
+    tree = tiny.preset("in1k")
     tree["manifest"]["images"] = {"train": str(photographs)}
     tree["inputs"] |= {"vqgan": str(tmp_path / "vqgan.ckpt"), "features": str(tmp_path / "teacher.pth")}
     tree["features"]["weights"] = str(tmp_path / "teacher.pth")
@@ -182,12 +182,12 @@ def test_a_vcq_preset_runs_to_the_end_scaled_down(tmp_path, preset, targets):
     tiny.make_images(tmp_path / "images")
     tiny.make_vqgan(tmp_path / "vqgan.ckpt")
     tiny.make_teacher(tmp_path / "teacher.pth")
-    tree = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text())
+    tree = tiny.preset(preset)
     scale_down(tree, tmp_path)
     (folder / "params.yaml").write_text(yaml.safe_dump(tree))
     call(folder, "dvc", "repro", "-q", *(targets or ["vcq_evaluate"]))
     assert all(awaited.is_dir() for awaited in awaited_folders(folder)), "an awaited file cannot be made ahead"
-    schedule = codebook_sizes("cosine", 16, tree["vcq"].get("k_min", 2), tree["vcq"]["k_max"]).tolist()
+    schedule = codebook_sizes("cosine", 16, tree["vcq"]["k_min"], tree["vcq"]["k_max"]).tolist()
     shards = open_shards(folder / "shards" / f"{preset}-vcq")
     assert shards.gen_sizes.tolist() == schedule
     assert shards.gen[:].shape == (24, 10, 16), "two splits of twelve images, ten crops"
@@ -210,7 +210,8 @@ def scale_down(tree: dict, world: Path) -> None:
     """Small images, networks and counts in a preset of full size."""
     teacher = str(world / "teacher.pth")
     network = {"kind": "features", "weights": teacher, "model": tiny.TEACHER, "layers": 1}
-    short = {"steps": 4, "batch": 4, "warmup": 1, "hold": 2, "save_every": 0, "precision": "float32", "compile": False}
+    short = {"steps": 4, "batch": 4, "warmup": 1, "hold": 2, "precision": "float32"}
+    tree["runtime"] |= {"save_every": 0, "compile": False}
     tree["inputs"] |= {"vqgan": str(world / "vqgan.ckpt"), "features": teacher, "perceptual": teacher}
     tree["manifest"]["images"] = {name: str(world / "images" / "train") for name in ("train", "val")}
     tree["features"] |= {"model": tiny.TEACHER, "weights": teacher, "layer": -1}
@@ -220,7 +221,7 @@ def scale_down(tree: dict, world: Path) -> None:
     tree["encode"] |= {"batch": 2, "chunk": 4, "precision": "float32"}
     tree["vcq"] |= {**short, "patch": 64, "tokens": 16, "encoder": [1, 32, 2], "decoder": [1, 48, 2], "k_max": 64}
     tree["vcq"] |= {"perceptual": [network], "discriminator_start": 2, "discriminator_channels": 8}
-    if "warm_perceptual" in tree["vcq"]:
+    if tree["vcq"]["warm_perceptual"]:
         tree["vcq"] |= {"warm_perceptual": network, "warm_steps": 2}
     tree["vcq_encode"] |= {"batch": 4, "chunk": 4, "precision": "float32", "psnr_floor": 0.0, "psnr_images": 2}
     tree["ar"] |= {**short, "size": "tiny"}
@@ -228,40 +229,3 @@ def scale_down(tree: dict, world: Path) -> None:
     probe = {"first": [2, 16], "epochs": 2, "batch": 4, "warmup_epochs": 1}
     tree["vcq_evaluate"] |= {"batch": 4, "precision": "float32", "shown": 2, "probe": probe}
     tree["scores"] |= {"protocol": "teacher", "batch": 4, "kid_subsets": 2}
-
-
-# Rooms that check, name or store things, or read bytes that the manifest's SHA-256 pins: they do not shape a result.
-DOORS = {"errors", "files", "params", "schema", "work", "safeload", "reader", "shards", "shards_read", "shards_verify"}
-DOORS |= {"memory", "places", "preview", "manifest", "scan", "sources", "listing", "folders", "tars", "parquets"}
-
-
-def imported(path: Path) -> set[Path]:
-    """The project's modules that a file imports anywhere."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            base = ROOT / node.module.replace(".", "/")
-            found |= {base.with_suffix(".py"), *((base / alias.name).with_suffix(".py") for alias in node.names)}
-    return {p for p in found if p.is_file() and p.is_relative_to(ROOT)}
-
-
-def reached(path: Path) -> set[str]:
-    """Names of every module that a stage's code can reach, itself included."""
-    seen, waiting = set(), [path]
-    while waiting:
-        if (here := waiting.pop()) not in seen:
-            seen.add(here)
-            waiting += imported(here)
-    return {str(p.relative_to(ROOT)) for p in seen}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_all_code_that_shapes_its_result(stage):
-    """A module that a stage reaches is one of its deps, or one of the rooms that shape nothing."""
-    definition = definitions()[stage]
-    module = COMMANDS[definition["cmd"].split()[1]].module.replace(".", "/") + ".py"
-    shaping = {name for name in reached(ROOT / module) if Path(name).stem not in DOORS or name == module}
-    watched = {dep for dep in definition["deps"] if dep.endswith(".py")}
-    unused = {"manifest": {"crops"}}.get(stage, set())
-    assert {name for name in shaping if Path(name).stem not in unused} <= watched
-    assert all((ROOT / dep).is_file() for dep in watched)

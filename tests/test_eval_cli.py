@@ -22,9 +22,9 @@ from semdict.train.masked.pretrained import load_pretrained
 from tests import tiny
 
 MODEL = {"size": "tiny", "width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 1,
-         "decoder_heads": 2, "epochs": 1, "warmup_epochs": 0, "batch": 6, "precision": "float32", "device": "cpu",
-         "tensorboard": False}  # fmt: skip
-EVALUATE = {"batch": 5, "workers": 1, "device": "cpu", "probe": {"epochs": 3, "batch": 8, "base_lr": 4.0},
+         "decoder_heads": 2, "epochs": 1, "warmup_epochs": 0, "batch": 6, "precision": "float32"}  # fmt: skip
+RUNTIME = {"device": "cpu", "tensorboard": False, "workers": 1}
+EVALUATE = {"batch": 5, "probe": {"epochs": 3, "batch": 8, "base_lr": 4.0},
             "knn": {"k": 5}, "few_shot": {"shots": [2, 3], "seeds": [0, 1], "epochs": 2, "batch": 4}}  # fmt: skip
 
 
@@ -44,7 +44,8 @@ def world(tmp_path_factory) -> Path:
     images(root, "train", 3, 4, 0)
     images(root, "val", 3, 2, 50)
     tree = yaml.safe_load((root / "params.yaml").read_text())
-    (root / "params.yaml").write_text(yaml.safe_dump({**tree, "pretrain": MODEL, "evaluate": EVALUATE}))
+    tree = tiny.replaced(tree, pretrain=MODEL, evaluate=EVALUATE, runtime=RUNTIME)
+    (root / "params.yaml").write_text(yaml.safe_dump(tree))
     tiny.run_until_centroids(root)
     assert tiny.semdict(root, "encode") == 0
     assert tiny.semdict(root, "pretrain", "--objective", "mage") == 0

@@ -23,8 +23,7 @@ from tests import tiny
 from tests.test_eval_cli import evaluate, report, table, world  # noqa: F401
 from tests.test_eval_features import small_model
 
-FINETUNE = {"epochs": 2, "batch": 6, "base_lr": 0.01, "warmup_epochs": 1, "precision": "float32", "log_every": 1,
-            "save_every": 1, "tensorboard": False}  # fmt: skip
+FINETUNE = {"epochs": 2, "batch": 6, "base_lr": 0.01, "warmup_epochs": 1, "precision": "float32"}
 
 
 def classifier(**changes) -> Classifier:
@@ -117,7 +116,8 @@ def test_saved_and_loaded(tmp_path):
 @pytest.fixture(scope="module")
 def ready(world) -> Path:  # noqa: F811
     tree = yaml.safe_load((world / "params.yaml").read_text())
-    tree["evaluate"]["finetune"] = FINETUNE
+    tree["evaluate"]["finetune"] |= FINETUNE
+    tree["runtime"] |= {"log_every": 1, "save_every": 1, "tensorboard": False}
     (world / "finetune.yaml").write_text(yaml.safe_dump(tree))
     return world
 

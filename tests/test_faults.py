@@ -22,7 +22,7 @@ KILLS = 24
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    tiny.make_world(root, encode={"chunk": 1, "batch": 1, "workers": 1})
+    tiny.make_world(root, encode={"chunk": 1, "batch": 1}, runtime={"workers": 1})
     tiny.run_until_centroids(root)
     return root
 
@@ -159,10 +159,10 @@ def _run_and_watch(nursery: Nursery, args: str, root: Path, seen: dict[str, int]
 
 
 def test_stale_partial_output_of_other_parameters_is_never_mixed_in(copy, nursery, undisturbed):
-    small = {"chunk": 1, "batch": 1, "workers": 1}
-    tiny.write_params(copy, encode=small, pixels={"crop": "resize-292"})
+    small = {"encode": {"chunk": 1, "batch": 1}, "runtime": {"workers": 1}}
+    tiny.write_params(copy, **small, pixels={"crop": "resize-292"})
     assert killed_at(copy, nursery, 2), "there must be something stale"
-    tiny.write_params(copy, encode=small)
+    tiny.write_params(copy, **small)
     assert nursery.run("encode") == 0
     assert tiny.digest(copy / "shards" / "tiny") == undisturbed
 

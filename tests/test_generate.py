@@ -84,8 +84,9 @@ def world(tmp_path_factory) -> Path:
     write_conditional(root / "runs" / "strange", tiny.WORDS, disc="e")
     np.save(root / "tokens.npy", write_tokens(root / "shards" / "tiny", {"crop": {"name": "a"}}))
     write_tokens(root / "shards" / "other", {"crop": {"name": "b"}})
-    given = {"images": 4, "steps": 3, "batch": 3, "device": "cpu", "shown": 4}
-    (root / "params.yaml").write_text(yaml.safe_dump({**tiny.params(root), "generate": given}))
+    given = {"images": 4, "steps": 3, "batch": 3, "shown": 4}
+    tree = tiny.replaced(tiny.params(root), generate=given, runtime={"device": "cpu"})
+    (root / "params.yaml").write_text(yaml.safe_dump(tree))
     return root
 
 
@@ -221,7 +222,7 @@ def test_a_conditional_model_keeps_known_tokens(world):
 @pytest.mark.parametrize("scale", [0.0, 2.5])
 def test_guidance_contrasts_the_class_with_nothing(world, scale):
     """Against two separate whole passes, and no guidance is the class alone."""
-    given = Generate(scale=scale, images=4)
+    given = Generate(**{**tiny.base()["generate"], "scale": scale, "images": 4})
     drawer = open_drawer(Path("runs/words"), None, None, given, "class", torch.device("cpu"))
     known = known_images(Path("shards/tiny"), "val", 4, [])
     tokens = torch.from_numpy(known.gen).masked_fill(torch.arange(256) % 2 == 0, drawer.vocab.mask)

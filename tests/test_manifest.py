@@ -22,6 +22,7 @@ from semdict.pipeline.config import schema
 from semdict.pipeline.images.decode import MAX_PIXELS, BadImage, Status
 from semdict.pipeline.manifest.stage import build_manifest
 from semdict.pipeline.manifest.table import COLUMNS, load_manifest
+from tests import tiny
 from tests.image_files import bad_files, encoded, good_files, picture
 from tests.test_sources import write, write_parquet, write_tar
 
@@ -35,13 +36,14 @@ def make_tree(root: Path, each: int = 6) -> Path:
     return root
 
 
-def build(root: Path, images: dict[str, str], max_pixels: int = MAX_PIXELS, **settings):
+def build(root: Path, images: dict[str, str], max_pixels: int = MAX_PIXELS, workers: int = 0, **settings):
     return build_manifest(
-        schema.Manifest(images=images, **settings),
+        schema.Manifest(**{**tiny.base()["manifest"], "images": images, **settings}),
         root / "manifest.parquet",
         metrics=root / "metrics.json",
         cache=root / "cache",
         max_pixels=max_pixels,
+        workers=workers,
     )
 
 
@@ -267,13 +269,13 @@ def slow(*args):
     return examine(*args)
 scan._examine = slow
 from semdict.cli import main
-sys.exit(main(["manifest", "--set", "manifest.workers=2"]))
+sys.exit(main(["manifest", "--set", "runtime.workers=2"]))
 """
 
 
 def params(root: Path) -> None:
-    tree = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text())
-    tree.update(preset="t", manifest={"images": {"train": "train"}})
+    tree = tiny.preset("demo")
+    tree = tiny.replaced(tree, manifest={"images": {"train": "train"}}) | {"preset": "t"}
     (root / "params.yaml").write_text(yaml.safe_dump(tree))
 
 

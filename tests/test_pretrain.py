@@ -52,13 +52,15 @@ def shards(tmp_path_factory) -> Path:
 def place(tmp_path, monkeypatch, shards) -> Path:
     """A folder with params.yaml, which is the current one."""
     monkeypatch.chdir(tmp_path)
-    tree = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text())
-    tree["pretrain"] = {
+    tree = tiny.preset("demo")
+    pretrain = {
         "size": "tiny", "width": 32, "decoder_width": 32, "depth": 1, "decoder_depth": 1, "heads": 2,
         "decoder_heads": 2, "epochs": 4, "warmup_epochs": 1, "batch": 12, "base_lr": 0.1, "dropout": 0.0,
-        "precision": "float32", "device": "cpu", "log_every": 1, "save_every": 3, "tensorboard": False,
+        "precision": "float32",
         "sorcen": {"projector": [16, 8], "predictor": [8, 8], "echo_warmup_epochs": 2},
     }  # fmt: skip
+    runtime = {"device": "cpu", "log_every": 1, "save_every": 3, "tensorboard": False}
+    tree = tiny.replaced(tree, pretrain=pretrain, runtime=runtime)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
 
@@ -102,9 +104,7 @@ def test_a_run_is_published_and_left_alone(place, shards, objective, capsys):
     assert model.features(torch.zeros(2, 16, dtype=torch.long)).shape == (2, 32)
     assert not (out / "checkpoints").exists() and sorted(p.name for p in (place / "work").iterdir()) == ["locks"]
     before = (out / "model.pt").stat().st_mtime_ns
-    assert (
-        pretrain(shards, objective, "--resume", "--set", "pretrain.log_every=5") == 0
-    )  # how often to log is no recipe
+    assert pretrain(shards, objective, "--resume", "--set", "runtime.log_every=5") == 0  # how often to log is no recipe
     assert (out / "model.pt").stat().st_mtime_ns == before and "nothing to do" in capsys.readouterr().err
     assert pretrain(shards, objective) == 2 and "already complete" in capsys.readouterr().err
     assert pretrain(shards, objective, "--resume", "--set", "pretrain.epochs=5") == 2
@@ -197,7 +197,7 @@ def test_pictures_are_drawn(place, shards):
         stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=8, codes=CODES, dim=8, strided=False
     )
     save_tokenizer(MageTokenizer(sizes).eval(), place / "vqgan.ckpt")
-    watch = (*tiny.other_vqgan("vqgan.ckpt"), "--set", "pretrain.picture_every=2", "--set", "pretrain.pictures=3")
+    watch = (*tiny.other_vqgan("vqgan.ckpt"), "--set", "runtime.picture_every=2", "--set", "runtime.pictures=3")
     assert pretrain(shards, "mage", "--set", "pretrain.epochs=1", *watch) == 0
     assert pretrain(shards, "mage", "--set", "pretrain.epochs=1", "--out", "plain") == 0
     pictures = sorted((place / "runs/demo/mage/pictures").iterdir())
@@ -216,7 +216,7 @@ def test_pictures_are_drawn(place, shards):
         (("--set", "pretrain.batch=100"), 2, "larger than the token set"),
         (("--set", "pretrain.accumulate=5"), 2, "multiple of accumulate 5"),
         (("--set", "pretrain.splits=[test]"), 1, "no split 'test'"),
-        (("--set", "pretrain.picture_every=1"), 1, "does not exist"),
+        (("--set", "runtime.picture_every=1"), 1, "does not exist"),
         (("--set", "pretrain.lease.neighbours=12"), 2, "12 neighbours do not exist"),
     ],
 )

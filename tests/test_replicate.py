@@ -51,7 +51,7 @@ def world(tmp_path_factory):
     tree = tiny.params(root)
     tree["inputs"]["perceptual"] = teacher["weights"]
     tree["kmeans"]["k"] = 32  # 30 neighbours need a larger codebook
-    tree |= {
+    sections = {
         "pretrain": {"size": "tiny", "width": 16, "decoder_width": 16, "batch": 4, "precision": "float32"},
         "generate": {"batch": 4, "steps": 2},
         "evaluate": {"batch": 4, "test_splits": ["train"], "probe": probe},
@@ -62,6 +62,7 @@ def world(tmp_path_factory):
         "ar_sample": {"per_class": 2, "batch": 6},
         "vcq_evaluate": {"test_splits": ["train"], "batch": 4, "probe": {**probe, "first": [2, 16]}},
     }  # fmt: skip
+    tree = tiny.replaced(tree, **sections)
     (root / "params.yaml").write_text(yaml.safe_dump(tree))
     tiny.run_until_centroids(root)
     assert tiny.semdict(root, "encode") == 0

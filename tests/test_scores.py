@@ -67,7 +67,7 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def params(world):
-    return load_params(world / "params.yaml", ["scores.device=cpu", f"scores.inception={world / 'inception.pth'}",
+    return load_params(world / "params.yaml", ["runtime.device=cpu", f"scores.inception={world / 'inception.pth'}",
                                                "scores.batch=6", "scores.kid_subsets=3"])  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def test_inception_score_of_sure_and_unsure_guesses():
 
 
 def test_without_weights_a_score_is_absent_with_its_reason(world, params):
-    without = load_params(world / "params.yaml", ["scores.device=cpu", "scores.inception=nowhere.pth"])
+    without = load_params(world / "params.yaml", ["runtime.device=cpu", "scores.inception=nowhere.pth"])
     found = scores.val50k(images(world, "one", params), images(world, "two", params), without)
     assert found.scores == {} and set(found.missing) == set(scores.VAL50K.values())
     assert all("nowhere.pth" in reason for reason in found.missing.values())
@@ -204,7 +204,9 @@ def test_a_set_against_itself(world, params):
 
 
 def fid(world: Path, *options: str) -> int:
-    return tiny.semdict(world, "evaluate", "fid", *options, "--set", "scores.device=cpu", "--set", "scores.split=train")
+    return tiny.semdict(
+        world, "evaluate", "fid", *options, "--set", "runtime.device=cpu", "--set", "scores.split=train"
+    )
 
 
 def test_the_command_says_what_was_compared(world):
@@ -232,7 +234,7 @@ def test_the_reference_is_cropped_as_mage_does(world):
 def test_nearest_training_images_are_found(world):
     """Samples that are training images are their own nearest neighbours, at cosine 1."""
     assert tiny.semdict(world, "evaluate", "reference", "--split", "train", "--out", "copies") == 0
-    options = ["--samples", "copies", "--set", "scores.shown=5", "--set", "scores.device=cpu", "--out", "near"]
+    options = ["--samples", "copies", "--set", "scores.shown=5", "--set", "runtime.device=cpu", "--out", "near"]
     assert tiny.semdict(world, "evaluate", "nearest", "--reference", "copies", *options) == 0
     found = json.loads((world / "near" / "nearest.json").read_text())
     assert [pair["training"][0] for pair in found["pairs"]] == list(range(5))

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from semdict.pipeline.common.errors import ManifestError, ShardError, UsageError
-from semdict.pipeline.config.schema import VcqEvaluate
-from semdict.pipeline.config.schema.vcq_evaluate import FirstK
+from semdict.pipeline.config.schema.vcq import FirstK
 from semdict.train.eval.first_k import first_features, first_k_probe
 from semdict.train.eval.vcq_latents import Latents
 from semdict.train.eval.vcq_scores import sample_folders
 from semdict.train.vcq.schedule import codebook_sizes
+from tests import tiny
 
 L, D, K, CLASSES = 16, 4, 32, 5
-PLAN = FirstK(first=[3, L], epochs=60, batch=64, base_lr=100.0, warmup_epochs=4)
+DEFAULTS = tiny.base()["vcq_evaluate"]["probe"]
+PLAN = FirstK(**{**DEFAULTS, "first": [3, L], "epochs": 60, "batch": 64, "base_lr": 100.0, "warmup_epochs": 4})
 
 
 def codes(seed=0):
@@ -73,7 +74,7 @@ def test_codes_span_no_more_than_their_sizes_allow(kind, k):
 def test_probe_refuses_what_it_cannot_do():
     some = latents(100)
     with pytest.raises(UsageError, match="the tokenizer has 16"):
-        first_k_probe(some, some, codes(), FirstK(first=[17], batch=8, epochs=1, warmup_epochs=0))
+        first_k_probe(some, some, codes(), PLAN.model_copy(update={"first": [17], "batch": 8}))
     unlabelled = latents(100)
     unlabelled.labels[3] = -1
     with pytest.raises(ManifestError, match="no label"):
@@ -96,9 +97,8 @@ def test_sample_folders(tmp_path):
 
 
 def test_defaults_are_table_6():
-    given = VcqEvaluate().probe
-    assert given.first == [10, 256]
-    assert set(given.features) == {"pre", "code"}
+    assert DEFAULTS["first"] == [10, 256]
+    assert set(DEFAULTS["features"]) == {"pre", "code"}
 
 
 def test_every_choice_that_the_code_names_is_listed():

@@ -15,19 +15,19 @@ from semdict.pipeline.shards import open_shards, verify_shards
 from semdict.train.ar.model import load_ar
 from semdict.train.data.images import ImageLoader, ImageRows, RandomCrop, centre_crops, usable_rows
 from semdict.train.vcq.tokenizer import load_tokenizer
-from tests.tiny import TEACHER, digest, make_images, make_teacher
+from tests.tiny import TEACHER, base, digest, make_images, make_teacher, merged
 
 VCQ = {
     "size": "tiny", "image_size": 256, "patch": 64, "tokens": 16, "encoder": [1, 32, 2], "decoder": [1, 32, 2],
     "steps": 6, "batch": 4, "warmup": 2, "hold": 3,
     "discriminator_start": 3, "discriminator_ramp": 0, "discriminator_channels": 8, "precision": "float32",
-    "save_every": 2, "log_every": 1, "held_out": [], "measured_images": 4, "tensorboard": False, "workers": 1,
+    "held_out": [], "measured_images": 4,
     "lecam_weight": 0.001, "reset_patience": 2.0, "reset_protected": 4,
 }  # fmt: skip
 AR = {
-    "size": "tiny", "steps": 6, "batch": 4, "warmup": 2, "hold": 3, "precision": "float32", "save_every": 2,
-    "log_every": 1, "held_out": [], "tensorboard": False,
+    "size": "tiny", "steps": 6, "batch": 4, "warmup": 2, "hold": 3, "precision": "float32", "held_out": [],
 }  # fmt: skip
+RUNTIME = {"save_every": 2, "log_every": 1, "tensorboard": False, "workers": 1}
 PROBE = {"first": [2, 16], "epochs": 2, "batch": 6, "warmup_epochs": 1}
 
 
@@ -38,34 +38,24 @@ def world(tmp_path_factory):
     make_images(root / "images")
     make_teacher(root / "net.pth")
     source = {"kind": "features", "weights": str(root / "net.pth"), "model": TEACHER, "layers": 1}
-    tree = {
+    network = str(root / "net.pth")
+    changes = {
         "preset": "tiny",
-        "inputs": {
-            "images": "presets/none",
-            "vqgan": "none",
-            "features": str(root / "net.pth"),
-            "centroids": "presets/none",
-            "perceptual": str(root / "net.pth"),
-        },
-        "manifest": {"images": {"train": str(root / "images" / "train")}, "workers": 1},
+        "inputs": {"vqgan": "none", "features": network, "perceptual": network},
+        "runtime": RUNTIME,
+        "manifest": {"images": {"train": str(root / "images" / "train")}},
         "vqgan": {"weights": "none"},
-        "features": {"model": TEACHER, "weights": str(root / "net.pth")},
+        "features": {"model": TEACHER, "weights": network},
         "kmeans": {"k": 2},
-        "vcq_encode": {
-            "batch": 4,
-            "chunk": 4,
-            "workers": 1,
-            "views": ["centre", "flip"],
-            "precision_images": 4,
-            "psnr_floor": 0.0,
-            "psnr_images": 4,
-        },
+        "vcq_encode": {"batch": 4, "chunk": 4, "views": ["centre", "flip"], "precision_images": 4, "psnr_floor": 0.0,
+                       "psnr_images": 4},
         "vcq": {**VCQ, "perceptual": [source]},
         "ar": AR,
         "ar_sample": {"per_class": 2, "scale": 2.0, "batch": 3},
         "scores": {"protocol": "teacher", "split": "train", "batch": 4, "kid_subsets": 2},
-        "vcq_evaluate": {"test_splits": ["train"], "batch": 5, "workers": 1, "shown": 3, "probe": PROBE},
-    }
+        "vcq_evaluate": {"test_splits": ["train"], "batch": 5, "shown": 3, "probe": PROBE},
+    }  # fmt: skip
+    tree = merged(base(), changes)
     (root / "params.yaml").write_text(yaml.safe_dump(tree))
     return root
 

@@ -11,12 +11,15 @@ import yaml
 from PIL import Image
 
 from semdict.cli import main
+from semdict.pipeline.config.presets import resolve
+from semdict.pipeline.config.yaml import read_yaml
 from semdict.pipeline.tokenizers.base import save_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
 from semdict.pipeline.tokenizers.networks import Sizes
 
 TEACHER = "vit:patch=14,dim=24,depth=2,heads=2,reg=0"
 CODES, WORDS = 64, 16
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
 
 def draw_image(seed: int, width: int = 96, height: int = 80) -> np.ndarray:
@@ -61,26 +64,46 @@ def other_vqgan(path: str) -> tuple[str, ...]:
     return ("--set", f"vqgan.weights={path}", "--set", f"inputs.vqgan={path}")
 
 
+def base() -> dict:
+    """presets/base.yaml: every parameter with its default."""
+    return read_yaml(PRESETS / "base.yaml")
+
+
+def preset(name: str) -> dict:
+    """The complete parameters of a preset of the project."""
+    return resolve(name, PRESETS)
+
+
+def merged(tree: dict, changes: dict) -> dict:
+    """`tree` with the values of `changes` in it, section by section."""
+    result = dict(tree)
+    for key, value in changes.items():
+        section = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if section else value
+    return result
+
+
+def replaced(tree: dict, **sections: dict) -> dict:
+    """`tree` with whole sections in place: the base's defaults and the values given here."""
+    return {**tree, **{name: merged(base()[name], values) for name, values in sections.items()}}
+
+
 def params(root: Path) -> dict:
-    """A complete params.yaml over the files that `make_world` writes."""
-    return {
+    """Complete parameters over the files that `make_world` writes."""
+    changes = {
         "preset": "tiny",
-        "inputs": {
-            "images": "presets/none",
-            "vqgan": str(root / "vqgan.ckpt"),
-            "features": str(root / "teacher.pth"),
-            "centroids": "presets/none",
-            "perceptual": "presets/none",
-        },
+        "inputs": {"vqgan": str(root / "vqgan.ckpt"), "features": str(root / "teacher.pth")},
+        "runtime": {"workers": 2},
         "manifest": {"images": {"train": str(root / "images" / "train")}},
         "pixels": {"crop": "resize-256"},
         "vqgan": {"weights": str(root / "vqgan.ckpt"), "psnr_floor": 0.0, "psnr_images": 2},
         "features": {"model": TEACHER, "weights": str(root / "teacher.pth")},
         "sample_features": {"points": 800, "batch": 4, "chunk": 4},
         "kmeans": {"k": WORDS, "iterations": 5},
-        "encode": {"batch": 2, "chunk": 2, "workers": 2, "precision_images": 2},
+        "encode": {"batch": 2, "chunk": 2, "precision_images": 2},
         "shards": {"chunk_rows": 4, "shard_rows": 8},
     }
+    return merged(base(), changes)
 
 
 def make_world(root: Path, **sections: dict) -> Path:
@@ -92,9 +115,7 @@ def make_world(root: Path, **sections: dict) -> Path:
 
 
 def write_params(root: Path, **sections: dict) -> Path:
-    tree = params(root)
-    for name, values in sections.items():
-        tree[name] = {**tree[name], **values}
+    tree = merged(params(root), sections)
     path = root / "params.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

@@ -1,88 +1,99 @@
-"""The one door to params.yaml: read, validate, override, and say what is wrong with a key."""
+"""Reads params.yaml: parse, override, validate, and say what is wrong with a key."""
 
 import argparse
 import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from semdict.pipeline.common.errors import ParamsError
 from semdict.pipeline.config.schema import Params
+from semdict.pipeline.config.yaml import parse_yaml, read_yaml
 
 DEFAULT_PATH = Path("params.yaml")
+SHOWN = 80  # characters of a wrong value that a message repeats
 
 
 def load_params(path: str | Path = DEFAULT_PATH, overrides: list[str] | None = None) -> Params:
-    """Read `path`, apply `section.key=value` overrides, validate the whole; ParamsError names every wrong key."""
+    """Reads `path`, applies `section.key=value` overrides, validates the whole; ParamsError names every wrong key."""
     path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ParamsError(f"{path} does not exist; `make preset NAME=demo` makes one") from None
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path} is not YAML: {error}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
-        raise ParamsError(f"{path} must hold sections (a YAML mapping), found {type(tree).__name__}")
+        raise ParamsError(f"{path} must contain sections (a YAML mapping), not {type(tree).__name__}")
     for override in overrides or []:
         _set(tree, override)
+    return validate(tree, str(path))
+
+
+def validate(tree: dict[str, Any], source: str) -> Params:
+    """Parameters from nested mappings; `source` names them in errors. ParamsError names every wrong key, one a line."""
     try:
-        return Params.model_validate(_tuples(tree))
+        return Params.model_validate(_text_keys(tree))
     except ValidationError as error:
-        raise ParamsError("\n".join(_explain(path, tree, item) for item in error.errors())) from None
+        raise ParamsError("\n".join(_explain(source, tree, item) for item in error.errors())) from None
 
 
 def add_params_arguments(parser: argparse.ArgumentParser) -> None:
-    """--params and --set, the same for every stage."""
+    """--params and --set, the same for every command."""
     parser.add_argument("--params", default=DEFAULT_PATH, type=Path, help="default: params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
 
 
 def params_of(args: argparse.Namespace) -> Params:
-    """The validated parameters that the command line asked for."""
+    """The validated parameters that a command line names."""
     return load_params(args.params, args.set)
 
 
 def _set(tree: dict, override: str) -> None:
-    """Put `section.key=value` into the tree; the value is read as YAML."""
-    dotted, found, text = override.partition("=")
-    if not found:
-        raise ParamsError(f"--set {override}: expected section.key=value")
+    """Puts `section.key=value` into the tree; the value is read as YAML."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not all(dotted.split(".")):
+        raise ParamsError(f"--set {shown(override)}: expected section.key=value")
     *sections, key = dotted.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ParamsError(f"--set {override}: {section} is not a section")
-    tree[key] = yaml.safe_load(text)
+            raise ParamsError(f"--set {shown(override)}: {section} is not a section")
+    tree[key] = parse_yaml(text, f"--set {dotted}")
 
 
-def _tuples(value: Any) -> Any:
-    """YAML whole numbers stay integers; nothing is coerced but a mapping's keys to text."""
+def _text_keys(value: Any) -> Any:
+    """The same tree with every mapping key as text (YAML allows numbers)."""
     if isinstance(value, dict):
-        return {str(key): _tuples(item) for key, item in value.items()}
-    return [_tuples(item) for item in value] if isinstance(value, list) else value
+        return {str(key): _text_keys(item) for key, item in value.items()}
+    return [_text_keys(item) for item in value] if isinstance(value, list) else value
 
 
-def _explain(path: Path, tree: dict, item: dict) -> str:
-    """One line for one validation error: the dotted key, what is wrong, the nearest valid key or the given value."""
+def _explain(source: str, tree: dict, item: dict) -> str:
+    """One line for one validation error: the dotted key, what is wrong, and the way out."""
     location = [str(part) for part in item["loc"]]
     dotted = ".".join(location)
     if item["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
-        return f"{path}: {dotted} is unknown; {hint}"
+        return f"{source}: {dotted} is unknown; {_nearest(location)}"
     if item["type"] == "missing":
-        return f"{path}: {dotted} is required"
-    said = item["msg"].removeprefix("Value error, ")
+        return f"{source}: {dotted} is missing; `semdict preset --complete` adds what is missing with its default"
+    problem = item["msg"].removeprefix("Value error, ")
     if isinstance(item["input"], dict):  # a rule over a whole section: the message names its keys
-        return ": ".join(filter(None, [str(path), dotted, said]))
-    return f"{path}: {dotted}: {said} (found {item['input']!r})"
+        return ": ".join(filter(None, [source, dotted, problem]))
+    return f"{source}: {dotted}: {problem} (the value is {shown(item['input'])})"
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    """The keys that the section at `location` accepts."""
+def _nearest(location: list[str]) -> str:
+    """The valid key nearest to an unknown one, or all that the section accepts."""
+    known = known_keys(location[:-1])
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
+    return f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message repeats it, cut to a readable length."""
+    text = repr(value) if not isinstance(value, str) or len(value) <= SHOWN else repr(value[:SHOWN])
+    return text if len(text) <= SHOWN + 2 else text[:SHOWN] + "..."
+
+
+def known_keys(location: list[str]) -> list[str]:
+    """The keys that the section at `location` accepts; [] where there is no section."""
     model: Any = Params
     for part in location:
         fields = getattr(model, "model_fields", {})

@@ -1,73 +1,197 @@
-"""`semdict preset NAME`: put presets/NAME.yaml in force, and make the folders that its graph will fill.
+"""Presets: presets/base.yaml with every default, overlays with what differs, and params.yaml written from both."""
 
-`dvc repro` asks its run cache before it prints a stage, and for that hashes every dependency, also with --dry (DVC
-issue 9818). An empty folder can be hashed, a missing one ends the graph: so each dependency is a folder, and made here.
-"""
-
-import argparse
+import re
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 
-from semdict.pipeline.common.errors import UsageError
-from semdict.pipeline.common.files import write_aside
-from semdict.pipeline.config.checks import missing_inputs
-from semdict.pipeline.config.params import load_params
-from semdict.pipeline.config.schema import Params
+from semdict.pipeline.common.errors import ParamsError, UsageError
+from semdict.pipeline.common.hub import is_hub_name
+from semdict.pipeline.config.params import known_keys
+from semdict.pipeline.config.schema import NO_FILE
+from semdict.pipeline.config.yaml import read_yaml
 
-EXAMPLE = """example:
-  semdict preset in1k          presets/in1k.yaml becomes params.yaml; yours is kept as params.yaml.before
-  dvc repro --dry              every stage that would run, in order"""
-PRESETS, PARAMS = Path("presets"), Path("params.yaml")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which preset."""
-    parser.add_argument("name", help="presets/NAME.yaml")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Copy the preset, make the folders, name what is missing."""
-    if not Path("dvc.yaml").is_file():
-        raise UsageError(f"{Path.cwd()} has no dvc.yaml; run it in the project's folder")
-    source = PRESETS / f"{args.name}.yaml"
-    if not source.is_file():
-        known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
-        raise UsageError(f"no preset {args.name!r}; there are: {known}")
-    settings = load_params(source)  # a wrong one is refused before anything changes
-    put_in_force(source, PARAMS)
-    for folder in [*watched_folders(settings), *awaited_folders(Path())]:
-        folder.mkdir(parents=True, exist_ok=True)
-    print(f"params.yaml: preset {settings.preset} is in force")
-    for key, path in missing_inputs(settings):
-        print(f"  not there yet: {path} ({key})")
-    return 0
+PRESETS = Path("presets")
+BASE = "base"
+NULL = "tag:yaml.org,2002:null"
+EXTENDS = "extends"  # key of an overlay: the preset that it changes, base if absent
+# key of `inputs`, and the key of the file that it stands for
+INPUT_OF = {
+    "vqgan": ("vqgan", "weights"),
+    "features": ("features", "weights"),
+    "centroids": ("kmeans", "centroids"),
+}
+HEADER = """# Complete parameters of preset {name}, written by `semdict preset {name}` from presets/base.yaml and presets/{name}.yaml.
+# Lines marked [{name}] differ from the base{yours}. Change values here; every command and `dvc repro` reads this file.
+"""  # noqa: E501
 
 
-def put_in_force(source: Path, params: Path) -> None:
-    """Copy `source` over `params`, whose other contents are kept as params.yaml.before."""
-    wanted = source.read_bytes()
-    if params.exists() and params.read_bytes() != wanted:
-        with write_aside(params.with_name(f"{params.name}.before")) as aside:
-            aside.write_bytes(params.read_bytes())
-    with write_aside(params) as aside:
-        aside.write_bytes(wanted)
+def preset_names(folder: Path = PRESETS) -> list[str]:
+    """Names of the presets in a folder, without the base."""
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.stem != BASE)
 
 
-def watched_folders(settings: Params) -> list[Path]:
-    """Folders that DVC watches for the sake of a file that the user puts there."""
-    named = [(getattr(settings.inputs, name), path) for name, _, path in settings.watched()]
-    return [Path(folder) for folder, path in named if path and folder != path]
+def resolve(name: str, folder: Path = PRESETS) -> dict[str, Any]:
+    """The complete parameters of a preset as nested mappings, not yet validated.
+
+    UsageError for an unknown preset; ParamsError names a key that presets/base.yaml does not have.
+    """
+    return _merged(_overlays(name, folder), folder)
 
 
-def awaited_folders(root: Path) -> list[Path]:
-    """Every dependency in dvc.yaml that is another stage's output; UsageError if DVC cannot tell."""
-    try:
-        graph = Repo(str(root)).index.stages
-    except DvcException as error:
-        raise UsageError(f"{root.resolve()}: {error}") from None
-    stages = [stage for stage in graph if Path(stage.path) == (root / "dvc.yaml").resolve()]
-    made = {Path(out.fs_path) for stage in stages for out in stage.outs}
-    asked = {Path(dep.fs_path) for stage in stages for dep in stage.deps}
-    return sorted(made & asked)
+def complete(params: Path, folder: Path = PRESETS) -> str:
+    """Text of params.yaml with its own values, and the preset's for every key that it lacks."""
+    own = _mapping(params)
+    name = own.get("preset")
+    if name not in preset_names(folder):
+        raise UsageError(
+            f"{params}: preset {name!r} is none of {', '.join(preset_names(folder))}; set `preset:` to one"
+        )
+    overlays = _overlays(name, folder)
+    preset = _merged(overlays, folder)
+    changed = {key: value for key, value in own.items() if key != "preset"}
+    return _render(name, [*overlays, (params, changed)], preset, folder, mark_last="yours")
+
+
+def render(name: str, folder: Path = PRESETS) -> str:
+    """Text of a complete params.yaml: the base's comments, the preset's values, changed lines marked `[name]`."""
+    overlays = _overlays(name, folder)
+    return _render(name, overlays, {}, folder)
+
+
+def _overlays(name: str, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(file, its mapping) of a preset and of those that it extends, the most general first."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    while name != BASE:
+        path = folder / f"{name}.yaml"
+        if not path.is_file():
+            raise UsageError(f"no preset {name!r}; there are: {', '.join(preset_names(folder))}")
+        if path in (file for file, _ in chain):
+            raise ParamsError(f"{path}: presets extend each other in a circle")
+        tree = _mapping(path)
+        if not chain and tree.get("preset") != name:
+            raise ParamsError(f"{path}: preset is {tree.get('preset')!r}, it must be the file's name: preset: {name}")
+        chain.append((path, {key: value for key, value in tree.items() if key != EXTENDS}))
+        name = str(tree.get(EXTENDS, BASE))
+    return chain[::-1]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise ParamsError(f"{path} must contain sections (a YAML mapping), not {type(tree).__name__}")
+    return tree
+
+
+def _merged(overlays: list[tuple[Path, dict[str, Any]]], folder: Path) -> dict[str, Any]:
+    """The base with every overlay put over it, and `inputs` derived where no overlay names them."""
+    tree = _mapping(folder / f"{BASE}.yaml")
+    for path, overlay in overlays:
+        for keys in _leaves(overlay, tree, path):
+            _put(tree, keys, _value(overlay, keys))
+    stated = {key for _, overlay in overlays for key in overlay.get("inputs", {})}
+    for key, path in _derived_inputs(tree).items():
+        if key not in stated:
+            tree["inputs"][key] = path
+    return tree
+
+
+def _derived_inputs(tree: dict[str, Any]) -> dict[str, str]:
+    """What DVC watches for each file named elsewhere: the folder around it, or the file where it has none."""
+    files = {key: tree[section][name] for key, (section, name) in INPUT_OF.items()}
+    networks = tree["vcq"]["perceptual"]
+    files["perceptual"] = networks[0].get("weights") if networks else None
+    return {key: _watched_path(path) for key, path in files.items()}
+
+
+def _watched_path(file: str | None) -> str:
+    """The folder around a file, the file itself where it lies in the project's folder, NO_FILE for no local file."""
+    if not file or is_hub_name(file):
+        return NO_FILE
+    folder = Path(file).parent.as_posix()
+    return file if folder == "." else folder
+
+
+def _leaves(overlay: dict[str, Any], base: dict[str, Any], path: Path, above: tuple[str, ...] = ()) -> list[tuple]:
+    """Key paths of the values that an overlay sets; ParamsError names a key that the base does not have."""
+    leaves = []
+    for key, value in overlay.items():
+        here = (*above, key)
+        if key not in base:
+            raise ParamsError(f"{path}: {'.'.join(map(str, here))} is unknown; known: {', '.join(map(str, base))}")
+        if isinstance(value, dict) and known_keys(list(here)):
+            leaves += _leaves(value, base[key], path, here)
+        else:
+            leaves.append(here)
+    return leaves
+
+
+def _value(tree: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: Any, keys: tuple[str, ...], value: Any) -> None:
+    _value(tree, keys[:-1])[keys[-1]] = value
+
+
+def _render(
+    name: str,
+    overlays: list[tuple[Path, dict[str, Any]]],
+    preset: dict[str, Any],
+    folder: Path,
+    mark_last: str = "",
+) -> str:
+    """The base as text with merged values in it; the last overlay's changes are marked `mark_last` if that is given."""
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 4096, True
+    yaml.representer.add_representer(type(None), lambda representer, _: representer.represent_scalar(NULL, "null"))
+    tree: CommentedMap = yaml.load((folder / f"{BASE}.yaml").read_text())
+    plain, merged = _mapping(folder / f"{BASE}.yaml"), _merged(overlays, folder)
+    marks: dict[tuple[str, ...], str] = {}
+    for keys in _leaves(merged, plain, folder / f"{BASE}.yaml"):
+        value = _value(merged, keys)
+        if value != _value(plain, keys):
+            _put(tree, keys, _flow(value))
+            changed_by_user = mark_last and value != _value(preset, keys)
+            marks[keys] = mark_last if changed_by_user else name
+    text = _dump(yaml, tree)
+    body = _marked(text, marks, yaml)
+    header = HEADER.format(name=name, yours=", [yours] from the preset" if mark_last else "")
+    return header + "\n" + body[body.index("preset:") :]
+
+
+def _flow(value: Any) -> Any:
+    """Lists and open mappings on one line, so that every value stands beside its key and its comment."""
+    from ruamel.yaml.comments import CommentedSeq
+
+    if isinstance(value, dict):
+        node: Any = CommentedMap({key: _flow(item) for key, item in value.items()})
+    elif isinstance(value, list):
+        node = CommentedSeq([_flow(item) for item in value])
+    else:
+        return value
+    node.fa.set_flow_style()
+    return node
+
+
+def _dump(yaml: YAML, tree: CommentedMap) -> str:
+    stream = StringIO()
+    yaml.dump(tree, stream)
+    return stream.getvalue()
+
+
+def _marked(text: str, marks: dict[tuple[str, ...], str], yaml: YAML) -> str:
+    """The text with `[mark]` in the comment of every line that sets one of the keys."""
+    tree, lines = yaml.load(text), text.split("\n")
+    for keys, mark in marks.items():
+        section = _value(tree, keys[:-1])
+        number = section.lc.key(keys[-1])[0]
+        code, hash_, comment = lines[number].rpartition(" # ")
+        line = f"{code} # [{mark}] {comment}" if hash_ else f"{lines[number]} # [{mark}]"
+        lines[number] = line.rstrip()
+    return "\n".join(re.sub(r"(?<=\S) +# ", " # ", line) for line in lines)  # ruamel keeps the columns of the base

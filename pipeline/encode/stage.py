@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             out=out,
             reports=args.reports or Path("reports") / preset,
             root=args.work,
-            scheduler=args.scheduler or settings.encode.scheduler,
+            scheduler=args.scheduler or settings.runtime.scheduler,
         )
     return 0
 
@@ -109,7 +109,7 @@ def pair_spec(settings: Params, centroids: Path) -> PairSpec:
         features_layer=settings.features.layer,
         features_image_size=settings.features.image_size,
         centroids=str(Path(centroids).resolve()),
-        device=resolve_device(settings.encode.device),
+        device=resolve_device(settings.runtime.device),
         image_size=SIZE,
     )
 
@@ -157,7 +157,7 @@ def make_job(
         streams=("gen", "disc"),
         length=math.prod(pair.grid),
         batch=chosen.batch,
-        workers=chosen.workers,
+        workers=settings.runtime.workers,
         precision=chosen.precision,
     )
 

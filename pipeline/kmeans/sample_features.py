@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             with publish_folder(out, "features") as folder:
                 write_json(folder / "not-needed.json", {"kmeans.centroids": settings.kmeans.centroids})
             return 0
-        scheduler = args.scheduler or settings.encode.scheduler
+        scheduler = args.scheduler or settings.runtime.scheduler
         sample(settings, args.manifest or places.manifest(settings.preset), out, args.work, scheduler)
     return 0
 
@@ -192,10 +192,10 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         max_pixels=settings.pixels.max_pixels,
         seed=0,
     )
-    where = resolve_device(chosen.device)
+    where = resolve_device(settings.runtime.device)
     name = fingerprint(
         manifest=manifest.sha256,
-        sample=chosen.model_dump(exclude={"device"}),
+        sample=chosen.model_dump(),
         features=settings.features.model_dump(),
         weights=sha256_file(local_file(weights)) if weights else None,
         crop=crop_identity(settings.pixels.crop, list(recipe.views), recipe.seed),
@@ -218,7 +218,7 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         points=chosen.points,
         seed=chosen.seed,
         batch=chosen.batch,
-        workers=settings.encode.workers,
+        workers=settings.runtime.workers,
     )
 
 

@@ -74,7 +74,7 @@ def _cluster(settings: Params, features: Path, out: Path, reports: Path) -> None
         seed=chosen.seed,
         engine=chosen.engine,
         max_points_per_centroid=chosen.max_points_per_centroid,
-        device=chosen.device,
+        device=settings.runtime.device,
     )
     metrics = {
         "engine": result.engine,

@@ -27,7 +27,7 @@ from semdict.pipeline.manifest.table import COLUMNS, META, Manifest
 
 EXAMPLE = """examples:
   semdict manifest                                  what `dvc repro manifest` runs
-  semdict manifest --set manifest.workers=32        more threads for a slow network drive
+  semdict manifest --set runtime.workers=32        more threads for a slow network drive
   semdict manifest --set manifest.images.train=/data/train --out /tmp/train.parquet --metrics /tmp/train.json
 
 Images seen before are not read again unless their size or time changed; a killed run continues where it stopped."""
@@ -56,18 +56,21 @@ def run(args: argparse.Namespace) -> int:
             metrics=args.metrics or Path("reports") / preset / "manifest.json",
             cache=args.work / "manifest-cache" / preset,
             max_pixels=settings.pixels.max_pixels,
+            workers=settings.runtime.workers,
         )
     return 0
 
 
-def build_manifest(settings: schema.Manifest, out: Path, metrics: Path, cache: Path, max_pixels: int) -> Manifest:
+def build_manifest(
+    settings: schema.Manifest, out: Path, metrics: Path, cache: Path, max_pixels: int, workers: int = 0
+) -> Manifest:
     """List, look at and write; nothing appears at `out` before all of it is known.
 
     `cache` remembers results between runs, and receives `bad.csv` (key, source, status, reason) when images are bad.
     ManifestError when nothing can be listed or more than `max_bad_fraction` of the images are bad.
     """
     listing = list_images(settings.images, settings.layout)
-    known = scan(listing.table, settings.images, _cache_folder(cache, max_pixels), max_pixels, settings.workers)
+    known = scan(listing.table, settings.images, _cache_folder(cache, max_pixels), max_pixels, workers)
     manifest = Manifest(_assemble(listing, known))
     _report_bad(manifest, cache / "bad.csv", settings.max_bad_fraction)
     with atomic_write(out) as tmp_path:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     given, runs = drawing(params.ar_sample, args.draw), Path("runs") / params.preset
     out = args.out or runs / f"ar-samples-{args.draw}"
     check_output(out, "ar-samples")
-    device = pick_device(given.device)
+    device = pick_device(params.runtime.device)
     model, about = load_ar(args.model or runs / "ar", device)
     path = args.tokenizer or runs / "vcq"
     tokenizer = load_tokenizer(path / "tokenizer.pt" if path.is_dir() else path, device)

@@ -14,7 +14,7 @@ from semdict.train.ar.model import SHAPES, ArConfig, ArModel, drop_labels, nll_b
 from semdict.train.data.tokens import ResidentLoader, class_names, recipe_of, table_from_shards
 from semdict.train.engine import dist
 from semdict.train.engine.batch import Batch
-from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit
+from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit, make_plan
 from semdict.train.engine.lr_schedule import warmup_hold_linear
 from semdict.train.engine.modelfile import MODEL
 from semdict.train.engine.optim import adamw
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from semdict.pipeline.config.params import load_params
 
     params = load_params(args.params, args.set)
-    with dist.joined(params.ar.device) as world:
+    with dist.joined(params.runtime.device) as world:
         shards = args.shards or Path("shards") / f"{params.preset}-vcq"
         session = Session(params, shards, world, args)
         run_stage(session.place, world, args.resume, session.reports, session.train)
@@ -78,7 +78,7 @@ class Session:
     def __init__(self, params: "Params", path: Path, world: dist.World, args: argparse.Namespace) -> None:
         from semdict.pipeline.shards import open_shards
 
-        self.given, self.path, self.world = params.ar, path, world
+        self.params, self.given, self.path, self.world = params, params.ar, path, world
         shards = open_shards(path)
         self.meta, self.sizes = shards.meta, tuple(int(k) for k in shards.gen_sizes)
         self.names = class_names(shards.label[:], shards.index["label_name"].to_pylist())
@@ -97,7 +97,7 @@ class Session:
         optimiser = adamw(model, tuple(given.betas), given.weight_decay)
         phase = Phase("model", model, NextToken(given.label_dropout), optimiser, rate, given.clip)
         place = self.place
-        run = Run(place.folder, place.settings, place.fingerprint, self.reports, given.tensorboard)
+        run = Run(place.folder, place.settings, place.fingerprint, self.reports, self.params.runtime.tensorboard)
         means = fit([phase], loader, self.plan(), run, world, {"model": model}, resume=True)
         metrics = {"final": means, "steps": given.steps, "images_left_out": table.left_out}
         metrics |= {"parameters": sum(p.numel() for p in model.parameters())}
@@ -118,8 +118,7 @@ class Session:
 
     def plan(self) -> Plan:
         """The loop's part of the settings."""
-        names = ("steps", "seed", "accumulate", "precision", "compile", "save_every", "keep", "log_every")
-        return Plan(name="ar", **{name: getattr(self.given, name) for name in names})
+        return make_plan("ar", self.given, self.params.runtime, self.given.steps)
 
     def loader(self, splits: list[str], batch: int) -> ResidentLoader:
         """Tokens of some splits in memory."""

@@ -86,6 +86,13 @@ class Plan:
     name: str = "train"
 
 
+def make_plan(name: str, cfg: Any, runtime: Any, steps: int) -> Plan:
+    """A trainer's plan from its section (seed, accumulate, precision) and section `runtime` of params.yaml."""
+    options = {key: getattr(cfg, key) for key in ("seed", "accumulate", "precision")}
+    options |= {key: getattr(runtime, key) for key in ("compile", "save_every", "keep", "log_every")}
+    return Plan(steps=steps, name=name, **options)
+
+
 @dataclass
 class Run:
     """Where a run lives and what it is: its work folder, its settings and their fingerprint, its reports folder."""

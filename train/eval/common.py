@@ -57,7 +57,7 @@ class Setup:
 
         keep_freed_memory()
         params = load_params(args.params, args.set)
-        device = device or torch.device(resolve_device(params.evaluate.device))
+        device = device or torch.device(resolve_device(params.runtime.device))
         encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads, device)
         return cls(args, params, device, encoder)
 
@@ -101,7 +101,7 @@ class Setup:
         g, pixels = self.given, self.params.pixels
         return ImageSource(
             manifest, images, splits, g.test_crop, self.vqgan, self.encoder, self.device, pixels.decoder,
-            pixels.max_pixels, g.batch, g.workers, self.args.other_recipe,
+            pixels.max_pixels, g.batch, self.params.runtime.workers, self.args.other_recipe,
         )  # fmt: skip
 
     def test_set(self, source: Source) -> FeatureSet:

@@ -23,7 +23,7 @@ from semdict.train.data.images import ImageLoader, ImageRows
 from semdict.train.engine import dist
 from semdict.train.engine.batch import Batch
 from semdict.train.engine.logging import RunLog
-from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit
+from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit, make_plan
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
 from semdict.train.engine.rng import Stream, numpy_seed
 from semdict.train.engine.run import Place
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune, or say that there is nothing to do; then write the scores."""
     from semdict.pipeline.config.params import load_params
 
-    with dist.joined(load_params(args.params, args.set).evaluate.device) as world:
+    with dist.joined(load_params(args.params, args.set).runtime.device) as world:
         Session(Setup.of(args, world.device), world).go()
     return 0
 
@@ -126,7 +126,13 @@ class Session:
         say(world, self.place, f"{loader.steps_per_epoch} steps an epoch of {g.batch} images, {self.classes} classes")
         try:
             place = self.place
-            run = Run(place.folder, place.settings, place.fingerprint, setup.out / "finetune", g.tensorboard)
+            run = Run(
+                place.folder,
+                place.settings,
+                place.fingerprint,
+                setup.out / "finetune",
+                setup.params.runtime.tensorboard,
+            )
             hooks = [self.watch(model, test)]
             final = fit([phase], loader, self.plan(steps), run, world, {"model": model}, hooks, resume=True)
         finally:
@@ -144,14 +150,13 @@ class Session:
         images = ImageRows(source.manifest, folders, source.rows, source.decoder, source.max_pixels)
         augment = TimmAugmentation(g.seed, g.rand_augment, (g.crop_scale[0], g.crop_scale[1]))
         return ImageLoader(
-            images, augment, g.batch, g.seed, world.rank, world.size, world.device, self.setup.given.workers,
+            images, augment, g.batch, g.seed, world.rank, world.size, world.device, self.setup.params.runtime.workers,
             processes=True,
         )  # fmt: skip
 
     def plan(self, steps: int) -> Plan:
         """The loop's part of the settings."""
-        names = ("seed", "accumulate", "precision", "compile", "save_every", "keep", "log_every")
-        return Plan(steps=steps, name="fine-tune", **{name: getattr(self.given, name) for name in names})
+        return make_plan("fine-tune", self.given, self.setup.params.runtime, steps)
 
     def watch(self, model: Classifier, test: "HeldOut"):
         """A hook: the test set every `eval_every` epochs."""

@@ -14,7 +14,7 @@ from semdict.train.eval.linear_probe import probe
 from semdict.train.eval.vcq_latents import Latents
 
 if TYPE_CHECKING:
-    from semdict.pipeline.config.schema.vcq_evaluate import FirstK
+    from semdict.pipeline.config.schema.vcq import FirstK
 
 
 def first_features(latents: Latents, codes_KD: np.ndarray, k: int, feature: str, pool: str) -> np.ndarray:

@@ -77,7 +77,7 @@ def val50k(samples: ImageSet, reference: ImageSet, params: "Params", name: str =
 
 def teacher(samples: ImageSet, reference: ImageSet, params: "Params") -> Scored:
     """The distances of `val50k` in the teacher's patch-mean features; the demo's stand-in for scores."""
-    sha256 = register_teacher(params, torch.device(resolve_device(params.scores.device)))
+    sha256 = register_teacher(params, torch.device(resolve_device(params.runtime.device)))
     found = fidelity(samples, reference, params, feature_extractor=TEACHER)
     extractor = {"name": f"teacher {params.features.model}", "features": "mean over patches", "sha256": sha256}
     return Scored({TEACHER_NAMES[key]: value for key, value in found.items()}, {}, extractor)
@@ -92,7 +92,7 @@ def fidelity(samples: ImageSet, reference: ImageSet, params: "Params", isc: bool
         raise UsageError(f"{fewest} images are too few to score: more than {params.scores.neighbours + 1} on each side")
     return calculate_metrics(
         input1=samples, input2=reference, isc=isc, fid=True, kid=True, prc=True, verbose=False, cache=False,
-        cuda=resolve_device(params.scores.device) != "cpu", batch_size=params.scores.batch,
+        cuda=resolve_device(params.runtime.device) != "cpu", batch_size=params.scores.batch,
         kid_subsets=params.scores.kid_subsets, kid_subset_size=min(params.scores.kid_subset_size, fewest),
         prc_neighborhood=params.scores.neighbours, save_cpu_ram=True, isc_splits=min(10, len(samples)),
         **given,
@@ -129,7 +129,7 @@ def inception_features(images: Any, params: "Params", weights: str, layers: tupl
     """Layer name -> (N, width) features, computed in float64."""
     from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-    cuda = resolve_device(params.scores.device) != "cpu"
+    cuda = resolve_device(params.runtime.device) != "cpu"
     extractor = create_feature_extractor(
         INCEPTION, list(layers), cuda=cuda, feature_extractor_weights_path=weights, verbose=False,
         feature_extractor_internal_dtype="float64",

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     params = load_params(args.params, args.set)
     given = params.features
-    device = resolve_device(params.scores.device)
+    device = resolve_device(params.runtime.device)
     teacher = load_features(given.model, given.weights, given.layer, device, given.image_size)
     samples = open_images(args.samples, params)
     training = open_images(args.reference or places.manifest(params.preset), params, args.split)

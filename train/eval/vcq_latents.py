@@ -126,7 +126,7 @@ def latents_of(
     side = model.config.image_size
     pictures = _array(folder / f"{name}-copies.npy", np.uint8, (len(wanted), side, side, 3)) if copies else None
     rows, n = np.empty(len(wanted), np.int64), 0
-    for found, pixels in place.stream(wanted, given.batch, given.workers):
+    for found, pixels in place.stream(wanted, given.batch, params.runtime.workers):
         here = slice(n, n + len(found))
         ids[here], z[here], back = _pass(model, to_device(pixels, device), given.precision, copies)
         rows[here], n = found, here.stop

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     params = load_params(args.params, args.set)
     named = sample_folders(args.samples)
     path = args.tokenizer or Path("runs") / params.preset / "vcq"
-    device = resolve_device(params.vcq_evaluate.device)
+    device = resolve_device(params.runtime.device)
     model = load_tokenizer(path / "tokenizer.pt" if path.is_dir() else path, device)
     place = Place.of(args.manifest or places.manifest(params.preset), params)
     out = args.out or Path("reports") / params.preset / "vcq"

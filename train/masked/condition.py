@@ -18,7 +18,7 @@ from semdict.pipeline.common.safeload import load_array, load_tensors
 from semdict.train.data.token_set import TokenSet
 from semdict.train.data.tokens import ResidentLoader, TokenTable, recipe_of, table_from_shards
 from semdict.train.engine import dist
-from semdict.train.engine.loop import Phase, Plan, Run, fit
+from semdict.train.engine.loop import Phase, Plan, Run, fit, make_plan
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.rng import Stream, torch_generator, torch_seed
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from semdict.pipeline.config.params import load_params
 
     params = load_params(args.params, args.set)
-    with dist.joined(params.condition.device) as world:
+    with dist.joined(params.runtime.device) as world:
         Session(args, params, world).go()
     return 0
 
@@ -81,6 +81,7 @@ class Session:
     """One call of the command."""
 
     def __init__(self, args: argparse.Namespace, params: "Params", world: dist.World) -> None:
+        self.params = params
         given = params.condition
         self.given = given.model_copy(update={"class_embeddings": args.embeddings}) if args.embeddings else given
         self.world, self.resume = world, args.resume
@@ -119,7 +120,7 @@ class Session:
         masking = Masking(m.mode, m.std, m.min, m.max, m.per_sample)
         objective = AtEpoch(Telling(g.label_dropout, g.word_dropout, masking, g.label_smoothing))
         phase = Phase("model", model, objective, adamw(model, tuple(g.betas), g.weight_decay), rate, g.clip)
-        run = Run(place.folder, place.settings, place.fingerprint, self.reports, g.tensorboard)
+        run = Run(place.folder, place.settings, place.fingerprint, self.reports, self.params.runtime.tensorboard)
         final = fit([phase], loader, self.plan(steps), run, world, {"model": model}, resume=True)
         chance = math.log(self.token_set.codebook_size)
         numbers = {"final": final, "chance": chance, "steps": steps, "classes": model.null_class}
@@ -132,8 +133,7 @@ class Session:
 
     def plan(self, steps: int) -> Plan:
         """The loop's part of the settings."""
-        names = ("seed", "accumulate", "precision", "compile", "save_every", "keep", "log_every")
-        return Plan(steps=steps, name="condition", **{name: getattr(self.given, name) for name in names})
+        return make_plan("condition", self.given, self.params.runtime, steps)
 
     def loader(self, table: TokenTable) -> ResidentLoader:
         """Tokens in memory."""

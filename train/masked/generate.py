@@ -90,7 +90,7 @@ class Drawing:
     def __init__(self, args: argparse.Namespace, params: "Params") -> None:
         self.args, self.given, self.task = args, params.generate, args.task
         self.count, self.seed = self.given.images, self.given.seed
-        self.device = torch.device(resolve_device(self.given.device))
+        self.device = torch.device(resolve_device(params.runtime.device))
         self.weights = args.vqgan or Path(params.vqgan.weights)
         self.shards = args.shards or Path("shards") / params.preset
         self.drawer = open_drawer(

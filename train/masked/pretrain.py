@@ -17,7 +17,7 @@ from semdict.train.data.tokens import ResidentLoader, recipe_of, table_from_shar
 from semdict.train.engine import dist
 from semdict.train.engine.batch import Loader
 from semdict.train.engine.logging import RunLog
-from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit
+from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit, make_plan
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.run import Place
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from semdict.pipeline.config.params import load_params
 
     params = load_params(args.params, args.set)
-    with dist.joined(params.pretrain.device) as world:
+    with dist.joined(params.runtime.device) as world:
         return Session(args, params, world).go()
 
 
@@ -102,13 +102,12 @@ class Session:
 
     def plan(self, steps: int) -> Plan:
         """The loop's part of the settings."""
-        names = ("seed", "accumulate", "precision", "compile", "save_every", "keep", "log_every")
-        return Plan(steps=steps, name=self.objective, **{name: getattr(self.given, name) for name in names})
+        return make_plan(self.objective, self.given, self.params.runtime, steps)
 
     def run(self) -> Run:
         """The loop's folders."""
         place = self.place
-        return Run(place.folder, place.settings, place.fingerprint, self.reports, self.given.tensorboard)
+        return Run(place.folder, place.settings, place.fingerprint, self.reports, self.params.runtime.tensorboard)
 
     def loader(self) -> Loader:
         """Tokens in memory, or streamed from tars."""
@@ -158,7 +157,7 @@ class Session:
 
     def picture_hooks(self, model: nn.Module, loader: Any) -> list[Callable[[Clock, RunLog | None], None]]:
         """A grid of reconstructions every `picture_every` steps, from rank 0."""
-        every, weights = self.given.picture_every, Path(self.params.vqgan.weights)
+        every, weights = self.params.runtime.picture_every, Path(self.params.vqgan.weights)
         if not every or not self.world.first:
             return []
         from semdict.pipeline.tokenizers import load_tokenizer
@@ -169,7 +168,7 @@ class Session:
             raise UsageError(
                 f"{weights} has {vqgan.codebook_size} codes, {self.token_set.path} has {self.token_set.codebook_size}"
             )
-        pictures = Pictures(vqgan, loader.sample(self.given.pictures), self.given.seed)
+        pictures = Pictures(vqgan, loader.sample(self.params.runtime.pictures), self.given.seed)
 
         def hook(clock: Clock, log: RunLog | None) -> None:
             if (clock.step + 1) % every == 0:

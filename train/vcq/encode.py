@@ -87,7 +87,7 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
     chosen, preset = params.vcq_encode, params.preset
     manifest_path = args.manifest or places.manifest(preset)
     manifest = load_manifest(manifest_path)
-    spec = VcqSpec(str(path.resolve()), str(pick_device(chosen.device)))
+    spec = VcqSpec(str(path.resolve()), str(pick_device(params.runtime.device)))
     tokenizer = spec.open()
     job, shards = _job(params, manifest, manifest_path, spec, tokenizer.model)
     reports = args.reports or Path("reports") / preset / "vcq-encode"
@@ -104,7 +104,7 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
         max_bad_fraction=params.manifest.max_bad_fraction,
         storage=params.shards,
     )
-    metrics["images"] = encode_and_publish(publication, args.scheduler or chosen.scheduler)
+    metrics["images"] = encode_and_publish(publication, args.scheduler or params.runtime.scheduler)
     write_json(reports / "encode.json", metrics)
     store.sweep()
 
@@ -139,7 +139,7 @@ def _job(params, manifest, manifest_path: Path, spec: VcqSpec, model: Tokenizer1
     cut = flow.CropRecipe(pixels.crop, views, pixels.decoder, pixels.max_pixels, chosen.seed)
     job = EncodeJob(
         name, str(Path(manifest_path).resolve()), where, cut, spec, ("gen",), model.config.tokens, chosen.batch,
-        chosen.workers, chosen.precision,
+        params.runtime.workers, chosen.precision,
     )  # fmt: skip
     shards = ShardSpec(
         rows=len(manifest),

@@ -18,7 +18,7 @@ from semdict.train.engine import dist
 from semdict.train.engine.batch import Batch
 from semdict.train.engine.ema import Ema
 from semdict.train.engine.logging import RunLog
-from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit
+from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit, make_plan
 from semdict.train.engine.lr_schedule import ramp, warmup_hold_linear
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.run import Place
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from semdict.pipeline.config.params import load_params
 
     params = load_params(args.params, args.set)
-    with dist.joined(params.vcq.device) as world:
+    with dist.joined(params.runtime.device) as world:
         session = Session(params, world, args)
         run_stage(session.place, world, args.resume, session.reports, session.train)
     return 0
@@ -134,7 +134,7 @@ class Session:
         kept = {"model": model, "critic": critic, "average": average}
         if given.lecam_weight:
             kept["lecam"] = self.objective.lecam
-        run = Run(place.folder, place.settings, place.fingerprint, self.reports, given.tensorboard)
+        run = Run(place.folder, place.settings, place.fingerprint, self.reports, self.params.runtime.tensorboard)
         try:
             turns = Turns(self.objective, critic, usage, given.quantize_start, given.quantize_ramp)
             phases = self.phases(model, critic, turns)
@@ -167,8 +167,7 @@ class Session:
 
     def plan(self) -> Plan:
         """The loop's part of the settings."""
-        names = ("steps", "seed", "accumulate", "precision", "compile", "save_every", "keep", "log_every")
-        return Plan(name="vcq", **{name: getattr(self.given, name) for name in names})
+        return make_plan("vcq", self.given, self.params.runtime, self.given.steps)
 
     def images(self, splits: list[str]) -> ImageRows:
         """Usable images of some splits."""
@@ -180,7 +179,15 @@ class Session:
         given, world = self.given, self.world
         images, crop = self.images(given.splits), RandomCrop(given.image_size, given.seed)
         return ImageLoader(
-            images, crop, given.batch, given.seed, world.rank, world.size, world.device, given.workers, floats=True
+            images,
+            crop,
+            given.batch,
+            given.seed,
+            world.rank,
+            world.size,
+            world.device,
+            self.params.runtime.workers,
+            floats=True,
         )
 
     def averaging(self, average: Ema, model: nn.Module):
@@ -209,7 +216,7 @@ class Session:
 
         given, folder = self.given, self.place.folder
         held_out = self.images(given.held_out or given.splits)
-        pixels = centre_crops(held_out, given.image_size, given.measured_images, given.workers)
+        pixels = centre_crops(held_out, given.image_size, given.measured_images, self.params.runtime.workers)
         save_tokenizer(folder / RAW, model, {"settings": self.place.settings})
         found, rows = {"psnr_raw": float(psnr(pixels, self.reconstruct(model, pixels)).mean())}, [pixels]
         for name, part in average.parts.items():

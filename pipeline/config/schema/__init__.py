@@ -1,18 +1,15 @@
-"""What params.yaml may hold: one validated section per stage, each key with its type, range and meaning."""
+"""What params.yaml may hold: one validated section per stage, each key with its type and bounds."""
 
 from pathlib import PurePath
 
 from pydantic import model_validator
 
 from semdict.pipeline.common.hub import is_hub_name
-from semdict.pipeline.config.schema.base import Name, Section
-from semdict.pipeline.config.schema.condition import Condition
-from semdict.pipeline.config.schema.evaluate import Evaluate
-from semdict.pipeline.config.schema.generate import Generate
-from semdict.pipeline.config.schema.pretrain import Pretrain
-from semdict.pipeline.config.schema.scores import Scores
+from semdict.pipeline.config.schema.base import Name, Runtime, Section
+from semdict.pipeline.config.schema.evaluate import Evaluate, Scores
+from semdict.pipeline.config.schema.masked import Condition, Generate, Pretrain
 from semdict.pipeline.config.schema.tokens import (
-    NONE,
+    NO_FILE,
     Encode,
     Features,
     Inputs,
@@ -24,33 +21,55 @@ from semdict.pipeline.config.schema.tokens import (
     VcqEncode,
     Vqgan,
 )
-from semdict.pipeline.config.schema.vcq import Ar, ArSample, Vcq
-from semdict.pipeline.config.schema.vcq_evaluate import VcqEvaluate
+from semdict.pipeline.config.schema.vcq import Ar, ArSample, Vcq, VcqEvaluate
+
+__all__ = [
+    "Ar",
+    "ArSample",
+    "Condition",
+    "Encode",
+    "Evaluate",
+    "Features",
+    "Generate",
+    "Kmeans",
+    "Manifest",
+    "Params",
+    "Pretrain",
+    "Runtime",
+    "Scores",
+    "Section",
+    "Shards",
+    "Vcq",
+    "VcqEncode",
+    "VcqEvaluate",
+    "Vqgan",
+]
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """The whole of params.yaml, in the order of presets/base.yaml."""
 
     preset: Name
     inputs: Inputs
+    runtime: Runtime
     manifest: Manifest
-    pixels: Pixels = Pixels()
+    pixels: Pixels
     vqgan: Vqgan
     features: Features
-    sample_features: SampleFeatures = SampleFeatures()
+    sample_features: SampleFeatures
     kmeans: Kmeans
-    encode: Encode = Encode()
-    shards: Shards = Shards()
-    pretrain: Pretrain = Pretrain()
-    condition: Condition = Condition()
-    generate: Generate = Generate()
-    vcq: Vcq = Vcq()
-    vcq_encode: VcqEncode = VcqEncode()
-    ar: Ar = Ar()
-    ar_sample: ArSample = ArSample()
-    vcq_evaluate: VcqEvaluate = VcqEvaluate()
-    evaluate: Evaluate = Evaluate()
-    scores: Scores = Scores()
+    encode: Encode
+    shards: Shards
+    pretrain: Pretrain
+    condition: Condition
+    generate: Generate
+    vcq: Vcq
+    vcq_encode: VcqEncode
+    ar: Ar
+    ar_sample: ArSample
+    vcq_evaluate: VcqEvaluate
+    evaluate: Evaluate
+    scores: Scores
 
     def watched(self) -> list[tuple[str, str, str | None]]:
         """(key of `inputs`, key of the file it stands for, the file or None) of the weights that DVC watches."""
@@ -70,8 +89,8 @@ class Params(Section):
     def _watched(self) -> "Params":
         for name, key, path in self.watched():
             watched = getattr(self.inputs, name)
-            holds = path is not None and PurePath(watched) in PurePath(path).parents and watched != "."
-            if watched != (path or NONE) and not holds:
-                wanted = f"{path}, or a folder around it" if path else NONE
+            contains = path is not None and PurePath(watched) in PurePath(path).parents and watched != "."
+            if watched != (path or NO_FILE) and not contains:
+                wanted = f"{path}, or a folder around it" if path else NO_FILE
                 raise ValueError(f"inputs.{name} is {watched}, {key} is {path}: set inputs.{name}: {wanted}")
         return self

@@ -1,129 +1,169 @@
-"""Sections `vcq`, `ar`, `ar_sample`: the 1-D tokenizer with a growing codebook and its autoregressive model."""
+"""Sections of VCQ: the 1-D tokenizer, its autoregressive model, samples and measures."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from semdict.pipeline.config.schema.base import Device, Positive, Section, Share
+from semdict.pipeline.config.schema.base import (
+    Betas,
+    Count,
+    CountOrZero,
+    Dropout,
+    Precision,
+    Rate,
+    SamplingPrecision,
+    Section,
+    Seed,
+    Share,
+    Splits,
+    Weight,
+    check_warmup,
+)
+
+Shape = Annotated[list[Count], Field(min_length=3, max_length=3)]  # depth, width, heads
 
 
 class VcqPerceptual(Section):
-    """One network that may serve as the perceptual loss; the first whose weights are there is used."""
+    """One network that may serve as the perceptual loss: an entry of a list, with the keys that its kind has."""
 
     kind: Literal["lpips-vgg", "logits", "features"]
     weights: str
     sha256: str | None = None
-    model: str = "convnext_small"  # timm name, for logits and features
-    layers: Positive = 3  # intermediate maps, for features
+    model: str | None = None  # timm name, for logits and features
+    layers: Count | None = None  # intermediate maps, for features
+
+    @model_validator(mode="after")
+    def _complete(self) -> "VcqPerceptual":
+        needed = {"lpips-vgg": (), "logits": ("model",), "features": ("model", "layers")}[self.kind]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is missing, kind {self.kind} needs it")
+        return self
 
 
 class Vcq(Section):
-    """The 1-D tokenizer with a growing codebook: shape, losses, optimisation; VCQ's appendix A where stated."""
+    """The tokenizer: shape, losses, optimisation."""
 
-    size: Literal["tiny", "base", "large", "large_496"] = "base"
-    image_size: Positive = 256
-    patch: Positive = 16
-    tokens: Positive = 256
-    encoder: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None  # depth, width, heads
-    decoder: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
-    latent_queries: bool = True
-    schedule: Literal["constant", "linear", "cosine", "power"] = "cosine"
-    k_min: Positive = 2
-    k_max: Annotated[int, Field(ge=2, le=65535)] | None = None  # the size's own: 16384, large 11264
-    power: Annotated[float, Field(gt=0)] = 2.5
-    dim: Positive = 8
-    l2: bool = True
-    beta: Annotated[float, Field(ge=0)] = 1.0
-    codebook_weight: Annotated[float, Field(ge=0)] = 1.0
-    quantize_start: Annotated[int, Field(ge=0)] = 0  # steps without quantization, for narrow models
-    quantize_ramp: Annotated[int, Field(ge=0)] = 0
-    perceptual: list[VcqPerceptual] = []
-    warm_perceptual: VcqPerceptual | None = None  # used before step warm_steps
-    warm_steps: Annotated[int, Field(ge=0)] = 0
-    l1_weight: Annotated[float, Field(ge=0)] = 1.0
-    perceptual_weight: Annotated[float, Field(ge=0)] = 1.0
-    adversarial_weight: Annotated[float, Field(ge=0)] = 0.1
-    discriminator_weight: Annotated[float, Field(ge=0)] = 1.0
-    discriminator_start: Annotated[int, Field(ge=0)] = 20_000
-    discriminator_ramp: Annotated[int, Field(ge=0)] = 2_000
-    discriminator_channels: Positive = 64
-    augment: Share = 1.0  # probability of DiffAug
-    lecam_weight: Annotated[float, Field(ge=0)] = 0.0  # discriminator regulariser, not named by the paper
-    reset_patience: Annotated[float, Field(ge=0)] = 0.0  # re-seed codes unused for so many expected uses; 0 = never
-    reset_protected: Annotated[int, Field(ge=0)] = 16  # first codes, which no reset touches
-    splits: Annotated[list[str], Field(min_length=1)] = ["train"]
-    held_out: list[str] = ["val"]  # for PSNR and pictures
-    steps: Positive = 1_300_000
-    batch: Positive = 256
-    accumulate: Positive = 1
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    final_lr: Annotated[float, Field(ge=0)] = 3e-5
-    warmup: Annotated[int, Field(ge=0)] = 13_000
-    hold: Annotated[int, Field(ge=0)] = 65_000  # step until which the peak is held
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    clip: Annotated[float, Field(ge=0)] = 1.0
-    ema: Share = 0.9999
-    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    compile: bool = False
-    workers: Annotated[int, Field(ge=0)] = 0  # decode threads, 0 = one per core
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: Device = "auto"
-    save_every: Annotated[int, Field(ge=0)] = 5000
-    keep: Positive = 2
-    log_every: Positive = 50
-    usage_images: Positive = 65_536  # window of the codebook statistics
-    measured_images: Positive = 1000  # held-out images for PSNR
-    tensorboard: bool = True
+    size: Literal["tiny", "base", "large", "large_496"]
+    image_size: Annotated[int, Field(ge=1, le=65536)]
+    patch: Annotated[int, Field(ge=1, le=65536)]
+    tokens: Count
+    encoder: Shape | None
+    decoder: Shape | None
+    latent_queries: bool
+    schedule: Literal["constant", "linear", "cosine", "power"]
+    k_min: Count
+    k_max: Annotated[int, Field(ge=2, le=65535)] | None
+    power: Rate
+    dim: Count
+    l2: bool
+    beta: Weight
+    codebook_weight: Weight
+    quantize_start: CountOrZero
+    quantize_ramp: CountOrZero
+    perceptual: list[VcqPerceptual]
+    warm_perceptual: VcqPerceptual | None
+    warm_steps: CountOrZero
+    l1_weight: Weight
+    perceptual_weight: Weight
+    adversarial_weight: Weight
+    discriminator_weight: Weight
+    discriminator_start: CountOrZero
+    discriminator_ramp: CountOrZero
+    discriminator_channels: Count
+    augment: Share
+    lecam_weight: Weight
+    reset_patience: Weight
+    reset_protected: CountOrZero
+    splits: Splits
+    held_out: list[str]
+    steps: Count
+    batch: Count
+    accumulate: Count
+    lr: Rate
+    final_lr: Weight
+    warmup: CountOrZero
+    hold: CountOrZero
+    betas: Betas
+    weight_decay: Weight
+    clip: Weight
+    ema: Share
+    precision: Precision
+    seed: Seed
+    usage_images: Count
+    measured_images: Count
 
 
 class Ar(Section):
-    """The autoregressive model on VCQ tokens; the values are appendix A's for the base tokenizer."""
+    """The autoregressive model."""
 
-    size: Literal["tiny", "b", "l", "xl"] = "b"
-    depth: Positive | None = None  # each of these three replaces the size's own number
-    width: Positive | None = None
-    heads: Positive | None = None
-    mask_vocab: Literal["train", "sample_only", "off"] = "train"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    label_dropout: Share = 0.1
-    splits: Annotated[list[str], Field(min_length=1)] = ["train"]
-    held_out: list[str] = ["val"]  # for the likelihood per position
-    steps: Positive = 1_000_000
-    batch: Positive = 512
-    accumulate: Positive = 1
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    final_lr: Annotated[float, Field(ge=0)] = 4e-5
-    warmup: Annotated[int, Field(ge=0)] = 10_000
-    hold: Annotated[int, Field(ge=0)] = 50_000
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.96]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.03
-    clip: Annotated[float, Field(ge=0)] = 1.0
-    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    compile: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: Device = "auto"
-    save_every: Annotated[int, Field(ge=0)] = 5000
-    keep: Positive = 2
-    log_every: Positive = 50
-    nll_images: Positive = 10_000
-    tensorboard: bool = True
+    size: Literal["tiny", "b", "l", "xl"]
+    depth: Count | None
+    width: Count | None
+    heads: Count | None
+    mask_vocab: Literal["train", "sample_only", "off"]
+    dropout: Dropout
+    token_dropout: Dropout
+    attention_dropout: Dropout
+    label_dropout: Share
+    splits: Splits
+    held_out: list[str]
+    steps: Count
+    batch: Count
+    accumulate: Count
+    lr: Rate
+    final_lr: Weight
+    warmup: CountOrZero
+    hold: CountOrZero
+    betas: Betas
+    weight_decay: Weight
+    clip: Weight
+    precision: Precision
+    seed: Seed
+    nll_images: Count
 
 
 class ArSample(Section):
-    """How images are drawn; scale 0 is no guidance (tables 7 and 8)."""
+    """Class-conditional sampling with guidance."""
 
-    classes: list[Annotated[int, Field(ge=0)]] = []  # empty = all
-    per_class: Positive = 50
-    scale: Annotated[float, Field(ge=0)] = 10.0
-    power: Annotated[float, Field(gt=0)] = 1.5
-    start: Annotated[float, Field(ge=0)] = 0.0
-    mode: Literal["ramp_ratio", "ramp", "ratio", "ratio_power", "constant"] = "ramp_ratio"
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    unguided_temperature: Annotated[float, Field(gt=0)] = 1.0  # the paper's "w/o CFG" rows: 0.85 to 0.95
-    seed: Annotated[int, Field(ge=0)] = 0
-    batch: Positive = 64
-    precision: Literal["float32", "bfloat16"] = "float32"
-    device: Device = "auto"
+    classes: list[CountOrZero]
+    per_class: Count
+    scale: Weight
+    power: Rate
+    start: Weight
+    mode: Literal["ramp_ratio", "ramp", "ratio", "ratio_power", "constant"]
+    temperature: Rate
+    unguided_temperature: Rate
+    seed: Seed
+    batch: Count
+    precision: SamplingPrecision
+
+
+class FirstK(Section):
+    """Linear probe on the first k tokens."""
+
+    first: Annotated[list[Count], Field(min_length=1)]
+    features: Annotated[list[Literal["pre", "code"]], Field(min_length=1)]
+    pools: Annotated[list[Literal["mean", "concat"]], Field(min_length=1)]
+    epochs: Count
+    batch: Count
+    base_lr: Rate
+    warmup_epochs: CountOrZero
+    weight_decay: Weight
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _fits(self) -> "FirstK":
+        check_warmup(self.warmup_epochs, self.epochs)
+        return self
+
+
+class VcqEvaluate(Section):
+    """Reconstruction, codebook use and first-k probe of a tokenizer."""
+
+    train_splits: Splits
+    test_splits: Splits
+    shown: Count
+    batch: Count
+    precision: SamplingPrecision
+    probe: FirstK

@@ -1,0 +1,154 @@
+"""Sections of the masked-token models: `pretrain` (LEASE, Sorcen, MAGE), `condition`, `generate`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from semdict.pipeline.config.schema.base import (
+    Betas,
+    Count,
+    CountOrZero,
+    Dropout,
+    Precision,
+    Rate,
+    SamplingPrecision,
+    Section,
+    Seed,
+    Share,
+    Splits,
+    Weight,
+    check_warmup,
+)
+
+Widths = Annotated[list[Count], Field(min_length=2, max_length=2)]  # hidden, output
+
+
+class Mask(Section):
+    """Mask ratio: a normal distribution truncated to [min, max]."""
+
+    mode: Share
+    std: Rate
+    min: Annotated[float, Field(ge=0.5, le=1.0)]
+    max: Annotated[float, Field(ge=0.5, le=1.0)]
+    per_sample: bool
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Mask":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+class PretrainLease(Section):
+    """Codebook contrast (LEASE, table A.1)."""
+
+    contrast: Literal["encoder", "decoder", "both"]
+    neighbours: CountOrZero
+    tau: Rate
+    alpha: Rate
+
+
+class PretrainSorcen(Section):
+    """Echo contrast (Sorcen, table A.1)."""
+
+    temperature: Rate
+    top: Count
+    echo_warmup_epochs: CountOrZero
+    uniform_weight: Weight
+    momentum: Share
+    projector: Widths
+    predictor: Widths
+    as_released: bool
+
+
+class PretrainMage(Section):
+    """Reconstruction only: no keys of its own."""
+
+
+class Pretrain(Section):
+    """Masked-token training on token shards."""
+
+    size: Literal["tiny", "small", "vit_base", "vit_large"]
+    width: Count | None
+    depth: Count | None
+    heads: Count | None
+    decoder_width: Count | None
+    decoder_depth: Count | None
+    decoder_heads: Count | None
+    splits: Splits
+    loader: Literal["resident", "streaming"]
+    epochs: Count
+    batch: Count
+    accumulate: Count
+    base_lr: Rate
+    min_lr: Weight
+    warmup_epochs: CountOrZero
+    weight_decay: Weight
+    betas: Betas
+    clip: Weight
+    dropout: Dropout
+    label_smoothing: Dropout
+    contrast_weight: Annotated[float, Field(ge=0, le=1e6, alias="lambda")]
+    mask: Mask
+    online_classifier: bool
+    precision: Precision
+    seed: Seed
+    lease: PretrainLease
+    sorcen: PretrainSorcen
+    mage: PretrainMage
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Pretrain":
+        check_warmup(self.warmup_epochs, self.epochs)
+        return self
+
+
+class Condition(Section):
+    """Class-conditional fine-tuning of the decoder under a frozen encoder (LEASE, table A.5)."""
+
+    class_embeddings: str | None
+    centroids: bool
+    label_dropout: Share
+    word_dropout: Share
+    splits: Splits
+    held_out: list[str]
+    held_out_images: Count
+    epochs: Count
+    batch: Count
+    accumulate: Count
+    base_lr: Rate
+    min_lr: Weight
+    warmup_epochs: CountOrZero
+    weight_decay: Weight
+    betas: Betas
+    clip: Weight
+    dropout: Dropout
+    label_smoothing: Dropout
+    mask: Mask
+    precision: Precision
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Condition":
+        check_warmup(self.warmup_epochs, self.epochs)
+        return self
+
+
+class Generate(Section):
+    """Iterative decoding of a masked model."""
+
+    images: Count
+    steps: Count
+    temperature: Weight
+    last: Literal["family", "argmax", "sampled"]
+    batch: Count
+    seed: Seed
+    split: str
+    box: Annotated[list[CountOrZero], Field(min_length=4, max_length=4)]
+    mask_ratio: Share
+    classes: list[CountOrZero]
+    words: bool
+    scale: Weight
+    uint8: Literal["truncate", "round"]
+    shown: Count
+    precision: SamplingPrecision
