@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from semdict import __version__
 from semdict.commands import COMMANDS, Command, Group
@@ -60,15 +61,22 @@ def resolve(words: list[str]) -> tuple[str, Command | None, list[str]]:
 
 def call(name: str, command: Command, words: list[str]) -> int:
     """Import a command's module, parse its arguments and run it; returns the exit status."""
-    module = importlib.import_module(command.module)
+    command_module = load(command)
     parser = argparse.ArgumentParser(
         prog=name,
         description=command.text,
-        epilog=module.EXAMPLE,
+        epilog=command_module.EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(words)) or 0
+    command_module.add_arguments(parser)
+    return command_module.run(parser.parse_args(words)) or 0
+
+
+def load(command: Command) -> Any:
+    """The module or class of a command."""
+    module, _, name = command.module.partition(":")
+    imported = importlib.import_module(module)
+    return getattr(imported, name) if name else imported
 
 
 def overview(name: str, kind: str, text: str, table: Mapping[str, Command | Group], example: str) -> str:

@@ -1,7 +1,7 @@
 """Every command of `semdict` in one table. Plain data: reading it imports no command.
 
 A command is a module that offers `EXAMPLE` (text under --help), `add_arguments(parser)` and `run(args)` -> exit status
-or None. A group is a command with actions, such as `semdict vcq train`.
+or None; "module:Name" is a class in it that does. A group is a command with actions, such as `semdict vcq train`.
 """
 
 from typing import NamedTuple
@@ -24,6 +24,12 @@ class Group(NamedTuple):
     example: str
 
 
+SHARDS = {
+    "info": Command("semdict.pipeline.shards.command:Info", "counts, grid, codebooks, bits per token, provenance"),
+    "verify": Command("semdict.pipeline.shards.command:Verify", "read every byte and name damaged arrays and chunks"),
+    "import": Command("semdict.pipeline.shards.command:Import", "write the tokens of another layout as shards"),
+    "export": Command("semdict.pipeline.shards.command:Export", "write a shard directory in another layout"),
+}
 VCQ = {
     "train": Command("semdict.train.vcq.train", "train the tokenizer and its discriminator on a manifest's images"),
     "encode": Command("semdict.train.vcq.encode", "turn every image into its tokens, as a shard directory"),
@@ -39,7 +45,14 @@ COMMANDS: dict[str, Command | Group] = {
     "sample-features": Command("semdict.pipeline.kmeans.sample_features", "sample teacher patch features for k-means"),
     "kmeans": Command("semdict.pipeline.kmeans.stage", "cluster the sampled features into the discriminative codebook"),
     "encode": Command("semdict.pipeline.encode.stage", "turn every image into generative and discriminative tokens"),
-    "shards": Command("semdict.pipeline.shards.command", "info, verify, import, export of token shards"),
+    "shards": Group(
+        SHARDS,
+        "token shards",
+        "examples:\n"
+        "  semdict shards info shards/demo\n"
+        "  semdict shards import tokens.pt shards/lease --centroids km_16k.npy\n"
+        "  semdict shards export shards/demo tokens.pt --to pt",
+    ),
     "pretrain": Command("semdict.train.masked.pretrain", "train lease, sorcen or mage on token shards"),
     "evaluate": Group(
         {name: Command(*entry) for name, entry in MEASURES.items()},

@@ -1,13 +1,12 @@
 """The command line: fast help, examples, exit codes, no traceback for a user's mistake."""
 
-import importlib
 import resource
 import subprocess
 import sys
 
 import pytest
 
-from semdict.cli import main
+from semdict.cli import load, main
 from semdict.commands import COMMANDS, Command
 
 HEAVY = ("torch", "zarr", "pyarrow", "dask", "numpy", "faiss", "pydantic", "PIL", "dvc")
@@ -31,7 +30,7 @@ def leaves() -> dict[str, Command]:
 
 def test_help_lists_every_command_and_imports_nothing_heavy():
     script = (
-        "import sys\nfrom semdict.cli import main\nmain(['--help'])\nmain(['vcq', '--help'])\n"
+        "import sys\nfrom semdict.cli import load, main\nmain(['--help'])\nmain(['vcq', '--help'])\n"
         f"print('HEAVY', [m for m in {HEAVY} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -55,7 +54,7 @@ def test_each_command_has_help_with_an_example(name, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"usage: semdict {name}")
     assert f"  semdict {name}" in text[text.index("example") :]
-    assert callable(importlib.import_module(leaves()[name].module).run)
+    assert callable(load(leaves()[name]).run)
 
 
 @pytest.mark.parametrize("group", [name for name, entry in COMMANDS.items() if not isinstance(entry, Command)])
@@ -79,6 +78,7 @@ def test_semdict_alone_prints_the_help(capsys):
     [
         (["enocde"], "unknown command 'enocde'; did you mean 'encode'?"),
         (["vcq", "trian"], "unknown action 'trian'; did you mean 'train'?"),
+        (["shards", "inof"], "unknown action 'inof'; did you mean 'info'?"),
         (["evaluate", "fewshot"], "did you mean 'few-shot'?"),
         (["ar", "xyz"], "known: train, sample; see `semdict ar --help`"),
         (["--params"], "unknown command '--params'"),

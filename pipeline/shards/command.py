@@ -1,52 +1,135 @@
-"""`semdict shards`: info, verify, import, export."""
+"""`semdict shards`: the actions info, verify, import and export, each with EXAMPLE, add_arguments and run."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = """examples:
-  semdict shards info shards/demo --json
+
+class Info:
+    """Prints what a shard directory holds."""
+
+    EXAMPLE = """examples:
+  semdict shards info shards/demo
+  semdict shards info shards/demo --json"""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """The directory, and whether to print JSON."""
+        parser.add_argument("dir", type=Path)
+        parser.add_argument("--json", action="store_true", help="machine-readable")
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Print the summary."""
+        numbers = summary(args.dir)
+        print(json.dumps(numbers, indent=1, ensure_ascii=False) if args.json else _as_text(numbers))
+        return 0
+
+
+class Verify:
+    """Reads every byte and names what is damaged."""
+
+    EXAMPLE = """example:
   semdict shards verify shards/demo
-  semdict shards import tokens.pt shards/lease --centroids km_16k.npy
+
+Exit status: 0 sound, 1 damaged (names array and chunk), 2 not a shard directory."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """The directory."""
+        parser.add_argument("dir", type=Path)
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Print each problem, or that there is none."""
+        from semdict.pipeline.shards import verify_shards
+
+        report = verify_shards(args.dir)
+        for problem in report.problems:
+            print(f"{args.dir}: {problem}")
+        if report.ok:
+            print(
+                f"{args.dir}: sound; {report.rows:,} rows ({report.bad_rows:,} without tokens), "
+                f"{report.files} files, {report.bytes:,} bytes read"
+            )
+        return 0 if report.ok else 1
+
+
+class Import:
+    """Writes the tokens of another layout as a shard directory; layouts come from the table of `formats.py`."""
+
+    EXAMPLE = """example:
+  semdict shards import tokens.pt shards/lease --centroids km_16k.npy"""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Source, target and codebooks, and the options of every layout."""
+        from semdict.pipeline.shards.formats import IMPORTERS
+
+        parser.add_argument("file", type=Path)
+        parser.add_argument("dir", type=Path)
+        layouts = "|".join(IMPORTERS.modules)
+        parser.add_argument("--from", dest="layout", metavar=layouts, help="layout of FILE (default: by its ending)")
+        parser.add_argument("--centroids", type=Path, help="(K, D) .npy of the discriminative codebook")
+        parser.add_argument("--gen-size", type=int, metavar="K", help="entries of the generative codebook")
+        parser.add_argument("--disc-size", type=int, metavar="K", help="entries of the discriminative codebook")
+        parser.add_argument("--split", default="train", help="split of all rows (default: train)")
+        parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+        IMPORTERS.add_arguments(parser)
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Import, and print the counts."""
+        from semdict.pipeline.shards.formats import IMPORTERS, guess_layout, import_tokens
+
+        layout = args.layout or guess_layout(args.file)
+        result = import_tokens(
+            args.file,
+            args.dir,
+            layout,
+            centroids=args.centroids,
+            gen_size=args.gen_size,
+            disc_size=args.disc_size,
+            split=args.split,
+            overwrite=args.overwrite,
+            **IMPORTERS.selected(args, layout),
+        )
+        if result.ignored:
+            print(f"{args.file}: not imported, no tokens: {', '.join(result.ignored)}")
+        print(f"{args.dir}: {result.rows:,} rows, codebooks {result.gen_size} and {result.disc_size or 'none'}")
+        return 0
+
+
+class Export:
+    """Writes a shard directory in another layout; layouts come from the table of `formats.py`."""
+
+    EXAMPLE = """examples:
   semdict shards export shards/demo tokens.pt --to pt
   semdict shards export shards/demo tars/ --to webdataset
   semdict shards export shards/demo hub/ --to hf"""
 
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Source and target, and the options of every layout."""
+        from semdict.pipeline.shards.formats import EXPORTERS
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Four actions; the layouts and their options come from the tables of `formats.py`."""
-    from semdict.pipeline.shards.formats import EXPORTERS, IMPORTERS
+        parser.add_argument("dir", type=Path)
+        parser.add_argument("out", type=Path)
+        parser.add_argument("--to", required=True, metavar="|".join(EXPORTERS.modules), help="layout of OUT")
+        parser.add_argument("--split", help="one split only")
+        parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+        EXPORTERS.add_arguments(parser)
 
-    actions = parser.add_subparsers(dest="action", required=True, metavar="info|verify|import|export")
-    info = actions.add_parser("info", help="counts, grid, codebooks, bytes, bits per token, entropy, provenance")
-    info.add_argument("dir", type=Path)
-    info.add_argument("--json", action="store_true", help="machine-readable")
-    verify = actions.add_parser("verify", help="read every byte; exit 0 sound, 1 damaged, 2 not a shard directory")
-    verify.add_argument("dir", type=Path)
-    importer = actions.add_parser("import", help="write the tokens of another layout as a shard directory")
-    importer.add_argument("file", type=Path)
-    importer.add_argument("dir", type=Path)
-    layouts = "|".join(IMPORTERS.modules)
-    importer.add_argument("--from", dest="layout", metavar=layouts, help="layout of FILE (default: by its ending)")
-    importer.add_argument("--centroids", type=Path, help="(K, D) .npy of the discriminative codebook")
-    importer.add_argument("--gen-size", type=int, metavar="K", help="entries of the generative codebook")
-    importer.add_argument("--disc-size", type=int, metavar="K", help="entries of the discriminative codebook")
-    importer.add_argument("--split", default="train", help="split of all rows (default: train)")
-    importer.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-    IMPORTERS.add_arguments(importer)
-    exporter = actions.add_parser("export", help="write a shard directory in another layout")
-    exporter.add_argument("dir", type=Path)
-    exporter.add_argument("out", type=Path)
-    exporter.add_argument("--to", required=True, metavar="|".join(EXPORTERS.modules), help="layout of OUT")
-    exporter.add_argument("--split", help="one split only")
-    exporter.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    EXPORTERS.add_arguments(exporter)
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Export, and print the number of rows left out."""
+        from semdict.pipeline.shards.formats import EXPORTERS, export_tokens
 
-
-def run(args: argparse.Namespace) -> int:
-    """Run one action; returns the exit status."""
-    return {"info": _info, "verify": _verify, "import": _import, "export": _export}[args.action](args)
+        options = EXPORTERS.selected(args, args.to)
+        skipped = export_tokens(args.dir, args.out, args.to, split=args.split, overwrite=args.overwrite, **options)
+        print(f"{args.out}: written as {args.to}" + (f"; {skipped:,} rows without tokens left out" if skipped else ""))
+        return 0
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -95,12 +178,6 @@ def summary(path: Path) -> dict[str, Any]:
     }
 
 
-def _info(args: argparse.Namespace) -> int:
-    numbers = summary(args.dir)
-    print(json.dumps(numbers, indent=1, ensure_ascii=False) if args.json else _as_text(numbers))
-    return 0
-
-
 def _as_text(numbers: dict[str, Any]) -> str:
     views = ", ".join(str(view.get("name", "?")) for view in numbers["views"])
     splits = ", ".join(f"{name} {rows:,}" for name, rows in numbers["splits"].items())
@@ -122,47 +199,3 @@ def _as_text(numbers: dict[str, Any]) -> str:
         *("           " + line for line in json.dumps(numbers["recipe"], indent=1, ensure_ascii=False).splitlines()),
     ]
     return "\n".join(lines)
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from semdict.pipeline.shards import verify_shards
-
-    report = verify_shards(args.dir)
-    for problem in report.problems:
-        print(f"{args.dir}: {problem}")
-    if report.ok:
-        print(
-            f"{args.dir}: sound; {report.rows:,} rows ({report.bad_rows:,} without tokens), "
-            f"{report.files} files, {report.bytes:,} bytes read"
-        )
-    return 0 if report.ok else 1
-
-
-def _import(args: argparse.Namespace) -> int:
-    from semdict.pipeline.shards.formats import IMPORTERS, guess_layout, import_tokens
-
-    layout = args.layout or guess_layout(args.file)
-    result = import_tokens(
-        args.file,
-        args.dir,
-        layout,
-        centroids=args.centroids,
-        gen_size=args.gen_size,
-        disc_size=args.disc_size,
-        split=args.split,
-        overwrite=args.overwrite,
-        **IMPORTERS.selected(args, layout),
-    )
-    if result.ignored:
-        print(f"{args.file}: not imported, no tokens: {', '.join(result.ignored)}")
-    print(f"{args.dir}: {result.rows:,} rows, codebooks {result.gen_size} and {result.disc_size or 'none'}")
-    return 0
-
-
-def _export(args: argparse.Namespace) -> int:
-    from semdict.pipeline.shards.formats import EXPORTERS, export_tokens
-
-    options = EXPORTERS.selected(args, args.to)
-    left_out = export_tokens(args.dir, args.out, args.to, split=args.split, overwrite=args.overwrite, **options)
-    print(f"{args.out}: written as {args.to}" + (f"; {left_out:,} rows without tokens left out" if left_out else ""))
-    return 0
