@@ -149,8 +149,7 @@ def test_contrast_refuses_what_does_not_fit():
         codebook_contrastive(z, words, centroids.clone().requires_grad_(), ids, weights, 0.1)
 
 
-def test_neighbour_table_is_brute_force_even_with_doubles(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_NUMBERS", 3 * 40)
+def test_neighbour_table_is_brute_force_even_with_doubles():
     rng = torch.Generator().manual_seed(5)
     centroids = torch.randn(40, 7, generator=rng, dtype=torch.float64) * torch.rand(40, 1, generator=rng) * 9
     centroids[17] = 2 * centroids[3]  # the same direction: each is its own first neighbour all the same

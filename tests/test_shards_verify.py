@@ -1,5 +1,6 @@
 """Damage at any byte of a shard directory is found and named; checked against coreutils' sha256sum."""
 
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,14 +12,19 @@ from hypothesis import strategies as st
 
 from semdict.cli import main
 from semdict.pipeline.common.errors import ShardError
+from semdict.pipeline.common.files import is_foreign
 from semdict.pipeline.shards import FILL, Block, NotShardsError, ShardSpec, open_shards, verify_shards, write_shards
+from semdict.pipeline.shards.checksums import write_sums
+from semdict.pipeline.shards.command import summary
+from semdict.pipeline.shards.formats import export_tokens
+from semdict.pipeline.shards.ids import MAX_CODES
 from tests.token_sets import cut, make_index, make_set, tree, write
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_every_byte_is_guarded(tmp_path_factory):
-    """Flip one bit anywhere: verify fails and names the file. 120 flips."""
+    """One flipped bit anywhere: verify fails and names the file. 120 flips."""
     folder = tmp_path_factory.mktemp("guard")
     spec, block = make_set(rows=40)
     centroids = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
@@ -74,23 +80,92 @@ def test_truncated_and_grown_files(tmp_path, size):
     assert any(problem.startswith("tokens.zarr/gen/c/0/0/0:") for problem in verify_shards(path).problems)
 
 
-def test_missing_extra_and_swapped_files(tmp_path):
-    """Swapped shards have sound checksums of their own; only the directory's sums can tell."""
+def test_missing_and_extra_files(tmp_path):
+    """Each is reported once; opening refuses a set that lacks a file."""
     spec, block = make_set(rows=64)
-    path = write(tmp_path / "s", spec, block)
-    first, second = path / "tokens.zarr/gen/c/0/0/0", path / "tokens.zarr/gen/c/1/0/0"
+    centroids = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    path = write(tmp_path / "s", spec, block, centroids=centroids)
+    for name in ("tokens.zarr/gen/c/1/0/0", "codebooks/centroids.npy", "SHA256SUMS"):
+        file, sound = path / name, (path / name).read_bytes()
+        file.unlink()
+        assert any(name in problem and "missing" in problem for problem in verify_shards(path).problems)
+        with pytest.raises(ShardError, match="missing"):
+            open_shards(path)
+        file.write_bytes(sound)
+    (path / "notes.txt").write_text("hello")
+    assert verify_shards(path).problems == ["notes.txt: an extra file, not in SHA256SUMS"]
+
+
+def test_files_of_other_programs_are_ignored(tmp_path):
+    """What file browsers leave behind is no damage, is not counted, and is not exported."""
+    path = write(tmp_path / "s", *make_set())
+    before = verify_shards(path)
+    for name in (".DS_Store", "codebooks/._gen_counts.npy", "tokens.zarr/Thumbs.db", "codebooks/desktop.ini", "__MACOSX/._s"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(b"x")
+    after = verify_shards(path)
+    assert after == before and after.ok
+    assert len(open_shards(path)) == 50 and summary(path)["bytes"] == before.bytes
+    export_tokens(path, tmp_path / "hub", "hf")
+    assert not any(is_foreign(Path(name).name) for name in tree(tmp_path / "hub"))
+
+
+def exchange(first: Path, second: Path) -> None:
     sound = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(sound)
+
+
+@pytest.mark.parametrize("name", ["gen", "disc"])
+@pytest.mark.parametrize("gen_sizes", [40, 1 << 18])
+def test_exchanged_shard_files_are_refused_on_opening(tmp_path, name, gen_sizes):
+    """Each has sound checksums of its own, so that only SHA256SUMS shows it; verify names both."""
+    path = write(tmp_path / "s", *make_set(rows=64, gen_sizes=gen_sizes))
+    exchange(path / f"tokens.zarr/{name}/c/0/0/0", path / f"tokens.zarr/{name}/c/1/0/0")
     assert sum("SHA-256 differs" in problem for problem in verify_shards(path).problems) == 2
-    second.unlink()
-    assert "tokens.zarr/gen/c/1/0/0: the file is missing" in verify_shards(path).problems
-    with pytest.raises(ShardError, match="incomplete"):
+    with pytest.raises(ShardError, match=f"{name}/c/0/0/0 is not the file that was written: its size or its ends"):
         open_shards(path)
-    shutil.rmtree(path)
-    write(path, spec, block)
-    (path / "notes.txt").write_text("hello")
-    assert any(problem.startswith("notes.txt: an extra file") for problem in verify_shards(path).problems)
+
+
+def test_exchanged_shard_files_of_format_1_are_refused_on_loading(tmp_path):
+    """Format 1 has no sizes in SHA256SUMS: its shard files are compared whole when they are loaded."""
+    path = Path(shutil.copytree(ROOT / "tests/data/shards-v1", tmp_path / "s"))
+    exchange(path / "tokens.zarr/disc/c/0/0/0", path / "tokens.zarr/disc/c/1/0/0")
+    with pytest.raises(ShardError, match=r"disc/c/[01]/0/0 is not the file that was written: its SHA-256 differs"):
+        open_shards(path).load()
+
+
+@pytest.mark.parametrize(
+    "name", ["codebooks/centroids.npy", "codebooks/neighbour_weights.npy", "index.parquet", "tokens.zarr/label/c/0"]
+)
+def test_one_bit_is_noticed_on_opening(tmp_path, name):
+    """Codebooks, index and labels are compared whole, for they shape what is trained."""
+    centroids = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    path = write(tmp_path / "s", *make_set(), centroids=centroids)
+    data = bytearray((path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / name).write_bytes(data)
+    with pytest.raises(ShardError, match=f"{name} is not the file that was written"):
+        open_shards(path)
+
+
+def test_other_centroids_of_the_same_shape_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    centroids, others = (rng.standard_normal((300, 4)).astype(np.float32) for _ in range(2))
+    path = write(tmp_path / "s", *make_set(), centroids=centroids)
+    np.save(path / "codebooks/centroids.npy", others)
+    with pytest.raises(ShardError, match=r"centroids\.npy is not the file that was written"):
+        open_shards(path)
+
+
+def test_content_digest_names_the_content(tmp_path):
+    """Equal rows give equal digests; one other token under the same recipe gives another."""
+    spec, block = make_set(bad=0)
+    first = open_shards(write(tmp_path / "a", spec, block)).content_sha256
+    assert first == open_shards(write(tmp_path / "b", spec, block)).content_sha256
+    assert first == hashlib.sha256((tmp_path / "a/SHA256SUMS").read_bytes()).hexdigest()
+    block.gen[3, 0, 2] = (block.gen[3, 0, 2] + 1) % 40
+    assert first != open_shards(write(tmp_path / "c", spec, block)).content_sha256
 
 
 def test_sums_are_those_of_coreutils(tmp_path):
@@ -105,10 +180,8 @@ def test_sums_are_those_of_coreutils(tmp_path):
 
 
 def test_whole_but_wrong_content_is_found(tmp_path):
-    """Files whose checksums were renewed after tampering still contradict each other."""
+    """Files that contradict each other are found even if SHA256SUMS was renewed after tampering."""
     import zarr
-
-    from semdict.pipeline.shards.writer import write_sums
 
     spec, block = make_set(rows=32, gen_sizes=[4] * 8 + [40] * 8)
     path = write(tmp_path / "s", spec, block)
@@ -176,13 +249,13 @@ def test_wrong_input_is_refused(tmp_path):
     with pytest.raises(ShardError, match="codec"):
         write_shards(tmp_path / "s", spec, [block], make_index(30), codec="gzip")
     assert list(tmp_path.iterdir()) == []
-    for sizes in (0, FILL + 1, [3, 4]):
+    for sizes in (0, MAX_CODES + 1, [3, 4]):
         with pytest.raises(ShardError):
             ShardSpec(30, [{}], (4, 4), sizes)
 
 
 def test_tokens_of_bad_rows_are_never_stored(tmp_path):
-    """An encoder may leave anything there, even ids that are out of range."""
+    """Rows with a status may hold any number, even beyond the codebook: the filler is stored."""
     spec, block = make_set(rows=20, bad=0.5)
     left = Block(block.gen.copy(), block.disc.copy(), block.label, block.status)
     left.gen[block.status != 0] = 777
@@ -191,7 +264,7 @@ def test_tokens_of_bad_rows_are_never_stored(tmp_path):
 
 
 def test_shards_of_one_id_are_stored(tmp_path):
-    """Rank 0 everywhere must not be taken for an empty chunk, nor must 65535 everywhere."""
+    """A chunk of rank 0 only, or of fillers only, is written and not left out as an empty chunk."""
     spec, block = make_set(rows=48, bad=0)
     block.gen[:] = 5
     block.status[16:32] = 1
@@ -210,7 +283,7 @@ def test_incomplete_bitmap_is_refused(tmp_path):
 
 
 def test_what_is_not_a_shard_directory(tmp_path, capsys):
-    """Exit 2 for another thing or a newer format, 1 for damage, 0 for sound."""
+    """Exit 0 if sound, 1 if damaged, 2 for anything else and for a newer format."""
     path = write(tmp_path / "s", *make_set())
     assert main(["shards", "verify", str(path)]) == 0
     for other in (tmp_path / "none", tmp_path, path / "index.parquet"):
@@ -222,11 +295,9 @@ def test_what_is_not_a_shard_directory(tmp_path, capsys):
     group.write_text(sound.replace('"semdict-token-shards"', '"something else"'))
     assert main(["shards", "verify", str(path)]) == 1
     assert "tokens.zarr/zarr.json" in capsys.readouterr().out
-    group.write_text(sound.replace('"version": 1', '"version": 2'))
-    with pytest.raises(NotShardsError, match="version 2"):
+    group.write_text(sound.replace('"version": 2', '"version": 3'))
+    with pytest.raises(NotShardsError, match="version 3"):
         open_shards(path)
-    from semdict.pipeline.shards.writer import write_sums
-
     write_sums(path)
     assert main(["shards", "verify", str(path)]) == 2
     assert "install a newer one" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from semdict.pipeline.shards.entropy import clog, order0_entropy
+from semdict.pipeline.shards.ids import order0_entropy, sum_xlog2x
 
 BLOCK = 8  # columns fetched at once for the rows still in play
 Fetch = Callable[[np.ndarray, int, int], np.ndarray]  # (rows (n,), start, stop) -> ids (stop - start, n)
@@ -95,7 +95,7 @@ def entropy_given_column(joint: np.ndarray) -> np.ndarray:
     joint = np.asarray(joint, np.float64)
     total = joint.sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(total > 0, np.log2(total) - clog(joint, axis=0) / total, np.nan)
+        return np.where(total > 0, np.log2(total) - sum_xlog2x(joint, axis=0) / total, np.nan)
 
 
 def mean_conditional_entropy(joint: np.ndarray) -> float:
@@ -154,9 +154,9 @@ def _split(
     size = members if weight is None else np.bincount(place, weights=weight, minlength=len(members))
     shared = members > 1
     keep = shared[place]
-    after = float(clog(size.astype(np.float64)))
+    after = float(sum_xlog2x(size.astype(np.float64)))
     renumbered = np.cumsum(shared) - 1
-    return keep, renumbered[place[keep]], after, float(clog(size[shared].astype(np.float64)))
+    return keep, renumbered[place[keep]], after, float(sum_xlog2x(size[shared].astype(np.float64)))
 
 
 def _merge_duplicates(
@@ -179,7 +179,7 @@ def _merge_duplicates(
     shared = np.bincount(group) > 1
     keep = shared[group]
     rows, weight, group = rows[kept][keep], weight[keep], (np.cumsum(shared) - 1)[group[keep]]
-    return rows, weight, group, float(clog(np.bincount(group, weights=weight))) if len(rows) else 0.0
+    return rows, weight, group, float(sum_xlog2x(np.bincount(group, weights=weight))) if len(rows) else 0.0
 
 
 def _hash_rows(tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -137,16 +137,16 @@ def summary(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     from semdict.pipeline.shards import open_shards
-    from semdict.pipeline.shards.entropy import order0_entropy
-    from semdict.pipeline.shards.format import INDEX, TOKENS
+    from semdict.pipeline.shards.format import INDEX, files_under, token_file
+    from semdict.pipeline.shards.ids import order0_entropy
 
     shards = open_shards(path)
     status = shards.status[:]
     good = int((status == 0).sum())
     codebooks = {}
     for name, sizes in shards.spec.sizes.items():
-        files = (path / TOKENS / name / "c").rglob("*")
-        stored = sum(file.stat().st_size for file in files if file.is_file())
+        files = [path / token_file(name, shard) for shard in range(shards.layout.shards)]
+        stored = sum(file.stat().st_size for file in files)
         tokens = good * len(shards.views) * shards.spec.length
         count = shards.counts[name]
         codebooks[name] = {
@@ -161,7 +161,7 @@ def summary(path: Path) -> dict[str, Any]:
     column = pq.read_table(path / INDEX, columns=["split"])["split"]
     splits = {str(item["values"]): item["counts"] for item in column.value_counts().to_pylist()}
     kept = ("format", "version", "title", "licence", "source", "fingerprint", "recipe", "libraries", "codec")
-    every = [file for file in path.rglob("*") if file.is_file()]
+    sizes = [(path / file).stat().st_size for file in files_under(path)]
     return {
         "path": str(path),
         "rows": len(shards),
@@ -172,8 +172,9 @@ def summary(path: Path) -> dict[str, Any]:
         "grid": list(shards.grid),
         "codebooks": codebooks,
         "centroids": None if shards.centroids is None else list(shards.centroids.shape),
-        "bytes": sum(file.stat().st_size for file in every),
-        "files": len(every),
+        "bytes": sum(sizes),
+        "files": len(sizes),
+        "content_sha256": shards.content_sha256,
         **{key: shards.meta[key] for key in kept},
     }
 

@@ -1,10 +1,12 @@
-"""Format 1 of a token shard directory in one place: names, sizes, metadata, and the refusal of what is not one.
+"""Format 2 of a token shard directory: names of its files, metadata, and the refusal of what is no such directory.
 
-N rows (images), V views, L grid cells, K codebook entries. `shards/README.md` says the same in words.
+N rows (images), V views, L grid cells, K codebook entries. `shards/README.md` describes the format. Version 1, which
+has no ids of 32 bits and no sizes in SHA256SUMS, is read as it is.
 """
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,29 +15,29 @@ from typing import Any
 import numpy as np
 
 from semdict.pipeline.common.errors import ShardError
+from semdict.pipeline.common.files import is_foreign
+from semdict.pipeline.shards.ids import FILL, MAX_CODES, filler, id_dtype
 
 FORMAT = "semdict-token-shards"
-VERSION = 1
-FILL = 65535  # stands where there is no token; a codebook therefore has at most 65535 entries
+VERSION = 2
+READABLE = (1, 2)
 TOKENS = "tokens.zarr"
 INDEX = "index.parquet"
 INDEX_COLUMNS = ("key", "split", "label_name", "reason")
 CODEBOOKS = "codebooks"
 SUMS = "SHA256SUMS"
-NEIGHBOURS = 6  # a word and its five nearest
-TAU = 0.1  # temperature of the neighbour weights
 ROW_CHUNK = 1 << 21  # rows in one chunk of `label` and `status`: one file each for ImageNet-1k
 
 
 class NotShardsError(ShardError):
-    """The path holds no token shard directory that this version can read, exit 2."""
+    """The path is no token shard directory, or one of a newer format; exit 2."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What a token set is, before any token is written.
+    """A token set before any token is written.
 
     rows: N. views: V dicts that describe each crop (a name at least). grid: cells per axis, (16, 16) or (256,) for a
     1-D tokenizer; L is their product. gen_sizes: K, or L numbers where position t uses ids < K_t. disc_size: entries
@@ -64,8 +66,8 @@ class ShardSpec:
         if len(self.gen_sizes) != self.length:
             raise ShardError(f"gen_sizes names {len(self.gen_sizes)} positions, the grid {self.grid} has {self.length}")
         for name, size in (("gen", self.gen_size), ("disc", self.disc_size or 1), ("gen", min(self.gen_sizes))):
-            if not 1 <= size <= FILL:
-                raise ShardError(f"{name}: codebook size {size} is outside 1..{FILL} (ids are stored as uint16)")
+            if not 1 <= size <= MAX_CODES:
+                raise ShardError(f"{name}: codebook size {size} is outside 1..{MAX_CODES}")
 
     @property
     def length(self) -> int:
@@ -85,12 +87,17 @@ class ShardSpec:
             sizes["disc"] = np.full(self.length, self.disc_size, np.int64)
         return sizes
 
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Array name -> uint16 or uint32, the type of its ids; the largest value of the type means "no token"."""
+        return {name: id_dtype(int(sizes.max())) for name, sizes in self.sizes.items()}
+
 
 @dataclass
 class Block:
-    """Consecutive rows. gen, disc (n, V, L) uint16; label (n,) int32, -1 = none; status (n,) uint8, 0 = ok.
+    """Consecutive rows. gen, disc (n, V, L) ids of `ShardSpec.dtypes`; label (n,) int32, -1 = none; status (n,) uint8.
 
-    Where status is not 0 the tokens are 65535; a writer sets them so, whatever they were.
+    Rows of a status other than 0 have no tokens: the writer replaces whatever stands there by the filler.
     """
 
     gen: np.ndarray
@@ -149,7 +156,7 @@ def metadata(spec: ShardSpec, layout: Layout, codec: str) -> dict[str, Any]:
         "views": [dict(view) for view in spec.views],
         "grid": list(spec.grid),
         "codebooks": codebooks,
-        "fill": FILL,
+        "fill": _fill(spec),
         "recipe": spec.recipe,
         "fingerprint": spec.fingerprint,
         "title": spec.title,
@@ -166,6 +173,12 @@ def metadata(spec: ShardSpec, layout: Layout, codec: str) -> dict[str, Any]:
         raise ShardError(f"views and recipe must be plain JSON values: {error}") from None
 
 
+def _fill(spec: ShardSpec) -> int | dict[str, int]:
+    """The filler: one number if all ids are uint16, as in version 1, else that of each array."""
+    fills = {name: filler(dtype) for name, dtype in spec.dtypes.items()}
+    return FILL if set(fills.values()) == {FILL} else fills
+
+
 def _libraries() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -173,20 +186,24 @@ def _libraries() -> dict[str, str]:
 
 
 def read_metadata(path: Path) -> tuple[dict[str, Any], ShardSpec, Layout]:
-    """The attributes of a shard directory; NotShardsError names what is missing or newer than this version."""
+    """The attributes of a shard directory.
+
+    Raises NotShardsError naming what is missing, or a version that is newer; ShardError if the attributes are damaged.
+    """
     group = path / TOKENS / "zarr.json"
     try:
         meta = json.loads(group.read_bytes())["attributes"]
     except FileNotFoundError:
-        what = "does not exist" if not path.exists() else f"has no {TOKENS}/zarr.json"
-        raise NotShardsError(f"{path} is not a token shard directory: it {what}") from None
+        reason = "does not exist" if not path.exists() else f"has no {TOKENS}/zarr.json"
+        raise NotShardsError(f"{path} is not a token shard directory: it {reason}") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise NotShardsError(f"{path} is not a token shard directory: {group} cannot be read ({error})") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise NotShardsError(f"{path} is not a token shard directory: {group} does not say format {FORMAT!r}")
-    if meta.get("version") != VERSION:
+    if meta.get("version") not in READABLE:
         raise NotShardsError(
-            f"{path} is format version {meta.get('version')}, this program reads version {VERSION}: install a newer one"
+            f"{path} is format version {meta.get('version')}, this program reads versions {READABLE[0]} to {VERSION}: "
+            "install a newer one"
         )
     try:
         return meta, _spec(meta), Layout(meta["rows"], meta["chunk_rows"], meta["shard_rows"])
@@ -202,7 +219,7 @@ def _spec(meta: dict[str, Any]) -> ShardSpec:
 
 
 def import_zarr() -> Any:
-    """The zarr module; its warning that pcodec is not a core codec of the format is answered in `shards/README.md`."""
+    """The zarr module, without its warning that pcodec is no core codec of zarr 3 (see `shards/README.md`)."""
     import warnings
 
     import zarr
@@ -216,11 +233,20 @@ def token_file(name: str, shard: int) -> str:
     return f"{TOKENS}/{name}/c/{shard}/0/0"
 
 
+def is_token_file(name: str) -> bool:
+    """Whether a file of a shard directory, relative to it, is a shard file of `gen` or `disc`."""
+    return re.fullmatch(rf"{re.escape(TOKENS)}/(gen|disc)/c/\d+/0/0", name) is not None
+
+
+def token_files(spec: ShardSpec, layout: Layout) -> list[str]:
+    """The shard files of all token arrays."""
+    return [token_file(name, shard) for name in spec.sizes for shard in range(layout.shards)]
+
+
 def expected_files(spec: ShardSpec, layout: Layout, centroids: bool) -> list[str]:
     """Every file of a whole directory but SHA256SUMS, sorted; relative, with forward slashes."""
-    files = [f"{TOKENS}/zarr.json", INDEX]
+    files = [f"{TOKENS}/zarr.json", INDEX, *token_files(spec, layout)]
     for name in spec.sizes:
-        files += [token_file(name, shard) for shard in range(layout.shards)]
         files += [f"{TOKENS}/{name}_ids/c/0", f"{CODEBOOKS}/{name}_counts.npy"]
         files += [f"{TOKENS}/{array}/zarr.json" for array in (name, f"{name}_ids")]
     for name in ("label", "status"):
@@ -232,21 +258,6 @@ def expected_files(spec: ShardSpec, layout: Layout, centroids: bool) -> list[str
 
 
 def files_under(path: Path) -> list[str]:
-    """Every file below `path`, sorted; relative, with forward slashes."""
-    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
-
-
-def look_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """`table[ids]` for a (65536,) table and uint16 ids of any shape, read-only; about five times numpy's speed."""
-    import pyarrow as pa
-
-    return pa.array(table).take(pa.array(ids.reshape(-1))).to_numpy(zero_copy_only=True).reshape(ids.shape)
-
-
-def histogram(ids: np.ndarray) -> np.ndarray:
-    """(65536,) int64 counts of uint16 ids of any shape, in pieces that stay in cache."""
-    flat, step = ids.reshape(-1), 1 << 18
-    total = np.zeros(FILL + 1, np.int64)
-    for start in range(0, flat.size, step):
-        total += np.bincount(flat[start : start + step], minlength=FILL + 1)
-    return total
+    """Every file below `path` but those of other programs, sorted; relative, with forward slashes."""
+    names = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
+    return sorted(name.as_posix() for name in names if not any(map(is_foreign, name.parts)))

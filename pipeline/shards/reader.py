@@ -11,32 +11,40 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from semdict.pipeline.common.errors import ShardError
+from semdict.pipeline.shards.checksums import check_files, read_sums
 from semdict.pipeline.shards.format import (
     CODEBOOKS,
-    FILL,
     INDEX,
     TOKENS,
     Block,
     expected_files,
     import_zarr,
-    look_up,
     read_metadata,
+    token_file,
+    token_files,
 )
+from semdict.pipeline.shards.ids import filler, look_up, memory_dtype
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
 def open_shards(path: str | Path) -> "TokenShards":
-    """Open a shard directory; only metadata is read.
+    """Open a shard directory.
 
-    NotShardsError (exit 2): no shard directory, or a newer format. ShardError: incomplete, a file is missing.
+    Files are compared with SHA256SUMS: codebooks, index and attributes whole, shard files by size and both ends; no
+    token is read. Raises NotShardsError (exit 2) for what is no shard directory, or one of a newer format, and
+    ShardError naming a file that is missing or not the one that was written.
     """
     return TokenShards(path)
 
 
 class LazyArray:
-    """A zarr array that slices to numpy; token ranks become the original ids. Damage raises ShardError."""
+    """A zarr array that slices to numpy: ranks become the original ids, the result is a writable copy.
+
+    Indices are those of zarr, numpy arrays and torch tensors among them; a boolean array selects rows. Damage raises
+    ShardError.
+    """
 
     def __init__(self, name: str, stored: Any, table: np.ndarray | None = None) -> None:
         self.name, self.stored, self.table = name, stored, table
@@ -46,9 +54,12 @@ class LazyArray:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> np.ndarray:
+        key = tuple(map(_plain_index, key)) if isinstance(key, tuple) else _plain_index(key)
         if isinstance(key, np.ndarray) and key.dtype == bool and key.ndim == 1:
-            key = np.flatnonzero(key)  # a mask of rows
-        values = np.asarray(decode(self.name, self.stored, key))
+            if len(key) != len(self):
+                raise IndexError(f"a mask of {len(key)} rows does not fit {self.name} with {len(self)}")
+            key = np.flatnonzero(key)
+        values = np.asarray(read_stored(self.name, self.stored, key))
         return values if self.table is None else look_up(self.table, values)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -58,8 +69,15 @@ class LazyArray:
         return f"<{self.name} {self.dtype} {self.shape}>"
 
 
-def decode(name: str, stored: Any, key: Any) -> np.ndarray:
-    """`stored[key]`; what a codec or the file system says becomes a ShardError with the way out."""
+def _plain_index(key: Any) -> Any:
+    """Torch tensors, wherever they are, as numpy arrays, those without axes as integers; all else as it is."""
+    if hasattr(key, "detach"):
+        key = key.detach().cpu().numpy()
+    return int(key) if isinstance(key, np.ndarray) and key.ndim == 0 else key
+
+
+def read_stored(name: str, stored: Any, key: Any) -> np.ndarray:
+    """`stored[key]`; errors of a codec or the file system become a ShardError that names the array."""
     try:
         return stored[key]
     except IndexError:
@@ -73,8 +91,8 @@ def decode(name: str, stored: Any, key: Any) -> np.ndarray:
 class LoadedTokens:
     """Tokens of the good rows, in memory.
 
-    gen, disc (n, V, L) uint8, int16 or uint16, the smallest that holds the codebook (disc None where there is none);
-    label (n,) int32; rows (n,) int64, the manifest row of each; left_out: rows not ok within the split.
+    gen, disc (n, V, L) uint8, int16, uint16 or int32, the smallest that holds the codebook (disc None if there is
+    none); label (n,) int32; rows (n,) int64, the manifest row of each; left_out: rows of the split without tokens.
     """
 
     gen: np.ndarray
@@ -85,16 +103,22 @@ class LoadedTokens:
 
 
 class TokenShards:
-    """N images as tokens: gen, disc (N, V, L) uint16 (disc may be None), label (N,) int32, status (N,) uint8.
+    """N images as tokens: gen, disc (N, V, L) ids (disc may be None), label (N,) int32, status (N,) uint8.
 
-    All four are lazy and slice to numpy; tokens of a row whose status is not 0 are 65535. `meta` holds the attributes.
+    All four are lazy and slice to numpy. Ids are uint16 or uint32; rows whose status is not 0 hold the largest value of
+    the type. meta: the attributes. content_sha256: the SHA-256 of SHA256SUMS, which names the whole content; runs put
+    it into their fingerprints. check=False opens a set without comparing its files with SHA256SUMS.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, check: bool = True) -> None:
         zarr = import_zarr()
         self.path = Path(path)
         self.meta, self.spec, self.layout = read_metadata(self.path)
+        self._sums = read_sums(self.path)
         self._require_files()
+        self.content_sha256 = self._sums.sha256
+        # Format 1 has no sizes in SHA256SUMS: its shard files are compared whole, when they are loaded.
+        self._unchecked = set(token_files(self.spec, self.layout)) - self._sums.edges.keys() if check else set()
         try:
             group = zarr.open_group(self.path / TOKENS, mode="r")
             stored = {name: group[name] for name in (*self.spec.sizes, "label", "status", "complete")}
@@ -103,6 +127,8 @@ class TokenShards:
         except (KeyError, ValueError, RuntimeError, OSError, TypeError, AttributeError, IndexError) as error:
             raise ShardError(f"{self.path} is damaged: {error}; `semdict shards verify` says where") from error
         self._check(stored, done)
+        if check:
+            self._check_files()
         self.gen = LazyArray("gen", stored["gen"], tables["gen"])
         self.disc = LazyArray("disc", stored["disc"], tables["disc"]) if "disc" in stored else None
         self.label, self.status = LazyArray("label", stored["label"]), LazyArray("status", stored["status"])
@@ -148,12 +174,15 @@ class TokenShards:
 
     @cached_property
     def centroids(self) -> np.ndarray | None:
-        """(K, D) float32 of the discriminative codebook, memory-mapped; None where it was not given."""
+        """(K, D) float32 of the discriminative codebook, mapped copy-on-write; None if the set has none."""
         return self._book("centroids")
 
     @cached_property
     def neighbours(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """ids (K, 6) int32, weights (K, 6) float32: each word's nearest, itself first; None without centroids."""
+        """ids (K, 6) int32 and weights (K, 6) float32 of each word's nearest, itself first; None without centroids.
+
+        See `pipeline/kmeans/neighbours.py`.
+        """
         ids = self._book("neighbour_ids")
         return None if ids is None else (ids, self._book("neighbour_weights"))
 
@@ -189,7 +218,7 @@ class TokenShards:
             yield self.read(slice(start, min(start + step, len(self))))
 
     def load(self, split: str | None = None, workers: int = 0) -> LoadedTokens:
-        """Decode every good row, of one split or all, into the smallest integer type; `workers` 0 = one per core.
+        """Decode every good row, of one split or all, into the smallest integer type; workers=0: one per core.
 
         Memory: the result and two shards per worker.
         """
@@ -201,7 +230,7 @@ class TokenShards:
         with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
             jobs = []
             for name, sizes in self.spec.sizes.items():
-                dtype = smallest_dtype(int(sizes.max()))
+                dtype = memory_dtype(int(sizes.max()))
                 tokens[name] = np.empty((int(starts[-1]), *self.gen.shape[1:]), dtype)
                 for shard in range(self.layout.shards):
                     jobs.append(pool.submit(self._load_shard, name, shard, good, starts, tokens[name]))
@@ -217,13 +246,16 @@ class TokenShards:
         keep = good[where]
         if not keep.any():
             return
-        ranks = np.asarray(decode(name, array.stored, where))
+        file = token_file(name, shard)
+        if file in self._unchecked:
+            check_files(self.path, self._sums, [file])
+        ranks = np.asarray(read_stored(name, array.stored, where))
         ranks = ranks if keep.all() else ranks[keep]
         target = out[starts[where.start] : starts[where.stop]]
         step = max(1, (1 << 20) // max(1, ranks[0].size))
         for start in range(0, len(ranks), step):
             ids = look_up(array.table, ranks[start : start + step])
-            if ids.max() == FILL:
+            if ids.max() == filler(ids.dtype):
                 raise ShardError(
                     f"{name}: a row of {where} has no tokens though its status is 0; run `semdict shards verify`"
                 )
@@ -232,27 +264,32 @@ class TokenShards:
     def _book(self, name: str) -> np.ndarray | None:
         file = self.path / CODEBOOKS / f"{name}.npy"
         try:
-            return np.load(file, mmap_mode="r", allow_pickle=False) if file.exists() else None
+            return np.load(file, mmap_mode="c", allow_pickle=False) if file.exists() else None
         except (ValueError, OSError) as error:
             raise ShardError(f"{file} is damaged: {error}") from None
 
     def _require_files(self) -> None:
-        """A missing shard file would read as 65535 without an error, so look before."""
-        names = expected_files(self.spec, self.layout, centroids=False)
+        """ShardError if a file is missing: zarr would read it as fillers, without an error."""
+        names = sorted({*expected_files(self.spec, self.layout, centroids=False), *self._sums.digests})
         missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
             raise ShardError(
                 f"{self.path} is incomplete: {missing[0]} is missing ({len(missing)} of {len(names)} files)"
             )
 
+    def _check_files(self) -> None:
+        """Compare with SHA256SUMS all files but the shard files of format 1."""
+        names = set(expected_files(self.spec, self.layout, (self.path / CODEBOOKS / "centroids.npy").is_file()))
+        check_files(self.path, self._sums, sorted(names - self._unchecked))
+
     def _check(self, stored: dict[str, Any], done: np.ndarray) -> None:
         """Shapes agree with the attributes and every chunk is marked as written."""
         cells = (len(self.spec.views), self.spec.length)
         for name in self.spec.sizes:
-            if stored[name].shape != (len(self), *cells) or stored[name].dtype != np.uint16:
-                raise ShardError(
-                    f"{self.path}: {name} is {stored[name].shape}, the attributes say {(len(self), *cells)}"
-                )
+            shape, dtype = (len(self), *cells), self.spec.dtypes[name]
+            if stored[name].shape != shape or stored[name].dtype != dtype:
+                actual = f"{stored[name].dtype} {stored[name].shape}"
+                raise ShardError(f"{self.path}: {name} is {actual}, the attributes say {dtype} {shape}")
         for name in ("label", "status"):
             if stored[name].shape != (len(self),):
                 raise ShardError(f"{self.path}: {name} is {stored[name].shape}, the attributes say {(len(self),)}")
@@ -261,8 +298,3 @@ class TokenShards:
             raise ShardError(
                 f"{self.path} is incomplete: chunk {first} of {self.layout.chunks} is not marked as written"
             )
-
-
-def smallest_dtype(size: int) -> np.dtype:
-    """The smallest integer type for ids 0..size-1; signed where torch has no unsigned one that indexes well."""
-    return np.dtype(np.uint8 if size <= 1 << 8 else np.int16 if size <= 1 << 15 else np.uint16)

@@ -68,8 +68,8 @@ def checked_blocks(source: Source, spec: ShardSpec, assumed: Collection[str] = (
                 f"{source.path}: {source.names['label']} row {start + row} holds {raw.label[row]}, "
                 "expected a class number, or -1 for none"
             )
-        disc = None if raw.disc is None else raw.disc.astype(np.uint16)
-        yield Block(raw.gen.astype(np.uint16), disc, raw.label.astype(np.int32), np.zeros(n, np.uint8))
+        ids = {name: getattr(raw, name).astype(dtype) for name, dtype in spec.dtypes.items()}
+        yield Block(ids["gen"], ids.get("disc"), raw.label.astype(np.int32), np.zeros(n, np.uint8))
         start += n
 
 

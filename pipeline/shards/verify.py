@@ -1,6 +1,5 @@
 """Read every byte of a token shard directory and name what is damaged, down to the array and chunk."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,9 @@ import numpy as np
 
 from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.files import sha256_file
+from semdict.pipeline.shards.checksums import Sums, read_sums
 from semdict.pipeline.shards.format import (
     CODEBOOKS,
-    FILL,
     INDEX,
     INDEX_COLUMNS,
     SUMS,
@@ -22,20 +21,18 @@ from semdict.pipeline.shards.format import (
     NotShardsError,
     expected_files,
     files_under,
-    histogram,
-    look_up,
     read_metadata,
     token_file,
 )
-from semdict.pipeline.shards.reader import LazyArray, TokenShards, decode
-from semdict.pipeline.shards.writer import ids_by_rank
+from semdict.pipeline.shards.ids import count_ids, filler, ids_by_rank, look_up
+from semdict.pipeline.shards.reader import LazyArray, TokenShards, read_stored
 
 T = TypeVar("T")
 
 
 @dataclass
 class Report:
-    """What `verify_shards` found; sound when `problems` is empty. bad_rows: rows with a status other than 0."""
+    """Result of `verify_shards`; the set is sound if `problems` is empty. bad_rows: rows without tokens."""
 
     path: Path
     rows: int = 0
@@ -58,8 +55,9 @@ def verify_shards(path: str | Path, workers: int = 0) -> Report:
     report = Report(path)
     _require_shards(path)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        _check_files(report, pool)
-        shards = _attempt(report, TOKENS, lambda: TokenShards(path))
+        sums = read_sums(path)
+        _check_files(report, sums, pool)
+        shards = _attempt(report, TOKENS, lambda: TokenShards(path, check=False))
         if shards is None:
             return report
         report.rows = len(shards)
@@ -68,13 +66,14 @@ def verify_shards(path: str | Path, workers: int = 0) -> Report:
             report.bad_rows = int((status != 0).sum())
             for name in shards.spec.sizes:
                 _attempt(report, name, lambda name=name: _check_tokens(report, shards, name, status, pool))
-    for name, check in ((INDEX, _check_index), (CODEBOOKS, _check_books), (str(path), _check_names)):
+    for name, check in ((INDEX, _check_index), (CODEBOOKS, _check_books)):
         _attempt(report, name, lambda check=check: check(report, shards))
+    _attempt(report, str(path), lambda: _check_names(report, shards, sums))
     return report
 
 
 def _attempt(report: Report, name: str, check: Callable[[], T]) -> T | None:
-    """The check's result; whatever it raises is a finding, since damaged metadata fails in ways nobody can list."""
+    """The check's result; any exception is reported as a problem, since damaged metadata fails in many ways."""
     try:
         return check()
     except Exception as error:
@@ -99,51 +98,34 @@ def _require_shards(path: Path) -> None:
 
 
 def _group_is_damaged(path: Path) -> bool:
-    sums, _ = _read_sums(path)
     name = f"{TOKENS}/zarr.json"
-    return sums.get(name) != sha256_file(path / name)
+    return read_sums(path).digests.get(name) != sha256_file(path / name)
 
 
-def _read_sums(path: Path) -> tuple[dict[str, str], str | None]:
-    """File name -> digest, and what is wrong with SHA256SUMS itself."""
-    try:
-        text = (path / SUMS).read_bytes()
-    except FileNotFoundError:
-        return {}, "it is missing"
-    body, _, _ = text.rstrip(b"\n").rpartition(b"\n")
-    body += b"\n"
-    own = f"# {hashlib.sha256(body).hexdigest()}\n".encode()
-    sums = {}
-    for line in body.decode(errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        sums[name] = digest
-    return sums, None if text == body + own else "its last line does not match the lines above"
-
-
-def _check_files(report: Report, pool: ThreadPoolExecutor) -> None:
-    """Every file is listed and has the listed bytes."""
-    sums, wrong = _read_sums(report.path)
-    if wrong:
-        report.problems.append(f"{SUMS}: {wrong}")
-    present = [name for name in files_under(report.path) if name != SUMS]
-    report.files = len(present) + 1
-    report.bytes = sum(file.stat().st_size for file in report.path.rglob("*") if file.is_file())
-    if not sums:
+def _check_files(report: Report, sums: Sums, pool: ThreadPoolExecutor) -> None:
+    """Every file is listed in SHA256SUMS and has the listed bytes."""
+    if sums.problem:
+        report.problems.append(f"{SUMS}: {sums.problem}")
+    present = files_under(report.path)
+    report.files = len(present)
+    report.bytes = sum((report.path / name).stat().st_size for name in present)
+    if not sums.digests:
         return
-    report.problems += [f"{name}: the file is missing" for name in sorted(sums.keys() - set(present))]
-    report.problems += [f"{name}: an extra file, not in {SUMS}" for name in sorted(set(present) - sums.keys())]
-    known = [name for name in present if name in sums]
+    names = set(present) - {SUMS}
+    report.problems += [f"{name}: the file is missing" for name in sorted(sums.digests.keys() - names)]
+    report.problems += [f"{name}: an extra file, not in {SUMS}" for name in sorted(names - sums.digests.keys())]
+    known = sorted(names & sums.digests.keys())
     for name, digest in zip(known, pool.map(lambda name: sha256_file(report.path / name), known), strict=True):
-        if digest != sums[name]:
+        if digest != sums.digests[name]:
             report.problems.append(f"{name}: its bytes are not those that were written (SHA-256 differs)")
 
 
-def _check_names(report: Report, shards: TokenShards) -> None:
-    """The set of files is the one that the attributes imply."""
-    want = set(expected_files(shards.spec, shards.layout, shards.centroids is not None))
-    have = set(files_under(report.path)) - {SUMS}
-    report.problems += [f"{name}: the file is missing" for name in sorted(want - have)]
-    report.problems += [f"{name}: no file of this format" for name in sorted(have - want)]
+def _check_names(report: Report, shards: TokenShards, sums: Sums) -> None:
+    """The files that SHA256SUMS lists are those that the attributes imply."""
+    expected = set(expected_files(shards.spec, shards.layout, shards.centroids is not None))
+    listed = set(sums.digests) or set(files_under(report.path)) - {SUMS}
+    report.problems += [f"{name}: the file is missing from {SUMS}" for name in sorted(expected - listed)]
+    report.problems += [f"{name}: no file of this format" for name in sorted(listed - expected)]
 
 
 def _check_rows(report: Report, shards: TokenShards) -> np.ndarray | None:
@@ -165,7 +147,7 @@ def _first_bad_chunk(array: LazyArray) -> str:
     size = array.stored.chunks[0]
     for start in range(0, len(array), size):
         try:
-            decode(array.name, array.stored, slice(start, start + size))
+            read_stored(array.name, array.stored, slice(start, start + size))
         except ShardError:
             return f"chunk {start // size} ({TOKENS}/{array.name}/c/{start // size})"
     return "a chunk"
@@ -178,11 +160,11 @@ def _check_tokens(report: Report, shards: TokenShards, name: str, status: np.nda
     if not np.array_equal(ids_by_rank(count), array.table):
         report.problems.append(f"{name}_ids: the table is not the order of {CODEBOOKS}/{name}_counts.npy")
     results = pool.map(lambda shard: _shard_problems(shards, name, shard, status), range(shards.layout.shards))
-    total, whole = np.zeros(FILL + 1, np.int64), True
-    for found, problems in results:
+    total, whole = np.zeros(len(count), np.int64), True
+    for counted, problems in results:
         report.problems += problems
         whole = whole and not problems
-        total += found
+        total += counted if len(counted) == len(total) else 0
     if whole and not np.array_equal(total[array.table[: len(count)].argsort()], count):
         report.problems.append(f"{name}: the tokens are not those counted in {CODEBOOKS}/{name}_counts.npy")
 
@@ -190,13 +172,13 @@ def _check_tokens(report: Report, shards: TokenShards, name: str, status: np.nda
 def _shard_problems(shards: TokenShards, name: str, shard: int, status: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Counts by rank (good rows), and what is wrong: whole shard first, chunk by chunk only to name a problem."""
     array: LazyArray = getattr(shards, name)
-    where = shards.layout.shard(shard)
+    where, size = shards.layout.shard(shard), int(shards.spec.sizes[name].max())
     try:
-        ranks = decode(name, array.stored, where)
-        found = histogram(ranks)
-        if _sound(array.table, ranks, status[where], shards.spec.sizes[name], found):
-            found[FILL] = 0
-            return found, []
+        ranks = read_stored(name, array.stored, where)
+        counts, fillers = count_ids(ranks, size)
+        beyond = ranks.size - int(counts.sum()) - fillers
+        if not beyond and _sound(array.table, ranks, status[where], shards.spec.sizes[name], fillers):
+            return counts, []
     except ShardError:
         pass
     problems = []
@@ -205,34 +187,35 @@ def _shard_problems(shards: TokenShards, name: str, shard: int, status: np.ndarr
         rows = shards.layout.chunk(number)
         label = f"{name}: chunk {number} (rows {rows.start}-{rows.stop - 1}) in {token_file(name, shard)}"
         problems += [f"{label} {text}" for text in _chunk_problems(shards, name, rows, status[rows])]
-    return np.zeros(FILL + 1, np.int64), problems or [f"{name}: {token_file(name, shard)} cannot be decoded as a whole"]
+    return np.zeros(size, np.int64), problems or [f"{name}: {token_file(name, shard)} cannot be decoded as a whole"]
 
 
-def _sound(table: np.ndarray, ranks: np.ndarray, status: np.ndarray, sizes: np.ndarray, found: np.ndarray) -> bool:
-    """No token where the row is bad, tokens everywhere else, all within their codebook."""
-    bad = np.flatnonzero(status)
-    if found[FILL] != bad.size * ranks[0].size or (bad.size and not (ranks[bad] == FILL).all()):
-        return False
-    if found[sizes.max() : FILL].any():
+def _sound(table: np.ndarray, ranks: np.ndarray, status: np.ndarray, sizes: np.ndarray, fillers: int) -> bool:
+    """Whether rows without tokens are those with a status, and ids are within the codebooks of their positions.
+
+    fillers: how many of the ranks are the filler; all others are known to be below the largest codebook.
+    """
+    bad, fill = np.flatnonzero(status), filler(ranks.dtype)
+    if fillers != bad.size * ranks[0].size or (bad.size and not (ranks[bad] == fill).all()):
         return False
     if sizes.min() == sizes.max():
         return True
     ids = look_up(table, ranks)
-    return bool(((ids < sizes.astype(np.uint16)) | (ids == FILL)).all())
+    return bool(((ids < sizes.astype(np.uint32)) | (ids == fill)).all())
 
 
 def _chunk_problems(shards: TokenShards, name: str, rows: slice, status: np.ndarray) -> list[str]:
-    """What is wrong with one chunk, in words that follow its name."""
+    """What is wrong with one chunk, as the ends of sentences that begin with its name."""
     try:
         ids = getattr(shards, name)[rows]
     except ShardError as error:
         return [f"cannot be decoded ({str(error.__cause__).splitlines()[0] if error.__cause__ else error})"]
-    sizes, problems = shards.spec.sizes[name], []
+    sizes, fill, problems = shards.spec.sizes[name], filler(ids.dtype), []
     good = (status == 0)[:, None, None]
     for wrong, text in (
-        ((ids == FILL) & good, "has no token though the row's status is 0"),
-        ((ids != FILL) & ~good, "has a token though the row's status is not 0"),
-        ((ids >= sizes) & (ids != FILL), "is outside its codebook"),
+        ((ids == fill) & good, "has no token though the row's status is 0"),
+        ((ids != fill) & ~good, "has a token though the row's status is not 0"),
+        ((ids >= sizes) & (ids != fill), "is outside its codebook"),
     ):
         if wrong.any():
             row, view, at = np.argwhere(wrong)[0]

@@ -1,6 +1,5 @@
 """Write a token shard directory: constant memory, equal bytes for equal input, whole or not at all."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,28 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from semdict.pipeline.common.errors import ShardError
-from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.publish import publish_folder
 from semdict.pipeline.kmeans.neighbours import neighbour_table
+from semdict.pipeline.shards.checksums import write_sums
 from semdict.pipeline.shards.format import (
     CODEBOOKS,
-    FILL,
     INDEX,
     INDEX_COLUMNS,
-    NEIGHBOURS,
     ROW_CHUNK,
-    SUMS,
-    TAU,
     TOKENS,
     Block,
     Layout,
     ShardSpec,
-    files_under,
-    histogram,
     import_zarr,
-    look_up,
     metadata,
 )
+from semdict.pipeline.shards.ids import count_ids, filler, ids_by_rank, look_up, ranks_by_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,11 +58,11 @@ def write_shards(
     _check_codebook(spec, centroids)
     counts = _all_counts(spec, blocks, {"gen": gen_counts, "disc": disc_counts})
     with publish_folder(path, "shards") as folder:
-        arrays = _create(folder, spec, layout, codec)
+        arrays = _create(folder, spec, layout, counts, codec)
         _write_codebooks(folder, arrays, counts, centroids)
-        found = _write_rows(spec, layout, _walk(blocks), arrays, counts, max(1, workers))
-        for name, table in counts.items():
-            if not np.array_equal(table, found[name]):
+        written = _write_rows(spec, layout, _walk(blocks), arrays, counts, max(1, workers))
+        for name, count in counts.items():
+            if not np.array_equal(count, written[name]):
                 raise ShardError(f"{name}_counts are not the counts of the blocks that came: count the same rows")
         arrays["complete"][:] = np.ones(layout.chunks, np.uint8)
         write_index(folder / INDEX, index, spec.rows)
@@ -78,14 +71,14 @@ def write_shards(
 
 def count_tokens(spec: ShardSpec, blocks: Iterable[Block]) -> dict[str, np.ndarray]:
     """Array name -> (K,) int64 occurrences of each id in rows of status 0: the frequencies for `write_shards`."""
-    totals = {name: np.zeros(FILL + 1, np.int64) for name in spec.sizes}
+    totals = {name: np.zeros(sizes.max(), np.int64) for name, sizes in spec.sizes.items()}
     start = 0
     for block in blocks:
         _check_block(spec, block, start)
         for name in totals:
-            totals[name] += histogram(_good(getattr(block, name), block.status))
+            totals[name] += count_ids(_good(getattr(block, name), block.status), len(totals[name]))[0]
         start += len(block.label)
-    return {name: totals[name][: sizes.max()] for name, sizes in spec.sizes.items()}
+    return totals
 
 
 def write_index(path: Path, index: "pa.Table | pa.RecordBatchReader", rows: int) -> None:
@@ -106,15 +99,6 @@ def write_index(path: Path, index: "pa.Table | pa.RecordBatchReader", rows: int)
         raise ShardError(f"the index has {written} rows, the token set {rows}: both must follow the same manifest")
 
 
-def write_sums(folder: Path) -> None:
-    """SHA256SUMS: one line per file as `sha256sum -c` reads them, then a comment that protects the lines themselves."""
-    with ThreadPoolExecutor(2) as pool:
-        names = [name for name in files_under(folder) if name != SUMS]
-        sums = list(pool.map(lambda name: sha256_file(folder / name), names))
-    lines = "".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True))
-    (folder / SUMS).write_text(lines + f"# {hashlib.sha256(lines.encode()).hexdigest()}\n")
-
-
 def _check_codebook(spec: ShardSpec, centroids: np.ndarray | None) -> None:
     if centroids is not None and (centroids.ndim != 2 or len(centroids) != spec.disc_size):
         raise ShardError(f"centroids are {centroids.shape}, the discriminative codebook has {spec.disc_size} entries")
@@ -124,13 +108,13 @@ def _walk(blocks: Blocks) -> Iterable[Block]:
     return blocks() if callable(blocks) else blocks
 
 
-def _all_counts(spec: ShardSpec, blocks: Blocks, given: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Array name -> (K,) int64, as given or by a first walk over the blocks."""
-    if any(given[name] is None for name in spec.sizes):
+def _all_counts(spec: ShardSpec, blocks: Blocks, known: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Array name -> (K,) int64, as known or by a first walk over the blocks."""
+    if any(known[name] is None for name in spec.sizes):
         if isinstance(blocks, Iterator):
             raise ShardError("an iterator can be walked once only: give gen_counts and disc_counts, or a function")
         return count_tokens(spec, _walk(blocks))
-    counts = {name: np.asarray(given[name], np.int64) for name in spec.sizes}
+    counts = {name: np.asarray(known[name], np.int64) for name in spec.sizes}
     for name, sizes in spec.sizes.items():
         if counts[name].shape != (sizes.max(),):
             raise ShardError(f"{name}_counts are {counts[name].shape}, the codebook has {sizes.max()} entries")
@@ -142,10 +126,10 @@ def _check_block(spec: ShardSpec, block: Block, start: int) -> None:
     n = len(block.label)
     for name, sizes in spec.sizes.items():
         ids = getattr(block, name)
-        want = (n, len(spec.views), spec.length)
-        if ids is None or ids.shape != want or ids.dtype != np.uint16:
-            found = "nothing" if ids is None else f"{ids.dtype} {ids.shape}"
-            raise ShardError(f"{name} of the block at row {start} is {found}, expected uint16 {want}")
+        shape, dtype = (n, len(spec.views), spec.length), spec.dtypes[name]
+        if ids is None or ids.shape != shape or ids.dtype != dtype:
+            actual = "nothing" if ids is None else f"{ids.dtype} {ids.shape}"
+            raise ShardError(f"{name} of the block at row {start} is {actual}, expected {dtype} {shape}")
         if not _within(ids, sizes, block.status):
             _name_bad_id(name, ids, sizes, block.status, start)
     if block.status.shape != (n,) or start + n > spec.rows:
@@ -155,8 +139,8 @@ def _check_block(spec: ShardSpec, block: Block, start: int) -> None:
 
 
 def _within(ids: np.ndarray, sizes: np.ndarray, status: np.ndarray) -> bool:
-    """A fast yes where all ids are small, however bad the row; else the exact answer for the good rows."""
-    return not ids.size or ids.max() < sizes.min() or bool((_good(ids, status) < sizes.astype(np.uint16)).all())
+    """Whether the ids of good rows are within their codebooks; quick if all ids, those of bad rows too, are small."""
+    return not ids.size or ids.max() < sizes.min() or bool((_good(ids, status) < sizes.astype(np.uint32)).all())
 
 
 def _name_bad_id(name: str, ids: np.ndarray, sizes: np.ndarray, status: np.ndarray, start: int) -> None:
@@ -168,13 +152,13 @@ def _name_bad_id(name: str, ids: np.ndarray, sizes: np.ndarray, status: np.ndarr
 
 
 def _good(ids: np.ndarray, status: np.ndarray) -> np.ndarray:
-    """The rows of status 0; the array itself where that is all of them."""
+    """The rows of status 0; the array itself if that is all of them."""
     good = np.asarray(status) == 0
     return ids if good.all() else ids[good]
 
 
-def _create(folder: Path, spec: ShardSpec, layout: Layout, codec: str) -> dict[str, Any]:
-    """Array name -> empty zarr array; unwritten tokens read as 65535, which is never an id."""
+def _create(folder: Path, spec: ShardSpec, layout: Layout, counts: dict[str, np.ndarray], codec: str) -> dict[str, Any]:
+    """Array name -> empty zarr array; unwritten tokens read as the filler, which is never an id."""
     zarr = import_zarr()
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -182,21 +166,22 @@ def _create(folder: Path, spec: ShardSpec, layout: Layout, codec: str) -> dict[s
     packed = [ZstdCodec(level=5), Crc32cCodec()]
     whole = {"config": {"write_empty_chunks": True}}
     arrays, cells = {}, (len(spec.views), spec.length)
-    for name in spec.sizes:
+    for name, dtype in spec.dtypes.items():
         arrays[name] = group.create_array(
             name,
             shape=(layout.rows, *cells),
-            dtype="uint16",
+            dtype=dtype,
             chunks=(layout.chunk_rows, *cells),
             shards=(layout.shard_rows, *cells),
-            fill_value=FILL,
+            fill_value=filler(dtype),
             dimension_names=("row", "view", "position"),
             attributes={"ids": f"{name}_ids", "meaning": f"rank by frequency; {name}_ids[rank] is the id"},
-            **codecs(codec),
+            **codecs(codec, dtype),
             **whole,
         )
+        shape = ids_by_rank(counts[name]).shape
         arrays[f"{name}_ids"] = group.create_array(
-            f"{name}_ids", shape=(FILL + 1,), dtype="uint16", fill_value=FILL, compressors=packed, **whole
+            f"{name}_ids", shape=shape, chunks=shape, dtype=dtype, fill_value=filler(dtype), compressors=packed, **whole
         )
     rows = {"shape": (layout.rows,), "chunks": (min(layout.rows, ROW_CHUNK),), "dimension_names": ("row",)}
     arrays["label"] = group.create_array("label", dtype="int32", fill_value=-1, compressors=packed, **rows, **whole)
@@ -207,8 +192,8 @@ def _create(folder: Path, spec: ShardSpec, layout: Layout, codec: str) -> dict[s
     return arrays
 
 
-def codecs(codec: str) -> dict[str, Any]:
-    """Arguments of zarr's create_array; sharding protects only its index, so each chunk ends in a crc32c of its own."""
+def codecs(codec: str, dtype: np.dtype) -> dict[str, Any]:
+    """Arguments of zarr's create_array. Sharding protects only its index, so each chunk ends in a crc32c of its own."""
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
     from zarr.codecs.numcodecs import PCodec
 
@@ -223,7 +208,7 @@ def codecs(codec: str) -> dict[str, Any]:
         )
         return {"serializer": serializer, "compressors": [Crc32cCodec()]}
     if codec == "blosc":
-        blosc = BloscCodec(typesize=2, cname="zstd", clevel=5, shuffle="bitshuffle")
+        blosc = BloscCodec(typesize=dtype.itemsize, cname="zstd", clevel=5, shuffle="bitshuffle")
         return {"serializer": BytesCodec(), "compressors": [blosc, Crc32cCodec()]}
     raise ShardError(f"codec {codec!r} is unknown: pcodec (smallest, default) or blosc (widest support)")
 
@@ -236,35 +221,19 @@ def _write_codebooks(folder: Path, arrays: dict, counts: dict[str, np.ndarray], 
         arrays[f"{name}_ids"][:] = ids_by_rank(count)
         np.save(books / f"{name}_counts.npy", count)
     if centroids is not None:
-        ids, weights = neighbour_table(centroids, NEIGHBOURS, TAU)
-        np.save(books / "centroids.npy", np.ascontiguousarray(centroids, np.float32))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is refused
+            centroids = np.ascontiguousarray(centroids, np.float32)
+        ids, weights = neighbour_table(centroids)
+        np.save(books / "centroids.npy", centroids)
         np.save(books / "neighbour_ids.npy", ids)
         np.save(books / "neighbour_weights.npy", weights)
 
 
-def ids_by_rank(count: np.ndarray) -> np.ndarray:
-    """(65536,) uint16: the id at each rank of falling frequency, lower id first among equals; 65535 beyond rank K - 1.
-
-    The table is as long as uint16 reaches, so that it maps "no token" (65535) to itself.
-    """
-    table = np.full(FILL + 1, FILL, np.uint16)
-    table[: len(count)] = np.argsort(-count, kind="stable")
-    return table
-
-
-def ranks(table: np.ndarray) -> np.ndarray:
-    """(65536,) uint16: the rank of each id, the inverse of `ids_by_rank`; 65535 for what is no id."""
-    inverse = np.full(FILL + 1, FILL, np.uint16)
-    known = np.flatnonzero(table != FILL)
-    inverse[table[known]] = known
-    return inverse
-
-
 def _write_rows(spec, layout, blocks, arrays, counts, workers) -> dict[str, np.ndarray]:
-    """Rank and store every row; returns the counts found."""
-    tables = {name: ranks(ids_by_rank(count)) for name, count in counts.items()}
-    found = {name: np.zeros(FILL + 1, np.int64) for name in tables}
-    row_bytes = 2 * len(spec.views) * spec.length * len(tables)
+    """Rank and store every row; returns the counts of the ids that were written."""
+    tables = {name: ranks_by_id(ids_by_rank(count)) for name, count in counts.items()}
+    totals = {name: np.zeros_like(count) for name, count in counts.items()}
+    row_bytes = len(spec.views) * spec.length * sum(dtype.itemsize for dtype in spec.dtypes.values())
     waiting: list[Future] = []
     most = max(1, min(workers, IN_FLIGHT // (row_bytes * layout.shard_rows)))
     rows = _RowColumns(spec.rows, arrays)
@@ -272,13 +241,13 @@ def _write_rows(spec, layout, blocks, arrays, counts, workers) -> dict[str, np.n
         for at, shard in enumerate(regroup(spec, blocks, layout)):
             rows.add(shard)
             while len(waiting) >= most:
-                _add(found, waiting.pop(0).result())
+                _add(totals, waiting.pop(0).result())
             where = layout.shard(at)
-            waiting.append(pool.submit(_write_shard, arrays, where, shard, tables))
+            waiting.append(pool.submit(_write_shard, arrays, where, shard, tables, counts))
         for future in waiting:
-            _add(found, future.result())
+            _add(totals, future.result())
     rows.flush()
-    return {name: total[: len(counts[name])] for name, total in found.items()}
+    return totals
 
 
 def _add(totals: dict[str, np.ndarray], more: dict[str, np.ndarray]) -> None:
@@ -286,15 +255,16 @@ def _add(totals: dict[str, np.ndarray], more: dict[str, np.ndarray]) -> None:
         totals[name] += more[name]
 
 
-def _write_shard(arrays: dict, where: slice, shard: Block, tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _write_shard(
+    arrays: dict, where: slice, shard: Block, tables: dict[str, np.ndarray], counts: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Compress one whole shard of each token array; returns its counts by id."""
-    found = {}
+    written = {}
     for name, table in tables.items():
         ids = getattr(shard, name)
-        found[name] = histogram(ids)
-        found[name][FILL] = 0
+        written[name], _ = count_ids(ids, len(counts[name]))
         arrays[name][where] = look_up(table, ids)
-    return found
+    return written
 
 
 class _RowColumns:
@@ -326,38 +296,39 @@ class _RowColumns:
 
 def regroup(spec: ShardSpec, blocks: Iterable[Block], layout: Layout) -> Iterator[Block]:
     """Checked blocks cut anew so that each is one whole shard, bad rows filled; ShardError unless there are N rows."""
-    start, held = 0, None
+    start, shard = 0, None
     for block in blocks:
         _check_block(spec, block, start)
         taken, n = 0, len(block.label)
         while taken < n:
-            if held is None:
+            if shard is None:
                 where = layout.shard(start // layout.shard_rows)
-                held, filled = _empty(spec, where.stop - where.start), 0
-            part = slice(taken, min(n, taken + len(held.label) - filled))
-            _copy(block, part, held, filled)
+                shard, filled = _empty(spec, where.stop - where.start), 0
+            part = slice(taken, min(n, taken + len(shard.label) - filled))
+            _copy(block, part, shard, filled)
             filled += part.stop - part.start
             start += part.stop - part.start
             taken = part.stop
-            if filled == len(held.label):
-                yield held
-                held = None
+            if filled == len(shard.label):
+                yield shard
+                shard = None
     if start != spec.rows:
         raise ShardError(f"the blocks hold {start} rows, the token set should have {spec.rows}")
 
 
 def _empty(spec: ShardSpec, rows: int) -> Block:
     shape = (rows, len(spec.views), spec.length)
-    tokens = {name: np.empty(shape, np.uint16) for name in spec.sizes}
+    tokens = {name: np.empty(shape, dtype) for name, dtype in spec.dtypes.items()}
     return Block(tokens["gen"], tokens.get("disc"), np.empty(rows, np.int32), np.empty(rows, np.uint8))
 
 
 def _copy(source: Block, part: slice, target: Block, at: int) -> None:
-    """Rows `part` of source to target[at:]; tokens of rows with a status are 65535."""
+    """Rows `part` of source to target[at:]; tokens of rows with a status become the filler."""
     where = slice(at, at + part.stop - part.start)
     target.label[where], target.status[where] = source.label[part], source.status[part]
     bad = np.flatnonzero(target.status[where])
     for name in ("gen", "disc"):
-        if getattr(target, name) is not None:
-            getattr(target, name)[where] = getattr(source, name)[part]
-            getattr(target, name)[where][bad] = FILL
+        ids = getattr(target, name)
+        if ids is not None:
+            ids[where] = getattr(source, name)[part]
+            ids[where][bad] = filler(ids.dtype)

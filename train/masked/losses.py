@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semdict.pipeline.kmeans import neighbours as kmeans_neighbours
+
 CHUNK_NUMBERS = 1 << 22  # logits alive at once in the fused contrast: 16 MiB of float32
 Gather = Callable[[Tensor], Tensor]
 
@@ -29,26 +31,19 @@ def reconstruction_loss(logits_NK: Tensor, codes_N: Tensor, smoothing: float = 0
     return total / max(1, codes_N.shape[0])
 
 
-@torch.no_grad()
 def neighbour_table(centroids: Tensor, size: int = 6, tau: float = 0.1) -> tuple[Tensor, Tensor]:
     """Targets of every word: ids (K, S) int64, weights (K, S) summing to 1; S = size, the word itself first.
 
     S_k = k and its size - 1 nearest by cosine, descending; w_kj = softmax_j(C_k . C_j / tau) over S_k, rows of C
-    normalised here. LEASE, section 3. The work is done in row chunks: no (K, K) array.
+    normalised here. LEASE, section 3. Computed on the CPU by `pipeline.kmeans.neighbours`; shards hold the same table
+    for size 6 and tau 0.1. Both results are on the centroids' device; weights are float64 for float64, else float32.
     """
-    K = centroids.shape[0]
+    K = len(centroids)
     if centroids.ndim != 2 or not 1 <= size <= K:
         raise ValueError(f"a neighbour set of {size} cannot be drawn from centroids of shape {tuple(centroids.shape)}")
-    unit_KD = F.normalize(centroids if centroids.dtype == torch.float64 else centroids.float(), dim=1)
-    ids, sims = [], []
-    for start in range(0, K, step := max(1, CHUNK_NUMBERS // K)):
-        sim_RK = unit_KD[start : start + step] @ unit_KD.T
-        own = torch.arange(start, start + sim_RK.shape[0], device=sim_RK.device)[:, None]
-        # the word itself stands first even where the dictionary holds its double
-        found = sim_RK.scatter(1, own, torch.inf).topk(size, dim=1).indices
-        ids.append(found)
-        sims.append(sim_RK.gather(1, found))
-    return torch.cat(ids), (torch.cat(sims) / tau).softmax(dim=1)
+    exact = centroids.detach().to("cpu", torch.float64 if centroids.dtype == torch.float64 else torch.float32)
+    ids, weights = kmeans_neighbours.neighbour_table(exact.numpy(), size, tau)
+    return torch.from_numpy(ids).long().to(centroids.device), torch.from_numpy(weights).to(centroids.device)
 
 
 def codebook_contrastive(

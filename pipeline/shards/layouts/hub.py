@@ -13,7 +13,7 @@ import numpy as np
 from semdict.pipeline.common.errors import UsageError, suggestion
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.common.publish import publish_folder
-from semdict.pipeline.shards.format import CODEBOOKS
+from semdict.pipeline.shards.format import CODEBOOKS, files_under
 from semdict.pipeline.shards.reader import TokenShards
 from semdict.pipeline.shards.rows import RowBatch, export_splits, row_batches, rows_of
 
@@ -60,10 +60,9 @@ def export(shards: TokenShards, out: str | Path, split: str | None = None, licen
         (folder / "data").mkdir()
         for name in export_splits(shards, split):
             counts[name] = _write_split(shards, name, folder / "data")
-        books = folder / CODEBOOKS
-        books.mkdir()
-        for file in sorted((shards.path / CODEBOOKS).glob("*.npy")):
-            (books / file.name).write_bytes(file.read_bytes())
+        (folder / CODEBOOKS).mkdir()
+        for name in (name for name in files_under(shards.path) if name.startswith(f"{CODEBOOKS}/")):
+            (folder / name).write_bytes((shards.path / name).read_bytes())
         write_json(folder / "semdict.json", shards.meta)
         make_card(shards.meta, counts, header).save(folder / "README.md")
     return rows_of(shards, split) - sum(counts.values())

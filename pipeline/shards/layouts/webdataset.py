@@ -1,7 +1,7 @@
 """Webdataset tars of tokens. By default a sample is a block of rows: a member per image costs nine times its tokens.
 
-Block sample `train-000007`: `gen.npy`, `disc.npy` (n, V, L) uint16, `cls.npy` (n,) int32, `keys.json` n keys. With
-per_sample one image: `gen.npy`, `disc.npy` (V, L) uint16, `cls` as text, `json` with key, row and label name. Bytes
+Block sample `train-000007`: `gen.npy`, `disc.npy` (n, V, L) ids, `cls.npy` (n,) int32, `keys.json` n keys. With
+per_sample one image: `gen.npy`, `disc.npy` (V, L) ids, `cls` as text, `json` with key, row and label name. Bytes
 depend on the tokens only: members carry no time, owner or host name.
 """
 
@@ -48,7 +48,8 @@ def describe(shards: TokenShards, tars: dict[str, list[str]], per_sample: bool) 
     """What a reader of the tars needs: shapes, codebooks, recipe, and the tars of each split."""
     kept = ("rows", "views", "grid", "codebooks", "recipe", "fingerprint", "title", "licence", "source")
     rows = 1 if per_sample else BLOCK_ROWS
-    return {key: shards.meta[key] for key in kept} | {"tars": tars, "rows_per_sample": rows, "rows_per_tar": TAR_ROWS}
+    about = {key: shards.meta[key] for key in kept} | {"content_sha256": shards.content_sha256}
+    return about | {"tars": tars, "rows_per_sample": rows, "rows_per_tar": TAR_ROWS}
 
 
 def percent(key: str, slash: bool = True) -> str:
