@@ -100,7 +100,13 @@ def test_files_of_other_programs_are_ignored(tmp_path):
     """What file browsers leave behind is no damage, is not counted, and is not exported."""
     path = write(tmp_path / "s", *make_set())
     before = verify_shards(path)
-    for name in (".DS_Store", "codebooks/._gen_counts.npy", "tokens.zarr/Thumbs.db", "codebooks/desktop.ini", "__MACOSX/._s"):
+    for name in (
+        ".DS_Store",
+        "codebooks/._gen_counts.npy",
+        "tokens.zarr/Thumbs.db",
+        "codebooks/desktop.ini",
+        "__MACOSX/._s",
+    ):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(b"x")
     after = verify_shards(path)
