@@ -22,17 +22,15 @@ from semdict.pipeline.common.errors import UsageError, WeightsError
 from semdict.pipeline.config.schema import Condition
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
 from semdict.train.engine.logging import read_log
+from semdict.train.engine.model_file import load_model, save_model
 from semdict.train.engine.rng import batch_generator
 from semdict.train.masked.conditional import (
     ConditionalConfig,
     ConditionalTransformer,
     Telling,
-    load_conditional,
-    save_conditional,
 )
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
 from semdict.train.masked.objectives import Masking
-from semdict.train.masked.pretrained import load_pretrained, save_pretrained
 from semdict.train.masked.released import load_released
 from tests import tiny
 from tests.test_pretrain import CODES, ENV, WORDS, write_tokens
@@ -160,19 +158,19 @@ def test_numbers_beyond_the_model_are_named(tokens):
 
 def test_a_file_rebuilds_the_model(tokens, tmp_path):
     model = conditional(class_width=5).eval()
-    save_conditional(tmp_path / "model.pt", model, {"step": 3})
+    save_model(tmp_path / "model.pt", model, {"step": 3})
     for path in (tmp_path, tmp_path / "model.pt"):
-        again, about = load_conditional(path)
-        assert about == {"step": 3} and again.config == model.config and not again.training
+        again, file = load_model(path, ConditionalTransformer)
+        assert file.about == {"step": 3} and again.config == model.config and not again.training
         labels = torch.tensor([0, 1, 2, 3, 4, 2])
         assert torch.equal(again.logits(tokens[0], labels, tokens[1]), model.logits(tokens[0], labels, tokens[1]))
     whole = (tmp_path / "model.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"kind": "semdict-conditional", "config": model.config.to_dict(), "model": {}}, tmp_path / "none.pt")
-    save_pretrained(tmp_path / "plain.pt", base(), {})
+    save_model(tmp_path / "plain.pt", base(), {})
     for name, said in {"half": "half.pt", "none": "does not fit", "plain": "semdict condition --model"}.items():
         with pytest.raises(WeightsError, match=said):
-            load_conditional(tmp_path / f"{name}.pt")
+            load_model(tmp_path / f"{name}.pt", ConditionalTransformer)
 
 
 def test_the_frozen_encoder_has_no_dropout(tokens):
@@ -221,7 +219,7 @@ def place(tmp_path, monkeypatch, shards) -> Path:
     tree = tiny.replaced(tree, condition=condition, runtime=runtime)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
     about = {"corpus": {"recipe": {"seed": 0}}, "settings": {"epochs": 1}}
-    save_pretrained(tmp_path / "runs" / "base" / "model.pt", base(), about)
+    save_model(tmp_path / "runs" / "base" / "model.pt", base(), about)
     return tmp_path
 
 
@@ -236,14 +234,14 @@ def test_a_run_learns_what_it_is_told_and_leaves_the_rest(place, shards, capsys)
     options += ["--set", "runtime.log_every=50", "--set", "runtime.save_every=0"]
     assert main(command(shards, *options)) == 0
     out = place / "runs" / "demo" / "base-conditional"
-    model, about = load_conditional(out)
-    before = load_pretrained(place / "runs" / "base")[0].state_dict()
+    model, file = load_model(out, ConditionalTransformer)
+    before = load_model(place / "runs" / "base", MaskedTokenTransformer)[0].state_dict()
     after = model.base.state_dict()
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == TAUGHT
     metrics = json.loads((place / "reports" / "demo" / "base-conditional" / "metrics.json").read_text())
     held = metrics["held_out"]
     assert held["told"] < 0.1 and 0.98 * np.log(2) < held["class_only"] < 0.85 and held["class_only"] < held["untold"]
-    assert metrics["classes"] == 4 and held["images"] == 49 and about["model"]["name"] == "base"
+    assert metrics["classes"] == 4 and held["images"] == 49 and file.about["model"]["name"] == "base"
     assert metrics["chance"] == pytest.approx(np.log(CODES)) and metrics["final"]["loss"] < 0.6 * metrics["chance"]
     assert torch.allclose(model.centroids.norm(dim=1), torch.full((WORDS,), 6**0.5), atol=1e-5)
     nothing = torch.full((5, 16), model.base.mask_token)  # codes of class c are 4c and 4c + 1
@@ -269,7 +267,7 @@ def test_kill_9_and_resume_is_bit_exact(place, shards):
     assert main(command(shards, *options, "--resume")) == 0
     assert main(command(shards, *options, "--out", "whole", "--reports", "r")) == 0
     paths = (place / "runs" / "demo" / "base-conditional", place / "whole")
-    broken, whole = (load_conditional(path)[0].state_dict() for path in paths)
+    broken, whole = (load_model(path, ConditionalTransformer)[0].state_dict() for path in paths)
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     curves = [[row["loss"] for row in read_log(path / "log.jsonl")] for path in paths]
     assert curves[0] == curves[1] and len(curves[0]) == 120
@@ -292,7 +290,7 @@ def test_class_embeddings_come_from_a_file(place, shards, suffix):
     np.save(path, table) if suffix == "npy" else save_file({"text": torch.from_numpy(table)}, path)
     options = ("--set", "condition.centroids=false", "--set", "condition.epochs=1")
     assert main(command(shards, *options, "--set", f"condition.class_embeddings={path}")) == 0
-    model, _ = load_conditional(place / "runs" / "demo" / "base-conditional")
+    model, _ = load_model(place / "runs" / "demo" / "base-conditional", ConditionalTransformer)
     want = F.normalize(torch.from_numpy(table).float(), dim=1) * 10**0.5
     assert model.null_class == 7 and model.word_embed is None and torch.allclose(model.class_vectors, want)
     path.rename(place / f"moved.{suffix}")
@@ -314,7 +312,7 @@ def write_wrong(place: Path) -> None:
     np.save(place / "nan.npy", np.full((4, 5), np.nan, np.float32))
     np.save(place / "trap.npy", np.array([Trap()], object), allow_pickle=True)
     torch.save(Trap(), place / "trap.pt")
-    save_conditional(place / "runs" / "taught" / "model.pt", conditional(), {})
+    save_model(place / "runs" / "taught" / "model.pt", conditional(), {})
     write_tokens(place / "other", seed=1)
 
 
@@ -368,7 +366,7 @@ def test_a_released_checkpoint_can_be_taught(place, golden, capsys):
     assert main([*options, *short]) == 1
     assert "holds no words" in capsys.readouterr().err
     assert main([*options, *short, "--set", "condition.centroids=false"]) == 0
-    model, _ = load_conditional(place / "runs" / "demo" / "lease_tiny-conditional")
+    model, _ = load_model(place / "runs" / "demo" / "lease_tiny-conditional", ConditionalTransformer)
     before, after = load_released(file, 4, 6).state_dict(), model.base.state_dict()
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == TAUGHT
     assert model.logits(torch.full((1, 256), model.base.mask_token), torch.tensor([2])).shape == (1, 256, 1024)

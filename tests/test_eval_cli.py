@@ -14,11 +14,12 @@ from PIL import Image
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.pipeline.shards import open_shards
 from semdict.pipeline.tokenizers import load_tokenizer
+from semdict.train.engine.model_file import load_model
 from semdict.train.engine.rng import Stream, permutation
 from semdict.train.eval.knn import knn
 from semdict.train.eval.linear_head import HeadPlan
 from semdict.train.eval.linear_probe import probe
-from semdict.train.masked.pretrained import load_pretrained
+from semdict.train.masked.model import MaskedTokenTransformer
 from tests import tiny
 
 MODEL = {"size": "tiny", "width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 1,
@@ -78,7 +79,7 @@ def table(root: Path, name: str) -> list[dict]:
 def plain_features(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """(N, V, E) features and labels by the shortest way."""
     shards = open_shards(root / "shards" / "tiny")
-    model, _ = load_pretrained(root / "runs" / "tiny" / "mage")
+    model, _ = load_model(root / "runs" / "tiny" / "mage", MaskedTokenTransformer)
     rows = np.flatnonzero(np.asarray(shards.index["split"].to_pylist()) == split)
     gen = torch.from_numpy(shards.gen[:][rows].astype(np.int64))
     with torch.no_grad():
@@ -175,7 +176,7 @@ def protocol_crop(path: Path) -> torch.Tensor:
 def test_images_instead_of_tokens(place):
     free = ("--set", "evaluate.source=images")
     assert evaluate(place, "knn", *free) == 0
-    model, _ = load_pretrained(place / "runs/tiny/mage")
+    model, _ = load_model(place / "runs/tiny/mage", MaskedTokenTransformer)
     vqgan = load_tokenizer(place / "vqgan.ckpt")
     features, labels = {}, {}
     for split in ("train", "val"):

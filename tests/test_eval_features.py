@@ -9,11 +9,11 @@ import torch
 
 from semdict.pipeline.common.errors import SemdictError, ShardError, WeightsError
 from semdict.train.data.tokens import class_names
+from semdict.train.engine.model_file import save_model
 from semdict.train.eval.features import FeatureStore, encoder_features
 from semdict.train.eval.sources import TokenBatch, TokenSource
 from semdict.train.masked.encoder import Encoder, load_encoder, run_name
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
-from semdict.train.masked.pretrained import save_pretrained
 from tests.token_sets import make_set, write
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def small_model(seed: int = 0, **changes) -> MaskedTokenTransformer:
 
 def saved(path, seed: int = 0, recipe: dict | None = None, **changes):
     about = {"corpus": {"recipe": {"z": 1, "a": 2} if recipe is None else recipe}, "settings": {"epochs": 7}}
-    save_pretrained(path / "model.pt", small_model(seed, **changes), about)
+    save_model(path / "model.pt", small_model(seed, **changes), about)
     return load_encoder(path)
 
 

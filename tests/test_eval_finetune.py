@@ -16,8 +16,9 @@ from semdict.train.data.augment import TimmAugmentation, make_transform
 from semdict.train.data.images import ImageLoader, ImageRows
 from semdict.train.engine.layers import drop_path
 from semdict.train.engine.logging import read_log
+from semdict.train.engine.model_file import load_model, save_model
 from semdict.train.engine.rng import Stream, batch_generator, numpy_seed
-from semdict.train.eval.classifier import Classifier, layer_groups, load_classifier, save_classifier
+from semdict.train.eval.classifier import Classifier, layer_groups
 from semdict.train.eval.finetune import Classify
 from tests import tiny
 from tests.test_eval_cli import evaluate, report, table, world  # noqa: F401
@@ -104,13 +105,13 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 
 def test_saved_and_loaded(tmp_path):
     model = classifier().eval()
-    save_classifier(tmp_path / "c.pt", model, {"a": 1})
-    again, about = load_classifier(tmp_path / "c.pt")
+    save_model(tmp_path / "c.pt", model, {"a": 1})
+    again, file = load_model(tmp_path / "c.pt", Classifier)
     tokens = torch.randint(0, 40, (4, 16))
-    assert torch.equal(model(tokens), again(tokens)) and about == {"a": 1}
+    assert torch.equal(model(tokens), again(tokens)) and file.about == {"a": 1}
     torch.save({"kind": "other"}, tmp_path / "o.pt")
     with pytest.raises(WeightsError, match="fine-tune"):
-        load_classifier(tmp_path / "o.pt")
+        load_model(tmp_path / "o.pt", Classifier)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +270,7 @@ def test_the_command_trains_scores_and_resumes(ready, capsys, monkeypatch):
     from semdict.train.engine import loop
 
     assert finetune(ready, "--run", "runs/whole") == 0
-    found, whole = report(ready, "finetune.json"), load_classifier(ready / "runs/whole/model.pt")[0]
+    found, whole = report(ready, "finetune.json"), load_model(ready / "runs/whole/model.pt", Classifier)[0]
     said = found["protocol"]
     assert said["source"] == "images" and said["drop_path"] == 0.1 and said["mixup"] == 0.8 and said["epochs"] == 2
     assert said["test"]["views"] == ["resize-292"] and said["test"]["images"] == 6 and said["classes"] == 3
@@ -293,7 +294,7 @@ def test_the_command_trains_scores_and_resumes(ready, capsys, monkeypatch):
     assert finetune(ready, "--run", "runs/cut") == 130
     monkeypatch.undo()
     assert finetune(ready, "--run", "runs/cut", "--resume") == 0
-    cut = load_classifier(ready / "runs/cut/model.pt")[0]
+    cut = load_model(ready / "runs/cut/model.pt", Classifier)[0]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), cut.state_dict().values(), strict=True))
     assert report(ready, "finetune.json") == found
 

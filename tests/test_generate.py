@@ -14,15 +14,13 @@ from semdict.cli import main
 from semdict.pipeline.config.schema import Generate
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
 from semdict.pipeline.tokenizers import load_tokenizer
+from semdict.train.engine.model_file import load_model, save_model
 from semdict.train.masked.conditional import (
     ConditionalConfig,
     ConditionalTransformer,
-    load_conditional,
-    save_conditional,
 )
 from semdict.train.masked.context import known_images
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
-from semdict.train.masked.pretrained import load_pretrained, save_pretrained
 from semdict.train.masked.samplers import open_drawer
 from tests import tiny
 
@@ -37,14 +35,12 @@ def write_model(path: Path, codes: int = tiny.CODES) -> None:
     with torch.no_grad():
         model.token_emb.word.weight.mul_(3)
     path.mkdir(parents=True, exist_ok=True)
-    save_pretrained(
-        path / "model.pt", model, {"settings": {"epochs": 1}, "corpus": {"recipe": {"crop": {"name": "a"}}}}
-    )
+    save_model(path / "model.pt", model, {"settings": {"epochs": 1}, "corpus": {"recipe": {"crop": {"name": "a"}}}})
 
 
 def write_conditional(path: Path, words: int, disc: str = "d", **dropouts: float) -> None:
     """The model of `write_model` that was told three classes, and words where `words` is not 0."""
-    base = load_pretrained(path.parent / "mage")[0]
+    base = load_model(path.parent / "mage", MaskedTokenTransformer)[0]
     model = ConditionalTransformer(ConditionalConfig(base.config, 3, 0, words, 6 if words else 0), base, seed=1)
     rng = torch.Generator().manual_seed(0)
     model.fill(None, torch.randn(words, 6, generator=rng))
@@ -54,7 +50,7 @@ def write_conditional(path: Path, words: int, disc: str = "d", **dropouts: float
     recipe = {"crop": {"name": "a"}, "disc": {"name": disc}}
     about = {"settings": {"label_dropout": 0.1, "word_dropout": 0.1, **dropouts}, "corpus": {"recipe": recipe}}
     path.mkdir(parents=True, exist_ok=True)
-    save_conditional(path / "model.pt", model, about)
+    save_model(path / "model.pt", model, about)
 
 
 def write_tokens(path: Path, recipe: dict) -> np.ndarray:
@@ -227,7 +223,7 @@ def test_guidance_contrasts_the_class_with_nothing(world, scale):
     known = known_images(Path("shards/tiny"), "val", 4, [])
     tokens = torch.from_numpy(known.gen).masked_fill(torch.arange(256) % 2 == 0, drawer.vocab.mask)
     unknown = tokens == drawer.vocab.mask
-    model = load_conditional("runs/words")[0]
+    model = load_model("runs/words", ConditionalTransformer)[0]
     with torch.no_grad():
         got = drawer.logits_at([1, 3], known)(tokens[[1, 3]], unknown[[1, 3]])
         told = model.told(torch.from_numpy(known.labels[[1, 3]]).long(), torch.from_numpy(known.words[[1, 3]]))
@@ -283,4 +279,4 @@ def test_a_released_checkpoint_draws(world, golden, tmp_path):
 
 
 def test_models_saved_for_the_tests_load(world):
-    assert load_pretrained(world / "runs" / "mage")[0].codebook_size == tiny.CODES
+    assert load_model(world / "runs" / "mage", MaskedTokenTransformer)[0].codebook_size == tiny.CODES

@@ -11,7 +11,8 @@ from semdict.pipeline.common.nearest import nearest
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 from semdict.pipeline.tokenizers.pair import PairSpec
 from semdict.pipeline.tokenizers.teachers import build_vit
-from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d, save_tokenizer
+from semdict.train.engine.model_file import save_model
+from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d
 
 TEACHER = "vit:patch=14,dim=24,depth=2,heads=2"
 
@@ -20,7 +21,7 @@ TEACHER = "vit:patch=14,dim=24,depth=2,heads=2"
 def spec(tmp_path) -> PairSpec:
     """A VCQ run of 32-pixel images and 16 tokens, and a teacher on 4 x 4 cells, from files."""
     (tmp_path / "vcq").mkdir()
-    save_tokenizer(tmp_path / "vcq" / "tokenizer.pt", Tokenizer1d(PRESETS["tiny"], seed=1))
+    save_model(tmp_path / "vcq" / "tokenizer.pt", Tokenizer1d(PRESETS["tiny"], seed=1), {})
     torch.manual_seed(0)
     torch.save(build_vit(TEACHER, 56).state_dict(), tmp_path / "teacher.pth")
     np.save(tmp_path / "centroids.npy", np.random.default_rng(0).normal(size=(10, 24)).astype(np.float32))
@@ -51,7 +52,7 @@ def test_a_vcq_run_is_the_generative_half(spec):
 
 def test_equal_codebooks_at_all_positions_are_one_number(spec, tmp_path):
     config = replace(PRESETS["tiny"], schedule="constant", latent_queries=False)
-    save_tokenizer(tmp_path / "vcq" / "tokenizer.pt", Tokenizer1d(config))
+    save_model(tmp_path / "vcq" / "tokenizer.pt", Tokenizer1d(config), {})
     pair = spec.open()
     assert pair.gen_sizes == 64 and pair.tokenizer.grid(32) == (4, 4)
 

@@ -18,7 +18,8 @@ from semdict.cli import main
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
 from semdict.pipeline.shards.formats import export_tokens
 from semdict.train.engine.logging import read_log
-from semdict.train.masked.pretrained import load_pretrained
+from semdict.train.engine.model_file import load_model
+from semdict.train.masked.model import MaskedTokenTransformer
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +87,10 @@ def start(shards: Path, objective: str, *options: str, processes: int = 1) -> su
     return subprocess.Popen([*command, *options], env=ENV, stderr=subprocess.PIPE, text=True)
 
 
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_model(run, MaskedTokenTransformer)[0].state_dict()
+
+
 def curve(path: Path, name: str = "loss") -> list[float]:
     return [row[name] for row in read_log(path / "log.jsonl")]
 
@@ -99,8 +104,8 @@ def test_a_run_is_published_and_left_alone(place, shards, objective, capsys):
     assert metrics["chance"]["reconstruction"] == pytest.approx(np.log(CODES))
     assert metrics["final"]["reconstruction"] == pytest.approx(np.mean(losses[-4:])) and losses[-1] < losses[0] - 0.3
     assert (reports / "plots" / "reconstruction.tsv").read_text().startswith("step\treconstruction\n1\t")
-    model, about = load_pretrained(out)
-    assert about["objective"] == objective and model.family == objective
+    model, file = load_model(out, MaskedTokenTransformer)
+    assert file.about["objective"] == objective and model.family == objective
     assert model.features(torch.zeros(2, 16, dtype=torch.long)).shape == (2, 32)
     assert not (out / "checkpoints").exists() and sorted(p.name for p in (place / "work").iterdir()) == ["locks"]
     before = (out / "model.pt").stat().st_mtime_ns
@@ -132,9 +137,7 @@ def test_kill_9_and_resume_is_bit_exact(place, shards, objective="sorcen"):
     assert not (place / "runs").exists() and len(list(place.glob("work/pretrain-*"))) == 1
     assert pretrain(shards, objective, *options, "--resume") == 0
     assert pretrain(shards, objective, *options, "--out", "whole", "--reports", "r") == 0
-    broken, whole = (
-        load_pretrained(path)[0].state_dict() for path in (place / "runs/demo" / objective, place / "whole")
-    )
+    broken, whole = (state_of(path) for path in (place / "runs/demo" / objective, place / "whole"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert curve(place / "whole") == curve(place / "runs/demo" / objective)
 
@@ -179,7 +182,7 @@ def test_the_online_classifier_changes_nothing_but_its_own(place, shards):
     free = ("--set", "pretrain.clip=0", "--set", "pretrain.epochs=8")
     assert pretrain(shards, "sorcen", *free) == 0
     assert pretrain(shards, "sorcen", *free, "--set", "pretrain.online_classifier=true", "--out", "online") == 0
-    plain, online = (load_pretrained(place / p)[0].state_dict() for p in ("runs/demo/sorcen", "online"))
+    plain, online = (state_of(place / p) for p in ("runs/demo/sorcen", "online"))
     assert plain.keys() == online.keys() and all(torch.equal(plain[name], online[name]) for name in plain)
     accuracy = curve(place / "online", "online_accuracy")
     assert np.mean(accuracy[:2]) < 0.45 and np.mean(accuracy[-4:]) > 0.6
@@ -203,7 +206,7 @@ def test_pictures_are_drawn(place, shards):
     pictures = sorted((place / "runs/demo/mage/pictures").iterdir())
     assert [p.name for p in pictures] == ["step-00000002.png", "step-00000004.png"]
     assert np.asarray(Image.open(pictures[0])).std() > 5
-    seen, unseen = (load_pretrained(place / p)[0].state_dict() for p in ("runs/demo/mage", "plain"))
+    seen, unseen = (state_of(place / p) for p in ("runs/demo/mage", "plain"))
     assert all(torch.equal(seen[name], unseen[name]) for name in seen)  # watching does not change the run
 
 

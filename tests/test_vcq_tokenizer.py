@@ -8,15 +8,15 @@ import torch.nn.functional as F
 
 from semdict.pipeline.common.errors import WeightsError
 from semdict.train.engine.lr_schedule import ramp
+from semdict.train.engine.model_file import save_model
 from semdict.train.engine.optim import groups
 from semdict.train.vcq.schedule import KINDS
 from semdict.train.vcq.tokenizer import (
     PRESETS,
     Tokenizer1d,
     TokenizerConfig,
-    load_tokenizer,
+    load_vcq_tokenizer,
     parameter_count,
-    save_tokenizer,
 )
 
 TINY = PRESETS["tiny"]
@@ -167,20 +167,20 @@ def test_same_seed_same_weights():
 
 def test_file_round_trip(tmp_path):
     model = Tokenizer1d(replace(TINY, schedule="power", power=2.0), seed=1).eval()
-    save_tokenizer(tmp_path / "t.pt", model, {"step": 7})
-    again = load_tokenizer(tmp_path / "t.pt")
+    save_model(tmp_path / "t.pt", model, {"step": 7})
+    again = load_vcq_tokenizer(tmp_path / "t.pt")
     images = torch.rand(2, 3, 32, 32, generator=rng())
     assert again.config == model.config
     assert torch.equal(again.encode(images), model.encode(images))
     assert len(again.identity["sha256"]) == 64
     torch.save({"format": "other"}, tmp_path / "o.pt")
-    with pytest.raises(WeightsError, match="not a VCQ tokenizer"):
-        load_tokenizer(tmp_path / "o.pt")
+    with pytest.raises(WeightsError, match="not written by `semdict vcq train`"):
+        load_vcq_tokenizer(tmp_path / "o.pt")
     found = torch.load(tmp_path / "t.pt", weights_only=True)
     found["config"]["dim"] = 5
     torch.save(found, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="does not fit"):
-        load_tokenizer(tmp_path / "w.pt")
+        load_vcq_tokenizer(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("queries", [True, False])

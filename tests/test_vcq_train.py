@@ -12,9 +12,10 @@ from semdict.cli import main
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.manifest.table import load_manifest
 from semdict.pipeline.shards import open_shards, verify_shards
-from semdict.train.ar.model import load_ar
+from semdict.train.ar.model import ArModel
 from semdict.train.data.images import ImageLoader, ImageRows, RandomCrop, centre_crops, usable_rows
-from semdict.train.vcq.tokenizer import load_tokenizer
+from semdict.train.engine.model_file import load_model
+from semdict.train.vcq.tokenizer import load_vcq_tokenizer
 from tests.tiny import TEACHER, base, digest, make_images, make_teacher, merged
 
 VCQ = {
@@ -82,7 +83,7 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
 
     command(world, "vcq", "encode")
     shards = open_shards(world / "shards/tiny-vcq")
-    tokenizer = load_tokenizer(world / "runs/tiny/vcq/tokenizer.pt")
+    tokenizer = load_vcq_tokenizer(world / "runs/tiny/vcq/tokenizer.pt")
     assert shards.gen_sizes.tolist() == list(tokenizer.quantizer.sizes)
     tokens = shards.gen[:]
     assert tokens.shape == (12, 2, 16)
@@ -94,11 +95,11 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
     assert digest(world / "elsewhere") == digest(world / "shards/tiny-vcq")
 
     command(world, "ar", "train")
-    model, about = load_ar(world / "runs/tiny/ar")
+    model, file = load_model(world / "runs/tiny/ar", ArModel)
     assert model.config.sizes == tokenizer.quantizer.sizes
     assert model.null_class == 3
-    assert about["classes"] == ["c0", "c1", "c2"]
-    assert about["tokens"]["gen"]["sha256"] == tokenizer.identity["sha256"]
+    assert file.about["classes"] == ["c0", "c1", "c2"]
+    assert file.about["tokens"]["gen"]["sha256"] == tokenizer.identity["sha256"]
     nll = json.loads((world / "runs/tiny/ar/nll.json").read_text())
     assert len(nll["bits"]["train"]) == 16
     assert sum(nll["bits"]["train"]) < sum(np.log2(nll["sizes"])) + 1

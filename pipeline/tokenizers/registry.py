@@ -27,9 +27,9 @@ LAYOUTS: dict[str, type[ConvTokenizer]] = {
     "ibq": IbqTokenizer,
     "magvit2": Magvit2Tokenizer,
 }
-# Tokenizers that state their format in the file: format -> "module:loader", imported by name when such a file is read.
+# Tokenizers that state their kind in the file: kind -> "module:loader", imported by name when such a file is read.
 # That keeps the pipeline free of imports from semdict.train, where the VCQ tokenizer lives.
-FORMATS = {"semdict-vcq-1": "semdict.train.vcq.tokenizer:load_tokenizer"}
+KINDS = {"semdict-vcq-tokenizer": "semdict.train.vcq.tokenizer:load_vcq_tokenizer"}
 RUN_FILE = "tokenizer.pt"  # what a tokenizer's training run leaves in its folder
 STEM = "encoder.conv_in.weight"  # every layout has it; what stands before it is the prefix of a larger model
 HINTS = {  # tensor name -> what a file is that has it and fits no layout
@@ -57,8 +57,8 @@ def load_tokenizer(
     file = local_file(path)
     file = file / RUN_FILE if file.is_dir() else file
     checkpoint = load_checkpoint(file)
-    if isinstance(checkpoint.get("format"), str) and checkpoint["format"] in FORMATS:
-        module, _, loader = FORMATS[checkpoint["format"]].partition(":")
+    if isinstance(checkpoint.get("kind"), str) and checkpoint["kind"] in KINDS:
+        module, _, loader = KINDS[checkpoint["kind"]].partition(":")
         return getattr(importlib.import_module(module), loader)(file, device)
     found, tensors = recognise(state_dict_of(checkpoint, file, ema), path, layout)
     model = found.from_tensors(tensors, path, ema)

@@ -7,7 +7,6 @@ vocabulary of position t is its first K_t codes. Shapes: B images, L positions, 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semdict.train.ar.head import grouped_nll, masked_logits
-from semdict.train.engine.modelfile import load_model, save_model
 from semdict.train.engine.rng import rand_rows
 
 MASK_MODES = ("train", "sample_only", "off")
-KIND = "semdict-ar"
-OTHER = "{path} is not a model that `semdict ar train` wrote; its entries are {entries}"
 
 
 @dataclass(frozen=True)
@@ -116,6 +112,8 @@ class Layer(nn.Module):
 class ArModel(nn.Module):
     """Class -> codes. The start token is the class embedding; its row `classes` stands for "no class"."""
 
+    KIND, COMMAND = "semdict-ar", "semdict ar train"
+
     def __init__(self, config: ArConfig, seed: int = 0) -> None:
         super().__init__()
         if config.mask_vocab not in MASK_MODES:
@@ -134,6 +132,15 @@ class ArModel(nn.Module):
             "rope", rope_table(len(config.sizes), E // config.heads, config.rope_base), persistent=False
         )
         self._init(torch.Generator().manual_seed(seed))
+
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration as plain data, for a model file."""
+        return asdict(self.config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ArModel":
+        """A module of the configuration that `config_dict` gave."""
+        return cls(ArConfig(**{**config, "sizes": tuple(config["sizes"])}))
 
     @property
     def null_class(self) -> int:
@@ -254,21 +261,3 @@ def nll_bits(model: ArModel, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[
     if total_L is None:
         raise ValueError("no tokens to measure the likelihood on")
     return (total_L / images).cpu(), images
-
-
-def save_ar(path: Path, model: ArModel, about: dict[str, Any]) -> None:
-    """Write the model; `about` is plain data (settings, identity of the tokens, names of the classes)."""
-    save_model(path, KIND, model, asdict(model.config), about)
-
-
-def load_ar(path: str | Path, device: str | torch.device = "cpu") -> tuple[ArModel, dict[str, Any]]:
-    """(model in evaluation mode, what the file says of itself); `path` is a run's folder or its model.pt.
-
-    WeightsError when it is not an AR model or damaged.
-    """
-    model, about = load_model(path, KIND, _build, OTHER)
-    return model.to(device), about
-
-
-def _build(config: dict[str, Any]) -> ArModel:
-    return ArModel(ArConfig(**{**config, "sizes": tuple(config["sizes"])}))

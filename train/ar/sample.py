@@ -10,12 +10,13 @@ import torch
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.common.publish import check_output, publish_folder
-from semdict.train.ar.model import load_ar
+from semdict.train.ar.model import ArModel
 from semdict.train.ar.sampling import sample
 from semdict.train.ar.train import check_tokenizer
 from semdict.train.engine.dist import pick_device
 from semdict.train.engine.guidance import Guidance
-from semdict.train.vcq.tokenizer import load_tokenizer
+from semdict.train.engine.model_file import load_model
+from semdict.train.vcq.tokenizer import load_vcq_tokenizer
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import ArSample
@@ -46,13 +47,13 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or runs / f"ar-samples-{args.draw}"
     check_output(out, "ar-samples")
     device = pick_device(params.runtime.device)
-    model, about = load_ar(args.model or runs / "ar", device)
+    model, file = load_model(args.model or runs / "ar", ArModel, device)
     path = args.tokenizer or runs / "vcq"
-    tokenizer = load_tokenizer(path / "tokenizer.pt" if path.is_dir() else path, device)
-    check_tokenizer(about["tokens"], tokenizer.identity, path)
+    tokenizer = load_vcq_tokenizer(path, device)
+    check_tokenizer(file.about["tokens"], tokenizer.identity, path)
     if tokenizer.quantizer.sizes != model.config.sizes:
         raise UsageError(f"{path} has other codebook sizes than the model was trained with")
-    names = about.get("classes") or []
+    names = file.about.get("classes") or []
     labels = wanted_labels(given.classes, given.per_class, model.null_class)
     guidance = Guidance(given.scale, given.power, given.start, given.mode)
     images, tokens = [], []

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.files import write_json
-from semdict.train.ar.model import SHAPES, ArConfig, ArModel, drop_labels, nll_bits, save_ar
+from semdict.train.ar.model import SHAPES, ArConfig, ArModel, drop_labels, nll_bits
 from semdict.train.data.tokens import ResidentLoader, class_names, recipe_of, table_from_shards
 from semdict.train.engine import dist
 from semdict.train.engine.batch import Batch
 from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit, make_plan
 from semdict.train.engine.lr_schedule import warmup_hold_linear
-from semdict.train.engine.modelfile import MODEL
+from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.run import Place
 from semdict.train.engine.stage import add_run_arguments, run_stage
@@ -104,7 +104,7 @@ class Session:
         if world.first:
             metrics["bits_per_image"] = self.likelihood(model)
             about = {"settings": place.settings, "tokens": self.meta["recipe"], "classes": self.names}
-            save_ar(place.folder / MODEL, model, about)
+            save_model(place.folder / MODEL, model, about)
         return metrics
 
     def config(self, classes: int) -> ArConfig:

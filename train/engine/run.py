@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from semdict.pipeline.common.errors import SemdictError, UsageError
-from semdict.pipeline.common.files import remove, sha256_json, write_json
+from semdict.pipeline.common.files import remove, sha256_file, sha256_json, write_json
 from semdict.pipeline.common.publish import check_output, occupied, publish_staged
 from semdict.pipeline.execute.locks import lock
 from semdict.pipeline.execute.store import WORK
 from semdict.train.engine import dist
 from semdict.train.engine.checkpoint import differences, plain
-
-CARD = "run.json"  # the last file of a complete run: what it was, and its final numbers
+from semdict.train.engine.model_file import CARD
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -76,7 +75,8 @@ class Place:
         return sorted(p.name for p in Path(self.root).glob(f"{self.kind}-*") if p.is_dir() and p != self.folder)
 
     def complete(self, numbers: dict[str, Any]) -> dict[str, Any]:
-        """Mark the run complete: checkpoints go, the card is written."""
+        """Mark the run complete: the card is written, with the SHA-256 of every model file."""
+        numbers = {**numbers, "files": {path.name: sha256_file(path) for path in sorted(self.folder.glob("*.pt"))}}
         card = {"kind": self.kind, "fingerprint": self.fingerprint, "settings": plain(self.settings), **numbers}
         write_json(self.folder / CARD, card)
         return card

@@ -3,20 +3,15 @@
 B images, L grid cells, E width, C classes.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.common.files import write_aside
-from semdict.pipeline.common.safeload import load_checkpoint
 from semdict.train.engine.layers import EPS
 from semdict.train.engine.optim import groups
 from semdict.train.masked.model import MaskedTokenTransformer, ModelConfig
 
-KIND = "semdict-classifier"
 HEAD_STD = 2e-5  # of the released fine-tuning's head
 PRETRAINING = (
     "norm", "decoder_embed", "decoder_position", "decoder_blocks", "decoder_norm", "token_head", "proj_to_dino",
@@ -30,6 +25,8 @@ class Classifier(nn.Module):
     Takes `model` over: what only pretraining uses is removed from it, and all that stays learns. drop_path: rate of the
     last block, rising linearly from 0 at the first (stochastic depth, arXiv:1603.09382); dropout: inside the blocks.
     """
+
+    KIND, COMMAND = "semdict-classifier", "semdict evaluate fine-tune"
 
     def __init__(
         self, model: MaskedTokenTransformer, classes: int, drop_path: float = 0.0, dropout: float = 0.0,
@@ -48,6 +45,15 @@ class Classifier(nn.Module):
         for number, block in enumerate(model.blocks):
             block.drop_path = drop_path * number / max(1, depth - 1)
             block.attn.dropout = block.attn.drop.p = block.mlp.drop.p = dropout
+
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration as plain data, for a model file."""
+        return {"encoder": self.encoder.config.to_dict(), "classes": self.head.out_features}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Classifier":
+        """A module of the configuration that `config_dict` gave."""
+        return cls(MaskedTokenTransformer(ModelConfig.from_dict(config["encoder"])), config["classes"])
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         return self.head(self.norm(self.encoder.encode(tokens_BL, norm=False)[:, 1:].mean(dim=1)))
@@ -72,24 +78,3 @@ def layer_groups(classifier: Classifier, weight_decay: float, decay: float) -> l
             fresh = {"params": [], "weight_decay": wd, "lr_scale": decay ** (depth + 1 - layer)}
             found.setdefault((layer, wd), fresh)["params"].append((name, parameter))
     return [found[key] for key in sorted(found)]
-
-
-def save_classifier(path: Path, model: Classifier, about: dict[str, Any]) -> None:
-    """Write {"kind", "config", "classes", "model", "about"}; `about` is plain data."""
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    config, classes = model.encoder.config.to_dict(), model.head.out_features
-    with write_aside(path) as aside, aside.open("wb") as file:
-        torch.save({"kind": KIND, "config": config, "classes": classes, "model": state, "about": about}, file)
-
-
-def load_classifier(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
-    """(classifier in evaluation mode on the CPU, what its file says); WeightsError when it is none, or damaged."""
-    found = load_checkpoint(Path(path))
-    if found.get("kind") != KIND:
-        raise WeightsError(f"{path} was not written by `semdict evaluate fine-tune`; its entries are {list(found)[:6]}")
-    try:
-        model = Classifier(MaskedTokenTransformer(ModelConfig.from_dict(found["config"])), found["classes"])
-        model.load_state_dict(found["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{path}: the model does not fit its configuration: {error}") from None
-    return model.eval(), found["about"]

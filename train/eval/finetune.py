@@ -25,10 +25,11 @@ from semdict.train.engine.batch import Batch
 from semdict.train.engine.logging import RunLog
 from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit, make_plan
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
+from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.rng import Stream, numpy_seed
 from semdict.train.engine.run import Place
 from semdict.train.engine.stage import run_stage, say
-from semdict.train.eval.classifier import Classifier, layer_groups, save_classifier
+from semdict.train.eval.classifier import Classifier, layer_groups
 from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_confusion
 from semdict.train.eval.image_source import ImageSource
 from semdict.train.eval.linear_head import per_cent
@@ -140,7 +141,7 @@ class Session:
         scores, predicted = test.score(model)
         if world.first:
             np.save(self.place.folder / "predicted.npy", predicted)
-            save_classifier(self.place.folder / "model.pt", model, {"settings": self.place.settings})
+            save_model(self.place.folder / MODEL, model, {"settings": self.place.settings})
         return {**scores, "loss": final["loss"], "steps": steps, "final": final}
 
     def loader(self) -> ImageLoader:

@@ -18,7 +18,7 @@ from semdict.train.eval.common import write_table
 from semdict.train.eval.fid import score_samples
 from semdict.train.eval.first_k import first_k_probe
 from semdict.train.eval.vcq_latents import Latents, Originals, Pictures, Place, latents_of
-from semdict.train.vcq.tokenizer import Tokenizer1d, load_tokenizer
+from semdict.train.vcq.tokenizer import Tokenizer1d, load_vcq_tokenizer
 from semdict.train.vcq.usage import CodeUsage
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     named = sample_folders(args.samples)
     path = args.tokenizer or Path("runs") / params.preset / "vcq"
     device = resolve_device(params.runtime.device)
-    model = load_tokenizer(path / "tokenizer.pt" if path.is_dir() else path, device)
+    model = load_vcq_tokenizer(path, device)
     place = Place.of(args.manifest or places.manifest(params.preset), params)
     out = args.out or Path("reports") / params.preset / "vcq"
     args.work.mkdir(parents=True, exist_ok=True)

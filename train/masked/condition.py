@@ -20,6 +20,7 @@ from semdict.train.data.tokens import ResidentLoader, TokenTable, recipe_of, tab
 from semdict.train.engine import dist
 from semdict.train.engine.loop import Phase, Plan, Run, fit, make_plan
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
+from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.rng import Stream, torch_generator, torch_seed
 from semdict.train.engine.run import Place
@@ -29,7 +30,6 @@ from semdict.train.masked.conditional import (
     ConditionalTransformer,
     Telling,
     conditions,
-    save_conditional,
 )
 from semdict.train.masked.encoder import load_encoder
 from semdict.train.masked.losses import reconstruction_loss
@@ -37,7 +37,6 @@ from semdict.train.masked.masking import draw_masks
 from semdict.train.masked.model import MaskedTokenTransformer
 from semdict.train.masked.objectives import Masking
 from semdict.train.masked.pretrain import AtEpoch
-from semdict.train.masked.pretrained import MODEL
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
@@ -128,7 +127,7 @@ class Session:
             if held_out is not None:
                 numbers["held_out"] = self.measure(model, held_out)
             about = {"settings": place.settings, "corpus": self.token_set.meta, "model": self.encoder.about()}
-            save_conditional(place.folder / MODEL, model, {**about, "step": steps})
+            save_model(place.folder / MODEL, model, {**about, "step": steps})
         return numbers
 
     def plan(self, steps: int) -> Plan:

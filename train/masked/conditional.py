@@ -5,7 +5,6 @@ Shapes: B images, L cells, n unknown cells, X rows beside the canvas, F decoder 
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,10 @@ from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.engine.layers import init_weights
-from semdict.train.engine.modelfile import load_model, save_model
 from semdict.train.engine.rng import rand_rows
 from semdict.train.masked.model import MaskedTokenTransformer, ModelConfig
 from semdict.train.masked.objectives import Batch, Mage, Masking, Scalars
 
-KIND = "semdict-conditional"
-OTHER = "{path} knows no classes; `semdict condition --model {path}` teaches a pretrained model"
 DECODER = ("decoder_embed", "decoder_position", "decoder_blocks", "decoder_norm")  # what is fine-tuned; no token head
 
 
@@ -58,6 +54,8 @@ class ConditionalTransformer(nn.Module):
     the elements" stay frozen (section A), and so does the token head.
     """
 
+    KIND, COMMAND = "semdict-conditional", "semdict condition --model RUN"
+
     def __init__(self, config: ConditionalConfig, base: MaskedTokenTransformer | None = None, seed: int = 0) -> None:
         super().__init__()
         self.config, c = config, config
@@ -76,6 +74,15 @@ class ConditionalTransformer(nn.Module):
         self.base.requires_grad_(False)
         for name in DECODER:
             getattr(self.base, name).requires_grad_(True)
+
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration as plain data, for a model file."""
+        return self.config.to_dict()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ConditionalTransformer":
+        """A module of the configuration that `config_dict` gave."""
+        return cls(ConditionalConfig.from_dict(config))
 
     def fill(self, class_vectors: Tensor | None, centroids: Tensor | None) -> None:
         """Put in the frozen tables: class embeddings (classes, class_width) and centroids (words, word_width)."""
@@ -207,23 +214,3 @@ def conditions(batch: Batch, model: ConditionalTransformer) -> tuple[Tensor, Ten
     labels_B = batch["label"].long()
     words_BL = batch["disc"].long() if model.config.words else None
     return torch.where(labels_B < 0, model.null_class, labels_B), words_BL
-
-
-def save_conditional(path: Path, model: ConditionalTransformer, about: dict[str, Any]) -> None:
-    """Write the model; `about` is plain data."""
-    save_model(path, KIND, model, model.config.to_dict(), about)
-
-
-def load_conditional(path: str | Path) -> tuple[ConditionalTransformer, dict[str, Any]]:
-    """(model in evaluation mode on the CPU, what the file says of its training); a run's folder or its model.pt.
-
-    WeightsError when it is not one, or damaged.
-    """
-    model, about = load_model(
-        path, KIND, lambda config: ConditionalTransformer(ConditionalConfig.from_dict(config)), OTHER
-    )
-    return model.requires_grad_(False), about
-
-
-def _build(config: dict[str, Any]) -> ConditionalTransformer:
-    return ConditionalTransformer(ConditionalConfig.from_dict(config))

@@ -8,10 +8,9 @@ import torch
 
 from semdict.pipeline.common.errors import ShardError, WeightsError
 from semdict.pipeline.common.files import sha256_file
-from semdict.pipeline.common.safeload import load_checkpoint
 from semdict.train.engine.checkpoint import differences
+from semdict.train.engine.model_file import MODEL, load_model, model_kind, model_path
 from semdict.train.masked.model import MaskedTokenTransformer
-from semdict.train.masked.pretrained import KIND, MODEL, load_pretrained
 from semdict.train.masked.released import load_released
 
 # parts of a token recipe that do not change what a token means: the other dictionary, and which views were cut
@@ -77,17 +76,18 @@ def load_encoder(
 ) -> Encoder:  # fmt: skip
     """A run's folder, its model.pt, or a released MAGE, Sorcen or LEASE checkpoint; WeightsError when it is none."""
     path = Path(path)
-    file = path / MODEL if path.is_dir() else path
+    file = model_path(path)
     if not file.is_file():
         raise WeightsError(f"{file} does not exist; --model takes a run's folder, its {MODEL} or a released checkpoint")
-    if load_checkpoint(file).get("kind") == KIND:
-        model, about = load_pretrained(file)
-        recipe, epochs = about.get("corpus", {}).get("recipe"), about.get("settings", {}).get("epochs")
+    if model_kind(file) == MaskedTokenTransformer.KIND:
+        model, saved = load_model(file, MaskedTokenTransformer)
+        sha256, recipe = saved.sha256, saved.about.get("corpus", {}).get("recipe")
+        epochs = saved.about.get("settings", {}).get("epochs")
     else:
         model = load_released(file, num_heads, decoder_num_heads)
-        recipe, epochs = None, model.released.epoch
+        sha256, recipe, epochs = sha256_file(file), None, model.released.epoch
     frozen = model.requires_grad_(False).to(device).eval()
-    return Encoder(frozen, run_name(path), sha256_file(file), recipe, epochs)
+    return Encoder(frozen, run_name(path), sha256, recipe, epochs)
 
 
 def run_name(path: Path) -> str:

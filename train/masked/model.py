@@ -132,6 +132,8 @@ class MaskedTokenTransformer(nn.Module):
     All parameters are drawn from `seed`. Methods take int64 tokens (B, L) in [0, codes) or the mask id.
     """
 
+    KIND, COMMAND = "semdict-pretrained", "semdict pretrain"
+
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
@@ -150,6 +152,15 @@ class MaskedTokenTransformer(nn.Module):
         self.predictor = projection_head(c.projector[1], *c.predictor) if c.predictor and c.projector else None
         self.register_buffer("pos2d", pos2d(c.width, c.grid) if c.grid_code else None, persistent=False)
         init_weights(self, torch.Generator().manual_seed(seed))
+
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration as plain data, for a model file."""
+        return self.config.to_dict()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MaskedTokenTransformer":
+        """A module of the configuration that `config_dict` gave."""
+        return cls(ModelConfig.from_dict(config))
 
     def _blocks(self, depth: int, width: int, heads: int) -> nn.ModuleList:
         c = self.config

@@ -19,13 +19,13 @@ from semdict.train.engine.batch import Loader
 from semdict.train.engine.logging import RunLog
 from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit, make_plan
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
+from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.run import Place
 from semdict.train.engine.stage import add_run_arguments, run_stage, say
 from semdict.train.masked.model import FAMILIES, MaskedTokenTransformer, model_config
 from semdict.train.masked.objectives import Lease, Mage, Masking, Sorcen
 from semdict.train.masked.online import WithClassifier
-from semdict.train.masked.pretrained import MODEL, save_pretrained
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params, Pretrain
@@ -97,7 +97,7 @@ class Session:
         metrics = {"final": means, "chance": self.chance(), "steps": steps, "images_left_out": self.left_out}
         if world.first:
             about = {"objective": self.objective, "settings": self.place.settings, "corpus": self.token_set.meta}
-            save_pretrained(self.place.folder / MODEL, model, {**about, "step": steps})
+            save_model(self.place.folder / MODEL, model, {**about, "step": steps})
         return metrics
 
     def plan(self, steps: int) -> Plan:

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from semdict.pipeline.common.errors import ShardError, UsageError
-from semdict.pipeline.common.files import sha256_file
-from semdict.pipeline.common.safeload import load_checkpoint
 from semdict.train.engine.checkpoint import differences
 from semdict.train.engine.guidance import combine
-from semdict.train.masked.conditional import KIND, ConditionalTransformer, load_conditional
+from semdict.train.engine.model_file import load_model, model_kind, model_path
+from semdict.train.masked.conditional import ConditionalTransformer
 from semdict.train.masked.context import Known
 from semdict.train.masked.encoder import Encoder, load_encoder, run_name
-from semdict.train.masked.pretrained import MODEL
 from semdict.train.masked.sampling import LogitsAt, once_where_equal
 
 if TYPE_CHECKING:
@@ -106,12 +104,12 @@ def open_drawer(
     path: Path, num_heads: int | None, decoder_num_heads: int | None, given: "Generate", task: str, device: torch.device
 ) -> Plain:
     """A run's folder, its model.pt or a released file; UsageError when task class meets a model without classes."""
-    file = path / MODEL if path.is_dir() else path
-    if file.is_file() and load_checkpoint(file).get("kind") == KIND:
-        model, about = load_conditional(file)
-        recipe = about.get("corpus", {}).get("recipe")
-        encoder = Encoder(model.to(device).base, run_name(path), sha256_file(file), recipe, None)
-        return Classed(model, encoder, about, given, task)
+    if model_path(path).is_file() and model_kind(path) == ConditionalTransformer.KIND:
+        model, file = load_model(path, ConditionalTransformer, device)
+        model.requires_grad_(False)
+        recipe = file.about.get("corpus", {}).get("recipe")
+        encoder = Encoder(model.base, run_name(path), file.sha256, recipe, None)
+        return Classed(model, encoder, file.about, given, task)
     encoder = load_encoder(path, num_heads, decoder_num_heads, device)
     if task == "class":
         raise UsageError(f"{path} knows no classes; `semdict condition --model {path}` teaches them to its decoder")

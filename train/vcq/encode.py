@@ -11,7 +11,7 @@ from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.config import paths as places
 from semdict.train.engine.loop import DTYPES
-from semdict.train.vcq.tokenizer import Tokenizer1d, load_tokenizer
+from semdict.train.vcq.tokenizer import Tokenizer1d, load_vcq_tokenizer
 
 EXAMPLE = """examples:
   semdict vcq encode --tokenizer runs/demo/vcq --out shards/demo-vcq
@@ -27,7 +27,7 @@ class VcqSpec:
 
     def open(self) -> "VcqTokenizer":
         """Read the weights; WeightsError says what is wrong with them."""
-        return VcqTokenizer(load_tokenizer(self.path, self.device), torch.device(self.device))
+        return VcqTokenizer(load_vcq_tokenizer(self.path, self.device), torch.device(self.device))
 
 
 @dataclass
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.out, "shards")
     path = args.tokenizer or Path("runs") / params.preset / "vcq"
     with lock(f"vcq-encode-{params.preset}", args.work), interrupt_on_signals():
-        _encode(params, args, path / "tokenizer.pt" if path.is_dir() else path)
+        _encode(params, args, path)
     return 0
 
 

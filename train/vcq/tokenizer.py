@@ -4,7 +4,7 @@ Single-stage TiTok (arXiv:2406.07550) that predicts pixels, with a variable-size
 images, P patches, L tokens, E width of a stack, D code width.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.common.files import sha256_file, write_aside
-from semdict.pipeline.common.safeload import load_checkpoint
 from semdict.train.engine.layers import EPS, Block
+from semdict.train.engine.model_file import load_model
 from semdict.train.vcq.quantizer import VariableQuantizer
 from semdict.train.vcq.schedule import codebook_sizes
 
-FORMAT = "semdict-vcq-1"
+LAYOUT = "semdict-vcq-1"  # names this tokenizer in the recipe of its tokens
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,8 @@ class Decoder(nn.Module):
 class Tokenizer1d(nn.Module):
     """Encoder, variable-size quantizer, decoder. `identity` says what it is once it was read from a file."""
 
+    KIND, COMMAND = "semdict-vcq-tokenizer", "semdict vcq train"
+
     def __init__(self, config: TokenizerConfig, seed: int = 0) -> None:
         super().__init__()
         _check(config)
@@ -150,8 +151,17 @@ class Tokenizer1d(nn.Module):
             sizes_L, config.dim, config.l2, config.beta, config.codebook_weight, config.groups
         )
         self.decoder = Decoder(config)
-        self.identity: dict[str, Any] = {"layout": FORMAT, **asdict(config)}
+        self.identity: dict[str, Any] = {"layout": LAYOUT, **asdict(config)}
         self._init(torch.Generator().manual_seed(seed))
+
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration as plain data, for a model file."""
+        return asdict(self.config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Tokenizer1d":
+        """A module of the configuration that `config_dict` gave; TypeError for an unknown key."""
+        return cls(TokenizerConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}))
 
     @property
     def codebook_size(self) -> int:
@@ -251,27 +261,8 @@ def parameter_count(config: TokenizerConfig) -> int:
         return sum(p.numel() for p in Tokenizer1d(config).parameters())
 
 
-def save_tokenizer(path: str | Path, tokenizer: Tokenizer1d, extra: dict[str, Any] | None = None) -> None:
-    """Write configuration and weights (float32) as one file of plain tensors; `extra` is kept beside them."""
-    state = {name: value.detach().cpu() for name, value in tokenizer.state_dict().items()}
-    with write_aside(path) as aside:
-        torch.save({"format": FORMAT, "config": asdict(tokenizer.config), "extra": extra or {}, "model": state}, aside)
-
-
-def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer1d:
-    """Read a file of `save_tokenizer`, in evaluation mode; WeightsError says what is wrong with it."""
-    found = load_checkpoint(path)
-    if found.get("format") != FORMAT:
-        raise WeightsError(f"{path} is not a VCQ tokenizer (format {found.get('format')!r}, expected {FORMAT!r})")
-    known = {field.name for field in fields(TokenizerConfig)}
-    unknown = sorted(found["config"].keys() - known)
-    if unknown:
-        raise WeightsError(f"{path} was written by another version: unknown settings {', '.join(unknown)}")
-    given = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in found["config"].items()}
-    tokenizer = Tokenizer1d(replace(TokenizerConfig(), **given))
-    try:
-        tokenizer.load_state_dict(found["model"])
-    except RuntimeError as error:
-        raise WeightsError(f"{path} does not fit its own settings: {str(error).splitlines()[-1].strip()}") from None
-    tokenizer.identity |= {"sha256": sha256_file(path)}
-    return tokenizer.to(device).eval()
+def load_vcq_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer1d:
+    """The tokenizer of a `semdict vcq train` run (averaged weights) or of its file, in evaluation mode."""
+    tokenizer, file = load_model(path, Tokenizer1d, device)
+    tokenizer.identity |= {"sha256": file.sha256}
+    return tokenizer

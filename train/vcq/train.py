@@ -20,13 +20,14 @@ from semdict.train.engine.ema import Ema
 from semdict.train.engine.logging import RunLog
 from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit, make_plan
 from semdict.train.engine.lr_schedule import ramp, warmup_hold_linear
+from semdict.train.engine.model_file import TOKENIZER, save_model
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.run import Place
 from semdict.train.engine.stage import add_run_arguments, run_stage, say
 from semdict.train.vcq.discriminator import PatchGan
 from semdict.train.vcq.objective import LossWeights, TokenizerObjective
 from semdict.train.vcq.perceptual import PerceptualSource, choose_perceptual, load_perceptual
-from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig, save_tokenizer
+from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig
 from semdict.train.vcq.usage import CodeReset, CodeUsage, Revival
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ EXAMPLE = """examples:
   torchrun --nproc-per-node 8 -m semdict.train.vcq.train
 
 Writes tokenizer.pt (averaged weights), tokenizer-raw.pt, usage.json and reconstructions.png."""
-TOKENIZER, RAW = "tokenizer.pt", "tokenizer-raw.pt"  # averaged weights, and those of the last step
+RAW = "tokenizer-raw.pt"  # weights of the last step; TOKENIZER holds their average
 SHAPE = ("image_size", "patch", "tokens", "latent_queries", "schedule", "k_min", "power", "dim", "l2", "beta",
          "codebook_weight")  # fmt: skip
 
@@ -217,11 +218,11 @@ class Session:
         given, folder = self.given, self.place.folder
         held_out = self.images(given.held_out or given.splits)
         pixels = centre_crops(held_out, given.image_size, given.measured_images, self.params.runtime.workers)
-        save_tokenizer(folder / RAW, model, {"settings": self.place.settings})
+        save_model(folder / RAW, model, {"settings": self.place.settings})
         found, rows = {"psnr_raw": float(psnr(pixels, self.reconstruct(model, pixels)).mean())}, [pixels]
         for name, part in average.parts.items():
             getattr(model, name).load_state_dict(part.state_dict())
-        save_tokenizer(folder / TOKENIZER, model, {"settings": self.place.settings})
+        save_model(folder / TOKENIZER, model, {"settings": self.place.settings})
         rows.append(self.reconstruct(model, pixels))
         found["psnr"] = float(psnr(*rows).mean())
         save_grid(folder / "reconstructions.png", rows, ["original", "tokens\nback to pixels"])

@@ -1,0 +1,110 @@
+"""Model files: a module's tensors, the configuration that rebuilds it, and what the file says about its training.
+
+Every model that is trained here is written and read by these functions. The bytes of a file depend on its contents
+alone, so equal runs publish equal files. `semdict.load_model` opens a file by its kind.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.common.files import sha256_file, write_aside
+from semdict.pipeline.common.safeload import load_checkpoint
+
+MODEL = "model.pt"
+TOKENIZER = "tokenizer.pt"
+CARD = "run.json"  # last file of a complete run: settings, metrics, and the SHA-256 of every model file
+
+
+class SavedModule(Protocol):
+    """A module that can be saved: its kind in the file, the command that writes it, and its configuration."""
+
+    KIND: ClassVar[str]
+    COMMAND: ClassVar[str]
+
+    def config_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings from which `from_config` rebuilds the module."""
+        ...
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "SavedModule": ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """Where a model was read from, the SHA-256 of the file, and what it says about the model's training."""
+
+    path: Path
+    sha256: str
+    about: dict[str, Any]
+
+
+def save_model(path: str | Path, model: SavedModule, about: dict[str, Any]) -> None:
+    """Write {"kind", "config", "model", "about"}; `about` is plain data."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    said = json.loads(json.dumps({"config": model.config_dict(), "about": about}))  # pickle writes shared objects once
+    contents = {"kind": model.KIND, **said, "model": state}
+    with write_aside(path) as staged, staged.open("wb") as file:  # torch would store the temporary name of a path
+        torch.save(contents, file)
+
+
+def load_model(path: str | Path, cls: type[Module], device: str | torch.device = "cpu") -> tuple[Module, ModelFile]:
+    """(module of class `cls` in evaluation mode, its file); `path` is a run's folder or the file.
+
+    Raises WeightsError if the file is of another kind, damaged, or not the one that its run published.
+    """
+    path = model_path(path)
+    contents = load_checkpoint(path)
+    kind = contents.get("kind")
+    if kind != cls.KIND:
+        what = f"its kind is {kind!r}" if kind else f"it has no kind, its entries are {list(contents)[:6]}"
+        raise WeightsError(f"{path} was not written by `{cls.COMMAND}`: {what}")
+    sha256 = check_published(path)
+    try:
+        model = cls.from_config(contents["config"])
+        model.load_state_dict(contents["model"])
+        about = contents["about"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{path}: the model does not fit its configuration: {error}") from None
+    return model.to(device).eval(), ModelFile(path, sha256, about)
+
+
+def model_path(path: str | Path) -> Path:
+    """The model file that `path` stands for: itself, or the one in a run's folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in (MODEL, TOKENIZER) if (path / name).exists()), path / MODEL)
+
+
+def model_kind(path: str | Path) -> str | None:
+    """The kind of a model file, None for a checkpoint that was not written by `save_model`."""
+    return load_checkpoint(model_path(path)).get("kind")
+
+
+def check_published(path: Path) -> str:
+    """SHA-256 of a model file; WeightsError if the run.json beside it lists another one."""
+    sha256 = sha256_file(path)
+    card = path.parent / CARD
+    try:
+        published = json.loads(card.read_text()).get("files", {}).get(path.name, sha256)
+    except FileNotFoundError:
+        return sha256  # not in a run's folder
+    except (ValueError, AttributeError):
+        raise WeightsError(f"{card} is damaged; move {path.name} out of this folder, or run the stage again") from None
+    if published != sha256:
+        raise WeightsError(
+            f"{path} has SHA-256 {sha256}, {CARD} beside it says {published}: the file is damaged or was replaced; "
+            "restore it, or remove the folder and run the stage again"
+        )
+    return sha256
