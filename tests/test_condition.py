@@ -229,7 +229,7 @@ def command(shards: Path, *options: str) -> list[str]:
 
 def test_a_run_learns_what_it_is_told_and_leaves_the_rest(place, shards, capsys):
     """The tokens' own entropies are the floors: 0 by class and word, ln 2 by class; nothing else of the model moves."""
-    given = ("epochs=400", "batch=24", "base_lr=0.1", "label_smoothing=0.0")
+    given = ("epochs=800", "batch=24", "base_lr=0.1", "label_smoothing=0.0")
     options = [text for value in given for text in ("--set", f"condition.{value}")]
     options += ["--set", "runtime.log_every=50", "--set", "runtime.save_every=0"]
     assert main(command(shards, *options)) == 0
@@ -250,7 +250,7 @@ def test_a_run_learns_what_it_is_told_and_leaves_the_rest(place, shards, capsys)
     assert main(command(shards, *options, "--resume")) == 0
     assert "nothing to do" in capsys.readouterr().err
     assert main(command(shards, "--resume")) == 2
-    assert "epochs: 400 -> 5" in capsys.readouterr().err
+    assert "epochs: 800 -> 5" in capsys.readouterr().err
 
 
 def test_kill_9_and_resume_is_bit_exact(place, shards):
