@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 
 from benchmarks.report import arguments, machine, publish
-from semdict.pipeline.analysis.estimates import conditional_entropy
+from semdict.pipeline.analysis import conditional_entropy
 
 LENGTH = 256
 

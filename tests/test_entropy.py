@@ -1,4 +1,4 @@
-"""Entropy against prefix counting, closed forms, the chain rule and relabelling (E1-E6)."""
+"""Entropy along the sequence and between codebooks, against prefix counting, closed forms and the chain rule."""
 
 import math
 from collections import Counter
@@ -8,25 +8,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semdict.pipeline.analysis.estimates import (
-    cliff_position,
-    conditional_entropy,
+from semdict.pipeline.analysis import conditional_entropy
+from semdict.pipeline.analysis.cooccurrence import (
     cooccurrence,
     entropy_given_column,
     mean_conditional_entropy,
-    order0_entropy,
     pointwise_mutual_information,
+)
+from semdict.pipeline.analysis.estimates import (
+    cliff_position,
     remaining_capacity,
     remaining_entropy,
     shuffled_null,
     uniform_null,
 )
+from semdict.pipeline.shards.ids import order0_entropy
 
 IMAGENET = 1_281_167
 
 
 def by_prefixes(tokens: np.ndarray) -> np.ndarray:
-    """H(x_<=t) - H(x_<t) from a dictionary of prefixes, as one would write it first."""
+    """H(x_<=t) - H(x_<t) by its definition, from counts of prefixes."""
     n, previous, curve = len(tokens), 0.0, []
     for t in range(1, tokens.shape[1] + 1):
         counts = np.array(list(Counter(map(tuple, tokens[:, :t].tolist())).values()), np.float64)
@@ -47,7 +49,7 @@ def by_prefixes(tokens: np.ndarray) -> np.ndarray:
     seed=st.integers(0, 999),
 )
 def test_equals_prefix_counting(n, length, codes, repeat, copies, dtype, seed):
-    """E1: with and without duplicates, beyond the block after which duplicates are merged."""
+    """With and without duplicate rows, and beyond the block after which duplicates are merged."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, codes, (n, length)).astype(dtype)
     tokens = tokens[rng.integers(0, n, n)] if copies else tokens
@@ -56,7 +58,7 @@ def test_equals_prefix_counting(n, length, codes, repeat, copies, dtype, seed):
 
 
 def test_large_ids_and_strides():
-    """The key of a group and a code must not overflow, and views of an array are as good as copies."""
+    """Ids near 2^63 do not overflow the key of a group and a code, and strided arrays equal their copies."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 3, (300, 12))
     huge = tokens * (1 << 60)
@@ -65,7 +67,7 @@ def test_large_ids_and_strides():
 
 
 def test_chain_rule():
-    """E2: the curve sums to the entropy of whole rows."""
+    """The curve sums to the entropy of whole rows."""
     tokens = np.random.default_rng(0).integers(0, 2, (2000, 14))
     counts = np.unique(tokens, axis=0, return_counts=True)[1]
     whole = math.log2(2000) - (counts * np.log2(counts)).sum() / 2000
@@ -73,21 +75,21 @@ def test_chain_rule():
 
 
 def test_extremes():
-    """E3: equal rows carry nothing; a first column that tells all rows apart carries everything."""
+    """Equal rows carry nothing; a first column that is unique in every row carries everything."""
     assert not conditional_entropy(np.full((500, 40), 7)).any()
     distinct = np.random.default_rng(0).integers(0, 9, (512, 20))
     distinct[:, 0] = np.random.default_rng(1).permutation(512)
     assert np.allclose(conditional_entropy(distinct), [9] + [0] * 19, atol=1e-12)
     assert conditional_entropy(np.zeros((0, 4), int)).tolist() == [0] * 4
     counter_example = np.stack([np.zeros(1024, int), np.arange(1024) % 256], axis=1)
-    assert np.allclose(conditional_entropy(counter_example), [0, 8]), "D5: more than log2 N - log2 K at position 2"
+    assert np.allclose(conditional_entropy(counter_example), [0, 8]), "more than log2 N - log2 K at position 2"
     for bad in (np.zeros((3, 4)), np.zeros(3, int), np.array([[0, -1]])):
         with pytest.raises(ValueError):
             conditional_entropy(bad)
 
 
 def test_invariance_and_bounds():
-    """E5, E6: neither the order of rows nor the names of codes matter; never above log2 K_t."""
+    """Neither the order of rows nor the numbering of codes matters; no position carries more than log2 K_t."""
     rng = np.random.default_rng(0)
     sizes = np.array([2, 2, 3, 5, 8, 13, 21, 34, 55, 89])
     tokens = (rng.random((3000, 10)) ** 2 * sizes).astype(np.uint16)
@@ -108,14 +110,14 @@ def test_invariance_and_bounds():
     ],
 )
 def test_uniform_null_at_imagenet_size(sizes, want):
-    """E4: pure noise shows the cliff at t*, to the printed digits."""
+    """Uniform noise has its cliff at t*, to the printed digits."""
     if sizes == "cosine":
         sizes = np.floor(2 + 16382 * (1 - np.cos(np.pi * np.arange(256) / 510)) + 0.5).astype(int)
     assert np.abs(uniform_null(IMAGENET, sizes)[: len(want)] - want).max() < 0.006
 
 
 def test_shuffled_null_keeps_marginals_only():
-    """Two equal columns: nothing is left at the second; shuffled, all of it, up to the sample's size."""
+    """Two equal columns: the second carries nothing; after shuffling it carries all that the sample size allows."""
     column = np.random.default_rng(0).integers(0, 4, 20000)
     tokens = np.stack([column, column], axis=1)
     assert conditional_entropy(tokens)[1] < 1e-12
@@ -125,7 +127,7 @@ def test_shuffled_null_keeps_marginals_only():
 
 
 def test_cliff_positions_of_the_paper():
-    """Table 1 (equation 1) and equation 2 for three schedules; not reached within the sequence is None."""
+    """Table 1 (equation 1), and equation 2 for three schedules; None if the sequence ends before t*."""
     for rows, position in ((50_000, 2), (118_000, 2), (IMAGENET, 2), (400_000_000, 3), (5_000_000_000, 3)):
         assert cliff_position([16384] * 256, rows) == position
     share = np.arange(256) / 255
@@ -143,7 +145,7 @@ def test_remaining_curves():
 
 
 def test_pairs():
-    """Co-occurrence by brute force, and what follows from it by the definitions, on a table with empty rows."""
+    """Joint counts by brute force, and the measures by their definitions, on a table with empty rows."""
     rng = np.random.default_rng(0)
     gen, disc = rng.integers(0, 6, (40, 5)).astype(np.uint16), rng.integers(0, 9, (40, 5)).astype(np.uint16)
     gen[disc == 3] = 2

@@ -1,7 +1,8 @@
-"""Where a token set runs out of information: curves of figure 2 of arXiv:2605.06207 and the numbers of its table 1.
+"""The position at which a token set runs out of information: figure 2 and table 1 of arXiv:2605.06207, as numbers.
 
-N sequences, L positions, K_t codes at position t; everything in bits. The paper's figure plots capacity, its caption
-says measured: here both are there, and two null curves, since independent noise has the same cliff at the same place.
+N sequences, L positions, K_t codes at position t; everything in bits. The paper's figure plots capacity although its
+caption says measured: both are computed here, and two null curves, since independent noise has its cliff at the same
+position.
 """
 
 import json
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
     from semdict.pipeline.shards import TokenShards
 
 SPENT = 0.99  # share of what the set carries after which it counts as spent
-CURVES = ("remaining", "capacity", "uniform_null", "shuffled_null")  # what figure 2 shows
 
 
 @dataclass
 class EntropyCurves:
-    """One dictionary of one token set. entropy (L,): H(x_t | x_<t); nulls: the same of noise; nll: of a model."""
+    """Curves of one codebook of one token set; arrays are (L,) bits per position.
+
+    entropy: H(x_t | x_<t) of the tokens; uniform, shuffled: the same of noise; nll: negative log-likelihood of a model.
+    """
 
     name: str
     rows: int
@@ -50,7 +53,7 @@ class EntropyCurves:
     def numbers(self) -> dict[str, Any]:
         """Table 1 for this set; None where a position is never reached."""
         k_max, log2_n, total = int(self.sizes.max()), math.log2(self.rows), float(self.entropy.sum())
-        found = {
+        numbers = {
             "sequences": self.rows,
             "log2_n": log2_n,
             "k_min": int(self.sizes.min()),
@@ -64,8 +67,8 @@ class EntropyCurves:
             "spent_at_uniform_null": spent(self.uniform, float(self.uniform.sum())),
             "spent_at_shuffled_null": spent(self.shuffled, float(self.shuffled.sum())),
         }
-        found |= {f"n_over_k_to_{power}": self.rows / k_max**power for power in (1, 2, 3)}
-        return found | {f"nll_bits_{kind}": float(bits.sum()) for kind, bits in self.nll.items()}
+        numbers |= {f"n_over_k_to_{power}": self.rows / k_max**power for power in (1, 2, 3)}
+        return numbers | {f"nll_bits_{kind}": float(bits.sum()) for kind, bits in self.nll.items()}
 
     def table(self) -> tuple[list[str], list[list[float]]]:
         """Column names and one row per position, for a CSV file."""
@@ -96,25 +99,25 @@ def curves_of(name: str, tokens: np.ndarray, sizes: np.ndarray, seed: int = 0) -
 
 
 def sets_of(shards: "TokenShards", split: str | None, view: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Dictionary ("gen", "disc") -> tokens (N, L), sizes (L,): the good rows of a split in one view, or in all."""
+    """Codebook ("gen", "disc") -> tokens (N, L) and sizes (L,): the good rows of a split, in one view or in all."""
     names = [str(v["name"]) for v in shards.views]
     if view is not None and view not in names:
         raise UsageError(f"{shards.path} has no view {view!r}; it has {', '.join(names)}")
     loaded = shards.load(split)
-    found = {}
-    for stream in shards.spec.sizes:
-        tokens_NVL = getattr(loaded, stream)
+    sets = {}
+    for name, sizes in shards.spec.sizes.items():
+        tokens_NVL = getattr(loaded, name)
         tokens = tokens_NVL.reshape(-1, tokens_NVL.shape[-1]) if view is None else tokens_NVL[:, names.index(view)]
-        found[stream] = tokens, np.asarray(shards.spec.sizes[stream])
-    return found
+        sets[name] = tokens, sizes
+    return sets
 
 
 def read_nll(run: Path) -> tuple[tuple[int, ...], dict[str, np.ndarray]]:
-    """(codebook sizes, kind of split -> bits per position) of a run of `semdict ar train`."""
+    """(codebook sizes, "train" or "held_out" -> bits per position) of a run of `semdict ar train`."""
     path = run / "nll.json"
     try:
-        found = json.loads(path.read_text())
-        sizes, bits = tuple(found["sizes"]), {kind: np.array(curve) for kind, curve in found["bits"].items()}
+        content = json.loads(path.read_text())
+        sizes, bits = tuple(content["sizes"]), {kind: np.array(curve) for kind, curve in content["bits"].items()}
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; name a complete run of `semdict ar train`") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
