@@ -27,7 +27,7 @@ from benchmarks.timing import alternate, wait
 from semdict.pipeline.tokenizers.mage import RELEASED, MageTokenizer
 from semdict.train.eval.features import FeatureStore, encoder_features
 from semdict.train.eval.knn import knn
-from semdict.train.eval.linear_head import ArrayBatches, HeadPlan, fit_head
+from semdict.train.eval.linear_head import ArrayBatches, HeadConfig, fit_head
 from semdict.train.eval.sources import TokenBatch
 from semdict.train.masked.encoder import Encoder
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
@@ -88,10 +88,10 @@ def epochs(args: Any, size: str, rows: int, root: Path) -> dict[str, Any]:
         sizes = [len(part) for part in np.split(at, range(batch, len(at), batch))]
         return torch.cat([features(vqgan.encode(pixels[:n])) for n in sizes])
 
-    plan = HeadPlan(epochs=1, batch=rows // 2)
+    cfg = HeadConfig(epochs=1, batch=rows // 2)
     ways: dict[str, Any] = {"cached": cached, "tokens_anew": Anew(from_tokens, cached)}
     ways["pixels_anew"] = Anew(from_pixels, cached)
-    runs = {name: lambda way=way: fit_head(way, CLASSES, plan, device) for name, way in ways.items()}
+    runs = {name: lambda way=way: fit_head(way, CLASSES, cfg, device) for name, way in ways.items()}
     wall, _ = alternate(runs, args.repeats, device)
     whole = once + EPOCHS * wall["cached"]
     ratios = {name: round(EPOCHS * wall[name] / whole, 1) for name in ("tokens_anew", "pixels_anew")}
@@ -111,7 +111,7 @@ def imagenet(args: Any, root: Path) -> dict[str, Any]:
     labels = rng.integers(0, CLASSES, rows)
     batches = ArrayBatches(held, labels, 4096, 0, args.device)
     before, began = status("VmRSS"), perf_counter()
-    fit_head(batches, CLASSES, HeadPlan(epochs=1), args.device)
+    fit_head(batches, CLASSES, HeadConfig(epochs=1), args.device)
     wait(args.device)
     epoch = perf_counter() - began
     began = perf_counter()

@@ -17,8 +17,8 @@ from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.train.engine.model_file import load_model
 from semdict.train.engine.rng import Stream, permutation
 from semdict.train.eval.knn import knn
-from semdict.train.eval.linear_head import HeadPlan
-from semdict.train.eval.linear_probe import probe
+from semdict.train.eval.linear_head import HeadConfig
+from semdict.train.eval.linear_probe import linear_probe
 from semdict.train.masked.model import MaskedTokenTransformer
 from tests import tiny
 
@@ -91,7 +91,7 @@ def test_probe(place):
     assert evaluate(place, "probe") == 0
     found = report(place, "probe.json")
     (x, y), (xt, yt) = plain_features(place, "train"), plain_features(place, "val")
-    want = probe(x, y, xt[:, 0], yt, HeadPlan(3, 8, 4.0))
+    want = linear_probe(x, y, xt[:, 0], yt, HeadConfig(3, 8, 4.0))
     assert found["top1"] == pytest.approx(want.top1) and found["loss"] == pytest.approx(want.loss, rel=1e-4)
     said = found["protocol"]
     assert said["source"] == "tokens" and said["train"]["views"] == ["centre", "flip"] and said["test"]["images"] == 6
@@ -144,6 +144,8 @@ def test_knn_and_a_second_dataset(place):
         ("c0: []", "maps to nothing"),
         ("[c0]", "must hold a mapping"),
         ("{", "neither YAML nor JSON"),
+        ("c0: c1\nc0: c2", "found duplicate key"),
+        ("{" * 5000, "neither YAML nor JSON"),
     ],
 )
 def test_wrong_class_maps_are_refused(place, capsys, text, words):
@@ -263,13 +265,13 @@ def test_a_second_dataset_is_not_mapped_to_a_class_without_training_images():
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        (("probe", "--set", "evaluate.probe.batch=64"), 2, "batch 64 must be between 2 and the 12 images"),
+        (("probe", "--set", "evaluate.probe.batch=64"), 2, "batch 64 must be between 2 and the 12"),
         (("probe", "--set", "evaluate.test_splits=[test]"), 1, "no split 'test'"),
         (("probe", "--set", "evaluate.test_view=random-0"), 1, "no view 'random-0' among centre, flip"),
         (("probe", "--set", "evaluate.probe.epoch=3"), 2, "did you mean evaluate.probe.epochs"),
         (("probe", "--shards", "nowhere"), 2, "nowhere"),
         (("knn", "--set", "evaluate.knn.k=13"), 2, "k 13 must be between 1 and the 12"),
-        (("few-shot", "--set", "evaluate.few_shot.shots=[5]"), 2, "4 training images, 5 shots"),
+        (("few-shot", "--set", "evaluate.few_shot.shots=[5]"), 2, "4 training images, fewer than 5 shots"),
         (("few-shot", "--set", "evaluate.few_shot.shots=[2,2]"), 2, "names one twice"),
         (("knn", "--set", "evaluate.source=images", "--manifest", "no.parquet"), 1, "no.parquet does not exist"),
         (("knn", "--set", "evaluate.knn.second.a.splits=[x]"), 2, "either shards or manifest"),

@@ -7,10 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semdict.pipeline.common.errors import SemdictError, UsageError
-from semdict.train.eval.few_shot import balanced, summary
-from semdict.train.eval.knn import knn, neighbours, vote
-from semdict.train.eval.linear_head import ArrayBatches, HeadPlan, LinearHead, decay_gradient, fit_head, lars, per_cent
-from semdict.train.eval.linear_probe import probe
+from semdict.train.eval.few_shot import balanced_subset, summary
+from semdict.train.eval.knn import cosine_neighbours, knn, vote
+from semdict.train.eval.linear_head import (
+    ArrayBatches,
+    HeadConfig,
+    LinearHead,
+    decay_gradient,
+    fit_head,
+    lars,
+    top_accuracy,
+)
+from semdict.train.eval.linear_probe import linear_probe
 
 WIDTH, CLASSES = 16, 4
 
@@ -24,7 +32,7 @@ def blobs(rows: int, seed: int = 0, spread: float = 1.2, views: int = 1) -> tupl
     return (x * np.linspace(0.1, 10, WIDTH) + 3).astype(np.float32), labels
 
 
-def hand_written(x: np.ndarray, y: np.ndarray, order: list[np.ndarray], head: LinearHead, plan: HeadPlan) -> tuple:
+def hand_written(x: np.ndarray, y: np.ndarray, order: list[np.ndarray], head: LinearHead, cfg: HeadConfig) -> tuple:
     """The same training in float64, written out: batch norm, softmax, LARS (trust 0.001, momentum), half a cosine."""
     w, b = head.linear.weight.detach().double().numpy().copy(), head.linear.bias.detach().double().numpy().copy()
     vw, vb, steps = np.zeros_like(w), np.zeros_like(b), len(order)
@@ -37,21 +45,21 @@ def hand_written(x: np.ndarray, y: np.ndarray, order: list[np.ndarray], head: Li
         logits = z @ w.T + b
         p = np.exp(logits - logits.max(1, keepdims=True))
         delta = (p / p.sum(1, keepdims=True) - t) / len(z)
-        dw, db = delta.T @ z + plan.weight_decay * w, delta.sum(0)
+        dw, db = delta.T @ z + cfg.weight_decay * w, delta.sum(0)
         dw *= 0.001 * np.linalg.norm(w) / np.linalg.norm(dw)
-        vw, vb = plan.momentum * vw + dw, plan.momentum * vb + db
-        rate = plan.base_lr * plan.batch / 256 * 0.5 * (1 + np.cos(np.pi * step / steps))
+        vw, vb = cfg.momentum * vw + dw, cfg.momentum * vb + db
+        rate = cfg.base_lr * cfg.batch / 256 * 0.5 * (1 + np.cos(np.pi * step / steps))
         w, b = w - rate * vw, b - rate * vb
     return w, b, mean, var
 
 
 def test_training_equals_the_equations_in_float64():
     x, y = blobs(60)
-    plan = HeadPlan(epochs=3, batch=16, base_lr=5.0, weight_decay=0.01, seed=4)
-    batches = ArrayBatches(x[:, 0], y, plan.batch, plan.seed)
+    cfg = HeadConfig(epochs=3, batch=16, base_lr=5.0, weight_decay=0.01, seed=4)
+    batches = ArrayBatches(x[:, 0], y, cfg.batch, cfg.seed)
     order = [at.numpy() for epoch in range(3) for at in positions(batches, epoch, x[:, 0])]
-    want = hand_written(x[:, 0], y, order, LinearHead(WIDTH, CLASSES, 4), plan)
-    head, curve = fit_head(batches, CLASSES, plan)
+    want = hand_written(x[:, 0], y, order, LinearHead(WIDTH, CLASSES, 4), cfg)
+    head, curve = fit_head(batches, CLASSES, cfg)
     got = (head.linear.weight, head.linear.bias, head.norm.running_mean, head.norm.running_var)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a.detach().numpy(), b, rtol=2e-4, atol=2e-5)
@@ -114,7 +122,7 @@ def test_the_probe_reaches_logistic_regression():
     x, xt = x[:, 0], xt[:, 0]
     scale = lambda a: (a - x.mean(0)) / x.std(0)  # noqa: E731
     want = 100 * sklearn.LogisticRegression(C=1e3, max_iter=2000).fit(scale(x), y).score(scale(xt), yt)
-    result = probe(x, y, xt, yt, HeadPlan(epochs=60, batch=64, base_lr=20.0))
+    result = linear_probe(x, y, xt, yt, HeadConfig(epochs=60, batch=64, base_lr=20.0))
     assert 50 < want < 99 and result.top1 == pytest.approx(want, abs=2.5)
     assert result.top1 == pytest.approx(100 * np.mean(result.predicted == yt))
     assert result.top5 == 100.0 and len(result.curve) == 60 and result.curve[-1]["top1"] == result.top1
@@ -122,24 +130,24 @@ def test_the_probe_reaches_logistic_regression():
 
 def test_features_need_no_scaling_but_labels_must_be_right():
     (x, y), (xt, yt) = blobs(600, 0), blobs(400, 1)
-    plan = HeadPlan(epochs=20, batch=64, base_lr=20.0)
-    good = probe(x[:, 0] * 1000 - 5e4, y, xt[:, 0] * 1000 - 5e4, yt, plan).top1
-    chance = probe(x[:, 0], np.random.default_rng(5).permutation(y), xt[:, 0], yt, plan).top1
+    cfg = HeadConfig(epochs=20, batch=64, base_lr=20.0)
+    good = linear_probe(x[:, 0] * 1000 - 5e4, y, xt[:, 0] * 1000 - 5e4, yt, cfg).top1
+    chance = linear_probe(x[:, 0], np.random.default_rng(5).permutation(y), xt[:, 0], yt, cfg).top1
     assert good > 60 and abs(chance - 25) < 10
 
 
 def test_same_seed_same_result_and_half_precision_maps(tmp_path):
     (x, y), (xt, yt) = blobs(80, 0, views=3), blobs(50, 1)
-    plan = HeadPlan(epochs=4, batch=16, base_lr=5.0)
-    a, b = (probe(x, y, xt[:, 0], yt, plan) for _ in range(2))
+    cfg = HeadConfig(epochs=4, batch=16, base_lr=5.0)
+    a, b = (linear_probe(x, y, xt[:, 0], yt, cfg) for _ in range(2))
     assert torch.equal(a.head.linear.weight, b.head.linear.weight)
-    other = probe(x, y, xt[:, 0], yt, HeadPlan(epochs=4, batch=16, base_lr=5.0, seed=1))
+    other = linear_probe(x, y, xt[:, 0], yt, HeadConfig(epochs=4, batch=16, base_lr=5.0, seed=1))
     assert not torch.equal(a.head.linear.weight, other.head.linear.weight)
     maps = []
     for view in range(3):
         np.save(tmp_path / f"{view}.npy", x[:, view].astype(np.float16))
         maps.append(np.load(tmp_path / f"{view}.npy", mmap_mode="c"))
-    half = probe(maps, y, xt[:, 0], yt, plan)
+    half = linear_probe(maps, y, xt[:, 0], yt, cfg)
     assert torch.allclose(a.head.linear.weight, half.head.linear.weight, atol=1e-3)
     assert np.array_equal(maps[0], x[:, 0].astype(np.float16))
 
@@ -158,12 +166,12 @@ def test_every_epoch_draws_other_rows_and_views():
 
 def test_bad_requests_are_refused():
     x, y = blobs(10)
-    with pytest.raises(UsageError, match="batch 16 must be between 2 and the 10 images"):
-        probe(x[:, 0], y, x[:, 0], y, HeadPlan(batch=16))
+    with pytest.raises(UsageError, match="batch 16 must be between 2 and the 10 training images"):
+        linear_probe(x[:, 0], y, x[:, 0], y, HeadConfig(batch=16))
     with pytest.raises(UsageError, match="k 20"):
         knn(x[:, 0], y, x[:, 0])
     with pytest.raises(SemdictError, match="not finite"):
-        probe(np.full_like(x[:, 0], np.inf), y, x[:, 0], y, HeadPlan(epochs=1, batch=5))
+        linear_probe(np.full_like(x[:, 0], np.inf), y, x[:, 0], y, HeadConfig(epochs=1, batch=5))
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -178,10 +186,10 @@ def test_knn_equals_scikit_learn(k, weighted, monkeypatch):
     ranked = knn(x[:, 0], y, xt[:, 0], k, 0.07, weighted)
     assert np.array_equal(ranked[:, 0].numpy(), theirs.predict(xt[:, 0]))
     distance, rows = theirs.kneighbors(xt[:, 0])
-    similar, mine = neighbours(x[:, 0], xt[:, 0], k)
+    similar, mine = cosine_neighbours(x[:, 0], xt[:, 0], k)
     assert np.array_equal(mine.numpy(), rows)
     np.testing.assert_allclose(similar.numpy(), 1 - distance, atol=1e-5)
-    assert per_cent(ranked, yt)["top1"] == pytest.approx(100 * theirs.score(xt[:, 0], yt))
+    assert top_accuracy(ranked, yt)["top1"] == pytest.approx(100 * theirs.score(xt[:, 0], yt))
 
 
 def test_votes():
@@ -190,7 +198,10 @@ def test_votes():
     assert vote(similar, torch.tensor([[2, 1, 1]]), 4, 1.0).tolist() == [[1, 2, -1, -1]]
     assert vote(similar, torch.tensor([[2, 1, 3]]), 4, weighted=False).tolist() == [[1, 2, 3, -1]]  # a tie: the lower
     assert vote(torch.tensor([[-0.5, -1.0]]), torch.tensor([[3, 0]]), 4, 1e-4)[0, 0] == 3  # no underflow to nothing
-    assert per_cent(torch.tensor([[2, 1, -1, -1, -1], [0, 1, 2, 3, 4]]), np.array([1, 4])) == {"top1": 0, "top5": 100}
+    assert top_accuracy(torch.tensor([[2, 1, -1, -1, -1], [0, 1, 2, 3, 4]]), np.array([1, 4])) == {
+        "top1": 0,
+        "top5": 100,
+    }
 
 
 @settings(max_examples=40, deadline=None)
@@ -199,20 +210,20 @@ def test_few_shot_subsets(labels, shots, seed):
     labels = np.asarray(labels)
     counts = np.bincount(labels)
     if (counts[counts > 0] < shots).any():
-        with pytest.raises(UsageError, match="shots were asked for"):
-            balanced(labels, shots, seed)
+        with pytest.raises(UsageError, match="fewer than"):
+            balanced_subset(labels, shots, seed)
         return
-    chosen = balanced(labels, shots, seed)
+    chosen = balanced_subset(labels, shots, seed)
     assert len(set(chosen.tolist())) == len(chosen)
     assert set(np.bincount(labels[chosen])) - {0} == {shots}
-    assert np.array_equal(chosen, balanced(labels, shots, seed))
+    assert np.array_equal(chosen, balanced_subset(labels, shots, seed))
     if (counts[counts > 0] > shots).all():
-        assert set(chosen) <= set(balanced(labels, shots + 1, seed))
+        assert set(chosen) <= set(balanced_subset(labels, shots + 1, seed))
 
 
 def test_few_shot_seeds_differ_and_are_summed_up():
     labels = np.repeat(np.arange(3), 20)
-    draws = [balanced(labels, 4, seed) for seed in range(5)]
+    draws = [balanced_subset(labels, 4, seed) for seed in range(5)]
     assert len({tuple(d) for d in draws}) == 5
     assert len({tuple(np.sort(d % 20)[:4]) for d in draws[0].reshape(3, 4)}) > 1  # classes are drawn apart
     scores = summary({4: [50.0, 60.0], 8: [70.0]})

@@ -11,16 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scipy import linalg
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from semdict.cli import main
-from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.common.errors import ManifestError, UsageError, WeightsError
 from semdict.pipeline.config.params import load_params
-from semdict.train.eval import image_scores as scores
-from semdict.train.eval.frechet import frechet_distance, gaussian
-from semdict.train.eval.image_sets import open_images
-from semdict.train.eval.nearest_images import nearest
+from semdict.train.eval import image_scores
+from semdict.train.eval.extractors import POOL, extract, inception
+from semdict.train.eval.image_scores import frechet_distance
+from semdict.train.eval.image_sets import ArrayImages, open_images
 from tests import tiny
 
 SIDE, COUNT = 40, 6
@@ -78,28 +77,55 @@ def images(world: Path, name: str, params):
 # --- the distance ---
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(0, 99))
-def test_the_distance_is_scipys(width, seed):
+def gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D) in float64."""
+    features = np.asarray(features, np.float64)
+    return features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], -1)
+
+
+def exact_distance(one: np.ndarray, other: np.ndarray) -> float:
+    """The distance from features: tr (S1 S2)^(1/2) is the nuclear norm of the product of the centred features."""
+    a, b = one - one.mean(0), other - other.mean(0)
+    root = np.linalg.svd(a @ b.T, compute_uv=False).sum() / np.sqrt((len(a) - 1) * (len(b) - 1))
+    difference = one.mean(0) - other.mean(0)
+    return difference @ difference + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum() - 2 * root
+
+
+def symmetric_distance(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
+    """The form with the symmetric matrix S1^(1/2) S2 S1^(1/2), eigenvalues below zero set to 0."""
+    (m1, s1), (m2, s2) = one, other
+    values, vectors = np.linalg.eigh(s1)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    middle = root @ s2 @ root
+    roots = np.sqrt(np.linalg.eigvalsh((middle + middle.T) / 2).clip(min=0))
+    return float((m1 - m2) @ (m1 - m2) + np.trace(s1) + np.trace(s2) - 2 * roots.sum())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.integers(4, 60), st.integers(0, 99))
+def test_the_distance_is_exact_to_float64_rounding(width, count, seed):
+    """Also with fewer images than widths, where the covariances are singular."""
     rng = np.random.default_rng(seed)
-    one, other = (gaussian(rng.standard_normal((60, width)) @ rng.standard_normal((width, width))) for _ in range(2))
-    root = linalg.sqrtm(one[1] @ other[1])
-    want = ((one[0] - other[0]) ** 2).sum() + np.trace(one[1] + other[1] - 2 * root.real)
-    assert frechet_distance(one, other) == pytest.approx(want, rel=1e-6, abs=1e-6)
-    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
+    mix = rng.standard_normal((width, width))
+    one, other = rng.standard_normal((count, width)) @ mix, rng.standard_normal((70, width)) @ mix + 0.3
+    scale = np.trace(np.atleast_2d(np.cov(one, rowvar=False)))
+    got = frechet_distance(gaussian(one), gaussian(other))
+    assert got == pytest.approx(exact_distance(one, other), rel=1e-6, abs=1e-6 * scale)
+    assert got == pytest.approx(symmetric_distance(gaussian(one), gaussian(other)), rel=1e-6, abs=1e-6 * scale)
+    assert frechet_distance(gaussian(one), gaussian(one)) == pytest.approx(0, abs=1e-6 * scale)
 
 
 def test_known_gaussians():
     """Diagonal covariances: |difference|^2 + sum (s1 - s2)^2."""
     means, sigmas = (np.array([0.0, 1.0, -2.0]), np.array([3.0, 1.0, 0.0])), (np.array([1.0, 4.0, 0.0]), np.ones(3))
-    found = frechet_distance((means[0], np.diag(sigmas[0] ** 2)), (means[1], np.diag(sigmas[1] ** 2)))
-    assert found == pytest.approx(9 + 0 + 4 + 0 + 9 + 1, abs=1e-6)
+    distance = frechet_distance((means[0], np.diag(sigmas[0] ** 2)), (means[1], np.diag(sigmas[1] ** 2)))
+    assert distance == pytest.approx(9 + 0 + 4 + 0 + 9 + 1, abs=1e-6)
 
 
-def test_fewer_images_than_widths_still_give_a_number():
+def test_statistics_of_another_network_are_refused():
     rng = np.random.default_rng(0)
-    one, other = gaussian(rng.standard_normal((5, 40))), gaussian(rng.standard_normal((6, 40)))
-    assert np.isfinite(frechet_distance(one, other)) and frechet_distance(one, other) > 0
+    with pytest.raises(UsageError, match="another network"):
+        frechet_distance(gaussian(rng.standard_normal((9, 3))), gaussian(rng.standard_normal((9, 4))))
 
 
 # --- Inception's scores ---
@@ -107,7 +133,7 @@ def test_fewer_images_than_widths_still_give_a_number():
 
 def test_val50k_is_torch_fidelitys_command_line(world, params, tmp_path):
     """The same folders and the same (random) weights: the numbers of `fidelity --fid --kid --prc --isc`."""
-    found = scores.val50k(images(world, "one", params), images(world, "two", params), params)
+    found = image_scores.val50k(images(world, "one", params), images(world, "two", params), params)
     assert not found.missing and found.extractor["name"] == "inception-v3-compat"
     command = [
         sys.executable, "-m", "torch_fidelity.fidelity", "--cpu", "--fid", "--kid", "--prc", "--isc", "--json",
@@ -122,24 +148,22 @@ def test_val50k_is_torch_fidelitys_command_line(world, params, tmp_path):
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout[done.stdout.index("{") :])
     assert theirs["frechet_inception_distance"] > 1e-4
-    for key, name in scores.VAL50K.items():
+    for key, name in image_scores.VAL50K.items():
         assert found.scores[name] == pytest.approx(theirs[key], rel=1e-5, abs=1e-9), name
 
 
 def test_adm_compares_with_the_stored_statistics(world, params, tmp_path):
     """A statistics file made of the samples' own features gives 0; of others', the distance by scipy."""
-    with scores.plain_copy(world / "inception.pth") as weights:
-        own, other = (
-            scores.inception_features(images(world, name, params), params, weights, ("2048",))["2048"].numpy()
-            for name in ("one", "two")
-        )
+    cpu = torch.device("cpu")
+    network = inception(world / "inception.pth", cpu, (POOL,), "float64")
+    own, other = (extract(images(world, name, params), network, cpu, 6)[POOL].numpy() for name in ("one", "two"))
     for name, features, pixels in (("same", own, textures(0)), ("other", other, textures(1, shift=40))):
         mu, sigma = gaussian(features)
         np.savez(tmp_path / f"{name}.npz", mu=mu, sigma=sigma, mu_s=mu[:7], sigma_s=sigma[:7, :7], arr_0=pixels)
-    same = scores.adm(images(world, "one", params), tmp_path / "same.npz", params)
+    same = image_scores.adm(images(world, "one", params), tmp_path / "same.npz", params)
     assert same.scores["fid_adm"] == pytest.approx(0, abs=1e-4)
     assert same.scores["precision_adm"] == same.scores["recall_adm"] == 1
-    found = scores.adm(images(world, "one", params), tmp_path / "other.npz", params)
+    found = image_scores.adm(images(world, "one", params), tmp_path / "other.npz", params)
     (m1, s1), (m2, s2) = gaussian(own), gaussian(other)
     want = (
         ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.sqrt(np.linalg.eigvals(s1 @ s2).astype(complex)).real.sum()
@@ -150,15 +174,25 @@ def test_adm_compares_with_the_stored_statistics(world, params, tmp_path):
 
 def test_inception_score_of_sure_and_unsure_guesses():
     sure = np.eye(4).repeat(5, 0) * 100
-    assert scores.inception_score(sure)[0] == pytest.approx(4, rel=1e-6)
-    assert scores.inception_score(np.zeros((9, 4)))[0] == pytest.approx(1)
-    assert scores.inception_score(sure, split=10)[1] == 0
+    assert image_scores.adm_inception_score(torch.from_numpy(sure))[0] == pytest.approx(4, rel=1e-6)
+    assert image_scores.adm_inception_score(torch.zeros(9, 4))[0] == pytest.approx(1)
+    assert image_scores.adm_inception_score(torch.from_numpy(sure))[1] == 0
+
+
+def test_adms_inception_score_is_of_consecutive_splits(monkeypatch):
+    monkeypatch.setattr(image_scores, "ADM_SPLIT", 4)
+    logits = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)).double()
+    want = []
+    for part in (logits[:4], logits[4:8], logits[8:]):
+        p = part.softmax(1)
+        want.append((p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item())
+    assert image_scores.adm_inception_score(logits) == pytest.approx((np.mean(want), np.std(want)))
 
 
 def test_without_weights_a_score_is_absent_with_its_reason(world, params):
     without = load_params(world / "params.yaml", ["runtime.device=cpu", "scores.inception=nowhere.pth"])
-    found = scores.val50k(images(world, "one", params), images(world, "two", params), without)
-    assert found.scores == {} and set(found.missing) == set(scores.VAL50K.values())
+    found = image_scores.val50k(images(world, "one", params), images(world, "two", params), without)
+    assert found.scores == {} and set(found.missing) == set(image_scores.VAL50K.values())
     assert all("nowhere.pth" in reason for reason in found.missing.values())
 
 
@@ -166,7 +200,7 @@ def test_weights_of_another_sum_are_refused(world, params):
     wrong = load_params(world / "params.yaml", [f"scores.inception={world / 'inception.pth'}",
                                                 f"scores.inception_sha256={'a' * 64}"])  # fmt: skip
     with pytest.raises(WeightsError, match="SHA-256"):
-        scores.val50k(images(world, "one", params), images(world, "two", params), wrong)
+        image_scores.val50k(images(world, "one", params), images(world, "two", params), wrong)
 
 
 # --- precision and recall, the teacher ---
@@ -177,24 +211,26 @@ def test_precision_and_recall_by_brute_force(world, params):
     from semdict.pipeline.tokenizers import load_features
 
     one, two = images(world, "one", params), images(world, "two", params)
-    found = scores.teacher(one, two, params).scores
-    given_ = params.features
-    net = load_features(given_.model, given_.weights, given_.layer, image_size=given_.image_size)
-    a, b = (torch.stack([net(s[n][None].float() / 255).mean(1)[0] for n in range(COUNT)]).double() for s in (one, two))
+    scores = image_scores.teacher(one, two, params).scores
+    cfg = params.features
+    net = load_features(cfg.model, cfg.weights, cfg.layer, image_size=cfg.image_size)
+    a, b = (
+        torch.cat([net(batch.float() / 255).mean(1) for _, batch in side.batches(1)]).double() for side in (one, two)
+    )
 
     def covered(points, centres):
         radius = torch.cdist(centres, centres).sort(1).values[:, 3]
         return (torch.cdist(points, centres) <= radius + 1e-9).any(1).double().mean().item()
 
-    assert found["teacher_precision"] == pytest.approx(covered(a, b))
-    assert found["teacher_recall"] == pytest.approx(covered(b, a))
-    want = frechet_distance(gaussian(a.numpy()), gaussian(b.numpy()))
-    assert found["teacher_frechet_distance"] == pytest.approx(want, rel=1e-3, abs=1e-4)
+    assert scores["teacher_precision"] == pytest.approx(covered(a, b))
+    assert scores["teacher_recall"] == pytest.approx(covered(b, a))
+    want = exact_distance(a.numpy(), b.numpy())
+    assert scores["teacher_frechet_distance"] == pytest.approx(want, rel=1e-3, abs=1e-4)
 
 
 def test_a_set_against_itself(world, params):
     one = images(world, "one", params)
-    found = scores.teacher(one, one, params).scores
+    found = image_scores.teacher(one, one, params).scores
     assert found["teacher_frechet_distance"] == pytest.approx(0, abs=1e-4)
     assert found["teacher_precision"] == found["teacher_recall"] == 1
     assert not any("fid" in name for name in found), "the teacher's distance is no FID"
@@ -242,13 +278,86 @@ def test_nearest_training_images_are_found(world):
     assert Image.open(world / "near" / "nearest.png").size[1] > 4 * 128
 
 
-def test_nearest_is_a_full_search(monkeypatch):
-    monkeypatch.setattr("semdict.train.eval.nearest_images.BLOCK", 7)
-    rng = torch.Generator().manual_seed(0)
-    wanted, bank = torch.randn(4, 5, generator=rng), torch.randn(50, 5, generator=rng)
-    cosine, number = nearest(wanted, bank, 3)
-    want = (wanted @ bank.T).topk(3)
-    assert torch.equal(number, want.indices) and torch.allclose(cosine, want.values)
+def damage(path: Path) -> None:
+    """Cut off the second half of an image file; its header, which is all that the manifest reads, stays."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """Twelve JPEGs with a manifest, one of them damaged, and a folder of samples."""
+    root = tiny.make_world(tmp_path).parent
+    for path in (root / "images" / "train").rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".jpg"), quality=95)
+        path.unlink()
+    write_pngs(root / "one", textures(0))
+    damage(root / "images" / "train" / "c1" / "i004.jpg")
+    assert tiny.semdict(root, "manifest") == 0
+    return root
+
+
+def test_a_damaged_image_is_left_out_counted_and_named(damaged, capsys):
+    assert fid(damaged, "--samples", "one", "--protocol", "teacher", "--out", "a.json") == 0
+    about = json.loads((damaged / "a.json").read_text())["protocol"][0]["reference"]
+    assert about["images"] == 11 and about["left_out"] == 1
+    ((name, reason),) = about["left_out_first"].items()
+    assert name.endswith("c1/i004") and "damaged JPEG" in reason
+    error = capsys.readouterr().err
+    assert "left out 1 of 12 images" in error and name in error and reason in error
+    (damaged / "images" / "train" / "c1" / "i004.jpg").unlink()
+    assert tiny.semdict(damaged, "manifest") == 0
+    assert fid(damaged, "--samples", "one", "--protocol", "teacher", "--out", "b.json") == 0
+    one, other = (json.loads((damaged / name).read_text()) for name in ("a.json", "b.json"))
+    assert one["teacher_frechet_distance"] == pytest.approx(other["teacher_frechet_distance"], rel=1e-9)
+
+
+def test_a_damaged_image_is_left_out_of_the_reference_and_of_the_neighbours(damaged):
+    assert tiny.semdict(damaged, "evaluate", "reference", "--split", "train", "--out", "reference") == 0
+    card = json.loads((damaged / "reference" / "reference.json").read_text())
+    assert (card["images"], card["left_out"]) == (11, 1) and len(list((damaged / "reference/images").iterdir())) == 11
+    options = ["--samples", "reference", "--split", "train", "--set", "runtime.device=cpu", "--set", "scores.shown=11"]
+    assert tiny.semdict(damaged, "evaluate", "nearest", *options, "--out", "near") == 0
+    result = json.loads((damaged / "near" / "nearest.json").read_text())
+    rows = [int(path.stem) for path in sorted((damaged / "reference" / "images").iterdir())]
+    assert len(set(rows)) == 11 and [pair["training"][0] for pair in result["pairs"]] == rows
+    assert result["protocol"][0]["training"]["left_out"] == 1
+
+
+def test_no_decodable_image_is_an_error(damaged):
+    for path in (damaged / "images" / "train").rglob("*.jpg"):
+        if path.stem != "i004":
+            damage(path)
+    assert tiny.semdict(damaged, "manifest") == 0
+    reference = open_images(
+        damaged / "data/tiny/manifest/manifest.parquet", load_params(damaged / "params.yaml", []), "train"
+    )
+    with pytest.raises(ManifestError, match=r"none of 12 images can be decoded; the first is .*c0/i000: damaged JPEG"):
+        list(reference.batches(4))
+
+
+def test_a_damaged_sample_is_an_error_that_names_it(damaged, capsys):
+    damage(damaged / "one" / "images" / "000003.png")
+    assert fid(damaged, "--samples", "one", "--protocol", "teacher", "--out", "a.json") == 1
+    assert "000003.png cannot be decoded" in capsys.readouterr().err and not (damaged / "a.json").exists()
+
+
+@pytest.mark.parametrize("protocol", [("val50k",), ("adm", "--reference", "stats.npz")])
+def test_without_any_score_the_status_is_1(world, capsys, protocol):
+    np.savez(world / "stats.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=textures(0))
+    options = ["--samples", "one", "--protocol", *protocol, "--set", "scores.inception=nowhere.pth"]
+    assert fid(world, *options, "--out", "none.json") == 1
+    assert "no score: scores.inception: nowhere.pth does not exist" in capsys.readouterr().err
+    assert not (world / "none.json").exists()
+
+
+def test_batches_are_the_set_in_order():
+    images = ArrayImages(textures(3, count=7), {"from": "textures"})
+    parts = list(images.batches(3))
+    assert [numbers for numbers, _ in parts] == [[0, 1, 2], [3, 4, 5], [6]]
+    whole = torch.cat([part for _, part in parts])
+    assert whole.dtype == torch.uint8 and np.array_equal(whole.permute(0, 2, 3, 1).numpy(), textures(3, count=7))
+    assert [numbers for numbers, _ in images.batches(3, count=4)] == [[0, 1, 2], [3]]
 
 
 @pytest.mark.parametrize(
@@ -262,6 +371,8 @@ def test_nearest_is_a_full_search(monkeypatch):
         (("--samples", "one", "--protocol", "adm"), ("adm", ".npz")),
         (("--samples", "one", "--protocol", "adm", "--reference", "float.npz"), ("float.npz", "mu")),
         (("--samples", "one", "--reference", "few"), ("too few",)),
+        (("--samples", "mixed"), ("000000.png has 40 x 40 pixels", "000001.png has 40 x 24", "one size")),
+        (("--samples", "zip.npz"), ("zip.npz", "nothing in it was executed")),
     ],
 )
 def test_mistakes_are_named(world, capsys, options, words):
@@ -272,6 +383,9 @@ def test_mistakes_are_named(world, capsys, options, words):
         np.savez(world / "objects.npz", arr_0=np.array([{"a": 1}], dtype=object))
         np.savez(world / "float.npz", arr_0=np.zeros((2, 4, 4, 3)))
         write_pngs(world / "few", textures(0, count=2))
+        write_pngs(world / "mixed", textures(0))
+        Image.fromarray(textures(0)[0][:24]).save(world / "mixed" / "images" / "000001.png")
+        (world / "zip.npz").write_bytes(b"PK" + bytes(100))
     assert fid(world, "--protocol", "teacher", *options, "--out", "wrong.json") in (1, 2)
     told = capsys.readouterr().err
     assert all(word in told for word in words), told

@@ -9,9 +9,8 @@ import torch
 
 from semdict.pipeline.common.errors import ManifestError, ShardError, UsageError
 from semdict.pipeline.config.schema.vcq import FirstK
-from semdict.train.eval.first_k import first_features, first_k_probe
 from semdict.train.eval.vcq_latents import Latents
-from semdict.train.eval.vcq_scores import sample_folders
+from semdict.train.eval.vcq_scores import first_features, first_k_probe, sample_folders
 from semdict.train.vcq.schedule import codebook_sizes
 from tests import tiny
 

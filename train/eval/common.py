@@ -1,4 +1,4 @@
-"""What the measures share: their arguments, the encoder and its data as params.yaml names them, and score files."""
+"""Shared by the measures: arguments, the encoder and its data as params.yaml names them, class checks, score files."""
 
 import argparse
 import csv
@@ -16,7 +16,7 @@ from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.files import write_aside, write_json
 from semdict.pipeline.common.memory import keep_freed_memory
-from semdict.pipeline.config import paths as places
+from semdict.pipeline.config import paths
 from semdict.train.eval.features import FeatureSet, FeatureStore
 from semdict.train.eval.image_source import ImageSource
 from semdict.train.eval.sources import Source, TokenSource
@@ -24,17 +24,18 @@ from semdict.train.masked.encoder import Encoder, load_encoder
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
+    from semdict.pipeline.config.schema.evaluate import Evaluate
     from semdict.pipeline.tokenizers.base import Tokenizer
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, on what, and where its scores go; everything else stands in params.yaml, section evaluate."""
+    """Model, data and score files; everything else is in params.yaml, section evaluate."""
     parser.add_argument("--model", type=Path, required=True, help="a run's folder, its model.pt or a released file")
     parser.add_argument("--num-heads", type=int, help="of a released encoder whose width is none of the published")
     parser.add_argument("--decoder-num-heads", type=int, help="likewise")
     parser.add_argument("--shards", type=Path, help="source tokens: token shards (default shards/<preset>)")
     parser.add_argument("--manifest", type=Path, help="source images (default data/<preset>/manifest/manifest.parquet)")
-    parser.add_argument("--other-recipe", action="store_true", help="score on tokens made otherwise than the model's")
+    parser.add_argument("--other-recipe", action="store_true", help="score on tokens of another recipe")
     parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
     parser.add_argument("--out", type=Path, help="score files (default reports/<preset>/<name of the model>)")
@@ -43,7 +44,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Setup:
-    """One call of a measure."""
+    """One call of a measure: its arguments, validated parameters, and the encoder on its device."""
 
     args: argparse.Namespace
     params: "Params"
@@ -62,7 +63,7 @@ class Setup:
         return cls(args, params, device, encoder)
 
     @property
-    def given(self):
+    def cfg(self) -> "Evaluate":
         """Section evaluate."""
         return self.params.evaluate
 
@@ -73,9 +74,9 @@ class Setup:
 
     @cached_property
     def store(self) -> FeatureStore:
-        """Where features are made and kept."""
-        g = self.given
-        return FeatureStore(self.encoder, self.args.work, self.device, g.precision, g.dtype, g.batch)
+        """Makes features and keeps them in the work folder."""
+        cfg = self.cfg
+        return FeatureStore(self.encoder, self.args.work, self.device, cfg.precision, cfg.dtype, cfg.batch)
 
     @cached_property
     def vqgan(self) -> "Tokenizer":
@@ -84,24 +85,29 @@ class Setup:
 
         return load_tokenizer(self.params.vqgan.weights, device=self.device)
 
+    def sources(self) -> tuple[Source, Source, int]:
+        """Training and test source, and the number of classes; ShardError when their classes do not agree."""
+        train, test = self.source(self.cfg.train_splits), self.source(self.cfg.test_splits)
+        return train, test, same_classes(train, test)
+
     def source(self, splits: list[str]) -> Source:
         """Tokens or images, as evaluate.source says."""
         preset = self.params.preset
-        if self.given.source == "tokens":
+        if self.cfg.source == "tokens":
             return self.token_source(self.args.shards or Path("shards") / preset, splits)
-        path = self.args.manifest or places.manifest(preset)
+        path = self.args.manifest or paths.manifest(preset)
         return self.image_source(path, self.params.manifest.images, splits)
 
     def token_source(self, path: Path, splits: list[str]) -> TokenSource:
-        """Some splits of a shard directory, [] = all."""
+        """Tokens of some splits of a shard directory, [] = all."""
         return TokenSource(path, splits, self.encoder, self.device, self.args.other_recipe)
 
     def image_source(self, manifest: Path, images: dict[str, str], splits: list[str]) -> ImageSource:
-        """Some splits of a manifest, [] = all, in the crops of the protocol."""
-        g, pixels = self.given, self.params.pixels
+        """Images of some splits of a manifest, [] = all, in the crops of the protocol."""
+        cfg, pixels = self.cfg, self.params.pixels
         return ImageSource(
-            manifest, images, splits, g.test_crop, self.vqgan, self.encoder, self.device, pixels.decoder,
-            pixels.max_pixels, g.batch, self.params.runtime.workers, self.args.other_recipe,
+            manifest, images, splits, cfg.test_crop, self.vqgan, self.encoder, self.device, pixels.decoder,
+            pixels.max_pixels, cfg.batch, self.params.runtime.workers, self.args.other_recipe,
         )  # fmt: skip
 
     def test_set(self, source: Source) -> FeatureSet:
@@ -109,26 +115,26 @@ class Setup:
         return self.store.get(source, self.test_views(source))
 
     def train_set(self, source: Source) -> FeatureSet:
-        """Features of the training splits in the views that were asked for."""
-        return self.store.get(source, self.given.train_views if self.given.source == "tokens" else source.views)
+        """Features of the training splits in the views of evaluate.train_views."""
+        return self.store.get(source, self.cfg.train_views if self.cfg.source == "tokens" else source.views)
 
     def test_views(self, source: Source) -> list[str]:
-        """The one view that test images are shown in."""
-        return [self.given.test_view] if self.given.source == "tokens" else source.views
+        """The one view of test images."""
+        return [self.cfg.test_view] if self.cfg.source == "tokens" else source.views
 
-    def protocol(self, **more: Any) -> dict[str, Any]:
-        """The model and how it was measured: part of every score file."""
-        return {"model": self.encoder.about(), "source": self.given.source, "device": self.device.type, **more}
+    def protocol(self, **details: Any) -> dict[str, Any]:
+        """How a score was measured, on which model: part of every score file."""
+        return {"model": self.encoder.about(), "source": self.cfg.source, "device": self.device.type, **details}
 
     def write(self, name: str, scores: dict[str, Any], protocol: dict[str, Any]) -> None:
-        """<name>.json: the scores (per cent), flat, and their protocol.
+        """Write <name>.json: the scores (per cent), flat, and their protocol.
 
-        The protocol is in a list of one, since DVC would show whatever stands outside a list as a metric.
+        The protocol is in a list of one, since DVC shows every number outside a list as a metric.
         """
         path = self.out / f"{name}.json"
         write_json(path, {**scores, "protocol": [protocol]})
-        shown = ", ".join(f"{key} {value:.2f}" for key, value in scores.items() if isinstance(value, float))
-        print(f"{self.encoder.name} {name}: {shown} ({path})", file=sys.stderr)
+        text = ", ".join(f"{key} {value:.2f}" for key, value in scores.items() if isinstance(value, float))
+        print(f"{self.encoder.name} {name}: {text} ({path})", file=sys.stderr)
 
 
 class Labelled(Protocol):
@@ -171,20 +177,20 @@ def _listing(names: list[str]) -> str:
 
 
 def write_table(path: Path, head: list[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A CSV file, whole or not at all."""
-    with write_aside(path) as aside, aside.open("w", newline="") as file:
+    """Write a CSV file, whole or not at all."""
+    with write_aside(path) as staged, staged.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)
 
 
 def write_curve(path: Path, curve: list[dict[str, float]]) -> None:
-    """A training curve, one row per epoch; empty where a number was not measured."""
+    """Write a training curve, one row per epoch; a cell is empty where its number was not measured."""
     head = list(dict.fromkeys(name for row in curve for name in row))
     write_table(path, head, [[row.get(name, "") for name in head] for row in curve])
 
 
 def write_confusion(path: Path, names: list[str], labels: Iterable[int], predicted: Iterable[int]) -> None:
-    """actual,predicted by class name, one row per test image: what `dvc plots` turns into a confusion matrix."""
+    """Write actual,predicted by class name, one row per test image: the input of `dvc plots`' confusion matrix."""
     rows = ((names[a], names[p]) for a, p in zip(labels, predicted, strict=True))
     write_table(path, ["actual", "predicted"], rows)

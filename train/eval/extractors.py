@@ -1,8 +1,11 @@
-"""The networks that images are compared by: torch-fidelity's Inception, and the teacher under a name of its own."""
+"""Networks whose features images are compared by: torch-fidelity's Inception, and the teacher of params.yaml.
+
+B images of a batch, N of a set, H, W their height and width, D feature width.
+"""
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,30 +16,35 @@ from torch import Tensor
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.safeload import load_tensors
+from semdict.train.eval.image_sets import ImageSet
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
+    from semdict.pipeline.tokenizers.teachers import Teacher
 
 INCEPTION = "inception-v3-compat"
-TEACHER, TEACHER_LAYER = "semdict-teacher", "patch-mean"
+POOL, LOGITS = "2048", "logits_unbiased"  # layers of Inception
+PATCH_MEAN = "patch-mean"  # the teacher's
+
+Extractor = Callable[[Tensor], dict[str, Tensor]]  # images (B, 3, H, W) uint8 -> layer -> (B, D)
 
 
 class MissingWeightsError(WeightsError):
-    """A metric cannot be computed; the message says what to bring."""
+    """A metric cannot be computed; the message names the file that it needs."""
 
 
 def inception_file(params: "Params") -> Path:
     """The Inception weights as params.yaml says, or cached by torch, or fetched; MissingWeightsError otherwise."""
-    given = params.scores
-    if given.inception:
-        path = Path(given.inception)
+    cfg = params.scores
+    if cfg.inception:
+        path = Path(cfg.inception)
         if not path.is_file():
             raise MissingWeightsError(f"scores.inception: {path} does not exist")
     else:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
         path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(URL_INCEPTION_V3)  # noqa: PTH119
-        if not path.is_file() and given.download:
+        if not path.is_file() and cfg.download:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), progress=False)
@@ -46,9 +54,21 @@ def inception_file(params: "Params") -> Path:
                 ) from None
         if not path.is_file():
             raise MissingWeightsError(f"{path.name} is not at {path.parent}; set scores.inception")
-    if given.inception_sha256 and sha256_file(path) != given.inception_sha256:
+    if cfg.inception_sha256 and sha256_file(path) != cfg.inception_sha256:
         raise WeightsError(f"{path} has SHA-256 {sha256_file(path)}, scores.inception_sha256 is another")
     return path
+
+
+def inception(path: Path, device: torch.device, layers: tuple[str, ...], dtype: str = "float32") -> Extractor:
+    """torch-fidelity's Inception with the weights at `path`, computing in `dtype` (float32 or float64)."""
+    from torch_fidelity.utils import create_feature_extractor
+
+    with plain_copy(path) as weights:
+        network = create_feature_extractor(
+            INCEPTION, list(layers), cuda=False, feature_extractor_weights_path=weights, verbose=False,
+            feature_extractor_internal_dtype=dtype,
+        ).to(device)  # fmt: skip
+    return lambda images_B3HW: network.convert_features_tuple_to_dict(network(images_B3HW))
 
 
 @contextmanager
@@ -60,40 +80,22 @@ def plain_copy(path: Path) -> Iterator[str]:
         yield str(copy)
 
 
-def register_teacher(params: "Params", device: torch.device) -> str:
-    """Make the teacher of params.yaml known to torch-fidelity; returns the SHA-256 of its weights.
-
-    Features: (B, D), the mean over patches of the patch features that the words are made from.
-    """
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
+def teacher(params: "Params", device: torch.device) -> tuple[Extractor, "Teacher"]:
+    """Mean over patches of the patch features that the discriminative codebook is made from, and the network."""
     from semdict.pipeline.tokenizers import load_features
 
-    given = params.features
-    teacher = load_features(given.model, given.weights, given.layer, device=str(device), image_size=given.image_size)
+    cfg = params.features
+    network = load_features(cfg.model, cfg.weights, cfg.layer, device=str(device), image_size=cfg.image_size)
+    return lambda images_B3HW: {PATCH_MEAN: network(images_B3HW.float() / 255).mean(1).float()}, network
 
-    class TeacherExtractor(FeatureExtractorBase):
-        """Patch-mean features of the teacher, in torch-fidelity's interface."""
 
-        def __init__(self, name: str, features_list: list[str], **_: object) -> None:
-            super().__init__(name, features_list)
-            self.teacher = teacher
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return (TEACHER_LAYER,)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return TEACHER_LAYER
-
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
-
-        def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
-            return (self.teacher(images_BCHW.to(device).float() / 255).mean(1).float(),)
-
-    FEATURE_EXTRACTORS_REGISTRY[TEACHER] = TeacherExtractor  # replaces an earlier teacher of this process
-    return teacher.identity["sha256"]
+@torch.no_grad()
+def extract(
+    images: ImageSet, extractor: Extractor, device: torch.device, batch: int, count: int | None = None
+) -> dict[str, Tensor]:
+    """Layer -> (N, D) features on the CPU of the first `count` images (None = all), without those in `left_out`."""
+    parts: dict[str, list[Tensor]] = {}
+    for _, images_B3HW in images.batches(batch, count):
+        for layer, features_BD in extractor(images_B3HW.to(device)).items():
+            parts.setdefault(layer, []).append(features_BD.cpu())
+    return {layer: torch.cat(features) for layer, features in parts.items()}

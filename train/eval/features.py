@@ -1,4 +1,4 @@
-"""Frozen features of a source, made once per view and kept on disk under a name that only this model and data have.
+"""Frozen features of a source, computed once per view and kept on disk in a folder named by model, data and code.
 
 N images, V views, E feature width. Files: work/features-<fingerprint>/<view>.npy (N, E) and, last, <view>.json.
 """
@@ -18,17 +18,20 @@ from torch import Tensor
 from semdict.pipeline.common.device import reduced_precision
 from semdict.pipeline.common.errors import SemdictError
 from semdict.pipeline.common.files import PART, remove, sha256_json, write_aside, write_json
+from semdict.pipeline.execute.code_identity import code_identity
 from semdict.train.eval.sources import Source
 from semdict.train.masked.encoder import Encoder
 from semdict.train.masked.model import MaskedTokenTransformer
 
-VERSION = 1  # raised when the same model and tokens would give other features
+CODE = "semdict.train.eval.common"  # imports this file and every source of tokens
 EVERY = 30.0  # seconds between lines of progress
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """views: (N, E) arrays by name, memory-mapped; labels (N,) int64; names of the classes; about: for score files."""
+    """Features of a source. views: (N, E) arrays by name, memory-mapped; labels (N,) int64; names: of the classes, by
+    label; about: for score files.
+    """
 
     views: dict[str, np.ndarray]
     labels: np.ndarray
@@ -46,8 +49,8 @@ def encoder_features(
 ) -> Callable[[Tensor], Tensor]:
     """tokens (B, L) -> (B, E) float32: last block without the final norm, mean over cells, norm without affine.
 
-    dropout: of the token embedding alone, as the published probe's features have it while its head trains; drawn from
-    torch's global generator.
+    dropout: of the token embedding alone, as in the published probe while its head trains; it uses torch's global
+    generator.
     """
 
     @torch.no_grad()
@@ -63,7 +66,7 @@ def encoder_features(
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Where and how features are made; device is the encoder's."""
+    """Computes features and keeps them below `root`; device is the encoder's."""
 
     encoder: Encoder
     root: Path
@@ -73,25 +76,25 @@ class FeatureStore:
     batch: int = 256
 
     def fingerprint(self, source: Source) -> str:
-        """16 hex digits over all that decides the numbers: weights, shape (head counts!), tokens, precision, device."""
+        """16 hex digits over weights, shape (head counts!), tokens, precision, device and code."""
         return sha256_json({
-            "version": VERSION, "model": self.encoder.sha256, "config": self.encoder.model.config.to_dict(),
+            "code": code_identity(CODE), "model": self.encoder.sha256, "config": self.encoder.model.config.to_dict(),
             "source": source.identity, "precision": self.precision, "dtype": self.dtype, "device": self.device.type,
         })[:16]  # fmt: skip
 
     def get(self, source: Source, views: list[str]) -> FeatureSet:
-        """The features of some views, [] = all; made where they are not there yet. Images that are bad are left out."""
+        """Features of some views, [] = all, computed unless they are stored; without images that cannot be decoded."""
         from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 
         name = f"features-{self.fingerprint(source)}"
-        chosen, arrays, bad = views or source.views, {}, set()
+        names, arrays, bad = views or source.views, {}, set()
         with lock(name, self.root), interrupt_on_signals():
-            for left in (self.root / name).glob(f"*{PART}"):  # of a run that was killed
-                remove(left)
-            for view in chosen:
-                arrays[view], more = self._view(source, view, self.root / name)
-                bad |= set(more)
-        about = {**source.about, "views": chosen, "precision": self.precision, "dtype": self.dtype}
+            for leftover in (self.root / name).glob(f"*{PART}"):  # of a run that was killed
+                remove(leftover)
+            for view in names:
+                arrays[view], bad_rows = self._view(source, view, self.root / name)
+                bad |= set(bad_rows)
+        about = {**source.about, "views": names, "precision": self.precision, "dtype": self.dtype}
         if not bad:
             return FeatureSet(arrays, source.labels, source.names, about)
         kept = np.setdiff1d(np.arange(len(source.labels)), sorted(bad))
@@ -115,39 +118,39 @@ class FeatureStore:
         return rows, bad
 
     def _make(self, source: Source, view: str, path: Path) -> list[int]:
-        """Write (N, E) aside and rename; returns the images that have no tokens (their rows are zero)."""
+        """Compute (N, E) and write it whole; returns the images that have no tokens (their rows are zero)."""
         features = encoder_features(self.encoder.model, self.precision)
         count, bad = len(source.labels), []
-        line = Line(f"features {view}", count)
+        progress = Progress(f"features {view}", count)
         shape = (count, self.encoder.model.config.width)
-        with write_aside(path) as aside:
-            rows = np.lib.format.open_memmap(aside, mode="w+", dtype=self.dtype, shape=shape)
-            for shown in source.stream(view, self.batch):
-                found = features(shown.tokens).cpu().numpy()
-                found[list(shown.bad)] = 0
-                if not np.isfinite(found).all():
+        with write_aside(path) as staged:
+            rows = np.lib.format.open_memmap(staged, mode="w+", dtype=self.dtype, shape=shape)
+            for batch in source.stream(view, self.batch):
+                features_BE = features(batch.tokens).cpu().numpy()
+                features_BE[list(batch.bad)] = 0
+                if not np.isfinite(features_BE).all():
                     raise SemdictError(
                         f"the model {self.encoder.name} gives features that are not finite; it is damaged"
                     )
-                rows[shown.start : shown.start + len(found)] = found
-                bad += [shown.start + i for i in shown.bad]
-                line.show(shown.start + len(found))
+                rows[batch.start : batch.start + len(features_BE)] = features_BE
+                bad += [batch.start + i for i in batch.bad]
+                progress.update(batch.start + len(features_BE))
             rows.flush()
             del rows
         return bad
 
 
-class Line:
-    """A line of progress on stderr every half minute."""
+class Progress:
+    """A line on stderr every half minute."""
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total = name, total
-        self.began = self.shown = time.monotonic()
+        self.start = self.last = time.monotonic()
 
-    def show(self, done: int) -> None:
-        """`done` of `total`."""
+    def update(self, done: int) -> None:
+        """Print how many of `total` images are done."""
         now = time.monotonic()
-        if now - self.shown >= EVERY:
-            self.shown = now
-            rate = done / (now - self.began)
-            print(f"{self.name}: {done:,}/{self.total:,} images, {rate:,.0f} img/s", file=sys.stderr, flush=True)
+        if now - self.last >= EVERY:
+            self.last = now
+            speed = done / (now - self.start)
+            print(f"{self.name}: {done:,}/{self.total:,} images, {speed:,.0f} img/s", file=sys.stderr, flush=True)

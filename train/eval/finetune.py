@@ -32,7 +32,7 @@ from semdict.train.engine.stage import run_stage, say
 from semdict.train.eval.classifier import Classifier, layer_groups
 from semdict.train.eval.common import Setup, add_common_arguments, same_classes, write_confusion
 from semdict.train.eval.image_source import ImageSource
-from semdict.train.eval.linear_head import per_cent
+from semdict.train.eval.linear_head import top_accuracy
 
 EXAMPLE = """examples:
   semdict evaluate fine-tune --model runs/demo/lease
@@ -65,12 +65,12 @@ class Session:
     """One call of the command."""
 
     def __init__(self, setup: Setup, world: dist.World) -> None:
-        self.setup, self.world, self.given = setup, world, setup.given.finetune
+        self.setup, self.world, self.given = setup, world, setup.cfg.finetune
         g, args, preset = self.given, setup.args, setup.params.preset
         self.manifest = args.manifest or places.manifest(preset)
         images = setup.params.manifest.images
-        self.train_source = setup.image_source(self.manifest, images, setup.given.train_splits)
-        self.test_source = setup.image_source(self.manifest, images, setup.given.test_splits)
+        self.train_source = setup.image_source(self.manifest, images, setup.cfg.train_splits)
+        self.test_source = setup.image_source(self.manifest, images, setup.cfg.test_splits)
         self.classes = same_classes(self.train_source, self.test_source)
         mixing, rows = bool(g.mixup or g.cutmix), g.batch // world.size // g.accumulate
         if mixing and rows % 2:
@@ -123,7 +123,7 @@ class Session:
         rate = warmup_cosine(scaled_lr(g.base_lr, g.batch), warmup, steps, g.min_lr)
         objective = Classify(self.train_source, self.classes, g.mixup, g.cutmix, g.label_smoothing)
         phase = Phase("model", model, objective, optimiser, rate, g.clip)
-        test = HeldOut(self.test_source, world, g.precision, setup.given.batch)
+        test = HeldOut(self.test_source, world, g.precision, setup.cfg.batch)
         say(world, self.place, f"{loader.steps_per_epoch} steps an epoch of {g.batch} images, {self.classes} classes")
         try:
             place = self.place
@@ -239,7 +239,7 @@ class HeldOut:
             ranked_N5[torch.from_numpy(at), : top.shape[1]] = top
         merged = torch.stack([torch.from_numpy(part) for part in dist.collect(ranked_N5.numpy())]).amax(dim=0)
         good = merged[:, 0] >= 0
-        return per_cent(merged[good], self.source.labels[good.numpy()]), merged[:, 0].numpy()
+        return top_accuracy(merged[good], self.source.labels[good.numpy()]), merged[:, 0].numpy()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Image scores by the published protocols, through torch-fidelity; every score carries its protocol in its name.
+"""Image scores by the published protocols, with torch-fidelity's metrics; a score's name says its protocol.
 
 val50k: FID, IS, KID, precision, recall against the 256-pixel validation images (MAGE, Sorcen, LEASE). adm: against
 ADM's statistics file (guided-diffusion), features and distance in float64. teacher: the same distances in the features
-of this project's teacher, never called FID. Where weights are missing the metric is absent and `missing` says why.
+of this project's teacher, never called FID. Without Inception's weights a metric is absent and `missing` says why.
+
+N images of a set, D feature width.
 """
 
 from dataclasses import dataclass
@@ -11,25 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import sha256_file
 from semdict.train.eval.extractors import (
     INCEPTION,
-    TEACHER,
+    LOGITS,
+    PATCH_MEAN,
+    POOL,
     MissingWeightsError,
+    extract,
+    inception,
     inception_file,
-    plain_copy,
-    register_teacher,
 )
-from semdict.train.eval.frechet import frechet_distance, gaussian
-from semdict.train.eval.image_sets import ImageSet, read_npz
+from semdict.train.eval.extractors import teacher as teacher_extractor
+from semdict.train.eval.image_sets import ArrayImages, ImageSet, read_npz
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
 
-POOL = "2048"
+# torch-fidelity's name -> the name in score files
 VAL50K = {
     "frechet_inception_distance": "fid_val50k",
     "inception_score_mean": "is",
@@ -40,7 +45,7 @@ VAL50K = {
     "recall": "recall",
     "f_score": "f1",
 }
-TEACHER_NAMES = {
+TEACHER = {
     "frechet_inception_distance": "teacher_frechet_distance",
     "kernel_inception_distance_mean": "teacher_kid",
     "kernel_inception_distance_std": "teacher_kid_std",
@@ -48,118 +53,140 @@ TEACHER_NAMES = {
     "recall": "teacher_recall",
     "f_score": "teacher_f1",
 }
+ADM = ("fid_adm", "is", "is_std", "precision_adm", "recall_adm", "f1_adm")
+ADM_REFERENCES = 10_000  # images of ADM's file that precision and recall are measured against
+ADM_SPLIT = 5000  # images of one inception score
+
+Statistics = tuple[np.ndarray, np.ndarray]  # mean (D,), covariance (D, D)
 
 
 @dataclass(frozen=True)
-class Scored:
-    """scores: metric name -> number; missing: metric name -> why it is not there; extractor: what features were of."""
+class ImageScores:
+    """scores: metric -> number; missing: metric -> why it is absent; extractor: the network behind the features."""
 
     scores: dict[str, float]
     missing: dict[str, str]
     extractor: dict[str, Any]
 
 
-def val50k(samples: ImageSet, reference: ImageSet, params: "Params", name: str = "fid_val50k") -> Scored:
+def val50k(samples: ImageSet, reference: ImageSet, params: "Params", name: str = "fid_val50k") -> ImageScores:
     """FID, IS, KID, precision and recall with the TF-ported Inception; `name` replaces fid_val50k (rfid_val50k)."""
-    names = {ours if ours != "fid_val50k" else name: ours for ours in VAL50K.values()}
+    names = {**VAL50K, "frechet_inception_distance": name}
     try:
         file = inception_file(params)
     except MissingWeightsError as error:
-        return Scored({}, dict.fromkeys(names, str(error)), {"name": INCEPTION})
-    with plain_copy(file) as weights:
-        found = fidelity(samples, reference, params, feature_extractor=INCEPTION, isc=True, feature_layer_prc=POOL,
-                         feature_extractor_weights_path=weights)  # fmt: skip
-    scores = {VAL50K[key]: value for key, value in found.items()}
-    if name != "fid_val50k":
-        scores[name] = scores.pop("fid_val50k")
-    return Scored(scores, {}, {"name": INCEPTION, "sha256": sha256_file(file)})
+        return ImageScores({}, dict.fromkeys(names.values(), str(error)), {"name": INCEPTION})
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    refuse_few(samples, reference, params)
+    device = torch.device(resolve_device(params.runtime.device))
+    network = inception(file, device, (POOL, LOGITS))
+    of_samples = extract(samples, network, device, params.scores.batch)
+    of_reference = extract(reference, network, device, params.scores.batch)
+    metrics = distances(of_samples[POOL], of_reference[POOL], params)
+    metrics |= isc_features_to_metric(of_samples[LOGITS], min(10, len(of_samples[LOGITS])))
+    scores = {names[metric]: value for metric, value in metrics.items()}
+    return ImageScores(scores, {}, {"name": INCEPTION, "sha256": sha256_file(file)})
 
 
-def teacher(samples: ImageSet, reference: ImageSet, params: "Params") -> Scored:
+def teacher(samples: ImageSet, reference: ImageSet, params: "Params") -> ImageScores:
     """The distances of `val50k` in the teacher's patch-mean features; the demo's stand-in for scores."""
-    sha256 = register_teacher(params, torch.device(resolve_device(params.runtime.device)))
-    found = fidelity(samples, reference, params, feature_extractor=TEACHER)
-    extractor = {"name": f"teacher {params.features.model}", "features": "mean over patches", "sha256": sha256}
-    return Scored({TEACHER_NAMES[key]: value for key, value in found.items()}, {}, extractor)
+    refuse_few(samples, reference, params)
+    device = torch.device(resolve_device(params.runtime.device))
+    network, patch_features = teacher_extractor(params, device)
+    of_samples = extract(samples, network, device, params.scores.batch)[PATCH_MEAN]
+    of_reference = extract(reference, network, device, params.scores.batch)[PATCH_MEAN]
+    metrics = distances(of_samples, of_reference, params)
+    about = {"name": f"teacher {params.features.model}", "features": "mean over patches"}
+    about["sha256"] = patch_features.identity["sha256"]
+    return ImageScores({TEACHER[metric]: value for metric, value in metrics.items()}, {}, about)
 
 
-def fidelity(samples: ImageSet, reference: ImageSet, params: "Params", isc: bool = False, **given: Any) -> dict:
-    """torch-fidelity's own numbers; generated images first, as its precision and recall want it."""
-    from torch_fidelity import calculate_metrics
-
-    fewest = min(len(samples), len(reference))
-    if fewest <= params.scores.neighbours + 1:
-        raise UsageError(f"{fewest} images are too few to score: more than {params.scores.neighbours + 1} on each side")
-    return calculate_metrics(
-        input1=samples, input2=reference, isc=isc, fid=True, kid=True, prc=True, verbose=False, cache=False,
-        cuda=resolve_device(params.runtime.device) != "cpu", batch_size=params.scores.batch,
-        kid_subsets=params.scores.kid_subsets, kid_subset_size=min(params.scores.kid_subset_size, fewest),
-        prc_neighborhood=params.scores.neighbours, save_cpu_ram=True, isc_splits=min(10, len(samples)),
-        **given,
-    )  # fmt: skip
-
-
-def adm(samples: ImageSet, statistics: Path, params: "Params") -> Scored:
+def adm(samples: ImageSet, statistics: Path, params: "Params") -> ImageScores:
     """fid_adm against `mu`, `sigma` of an ADM .npz; precision and recall against the first 10,000 of its images.
 
     Keys of the file: arr_0 (N, 256, 256, 3) uint8, mu (2048,), sigma (2048, 2048), mu_s, sigma_s (of the spatial layer,
     which torch-fidelity's Inception does not offer: sfid_adm is never computed).
     """
-    from torch_fidelity.metric_prc import prc_features_to_metric
+    from torch_fidelity.metric_fid import fid_features_to_statistics
 
     reference = read_npz(statistics, ("mu", "sigma", "arr_0"))
     no_sfid = {"sfid_adm": "the extractor has no layer mixed_6/conv"}
-    names = ("fid_adm", "is", "is_std", "precision_adm", "recall_adm", "f1_adm")
     try:
         file = inception_file(params)
     except MissingWeightsError as error:
-        return Scored({}, dict.fromkeys(names, str(error)) | no_sfid, {"name": INCEPTION})
-    with plain_copy(file) as weights:
-        found = inception_features(samples, params, weights, (POOL, "logits_unbiased"))
-        theirs = inception_features(_Pixels(reference["arr_0"][:10_000]), params, weights, (POOL,))[POOL]
-    scores = {"fid_adm": frechet_distance(gaussian(found[POOL].numpy()), (reference["mu"], reference["sigma"]))}
-    scores["is"], scores["is_std"] = inception_score(found["logits_unbiased"].numpy())
-    relation = prc_features_to_metric(found[POOL], theirs, prc_neighborhood=params.scores.neighbours,
-                                      save_cpu_ram=True, verbose=False)  # fmt: skip
-    scores |= {f"{key}_adm".replace("f_score", "f1"): value for key, value in relation.items()}
-    return Scored(scores, no_sfid, {"name": INCEPTION, "sha256": sha256_file(file), "dtype": "float64"})
+        return ImageScores({}, dict.fromkeys(ADM, str(error)) | no_sfid, {"name": INCEPTION})
+    images = ArrayImages(reference["arr_0"][:ADM_REFERENCES], {"from": str(statistics)})
+    refuse_few(samples, images, params)
+    device = torch.device(resolve_device(params.runtime.device))
+    network = inception(file, device, (POOL, LOGITS), "float64")
+    of_samples = extract(samples, network, device, params.scores.batch)
+    of_reference = extract(images, network, device, params.scores.batch)[POOL]
+    own = fid_features_to_statistics(of_samples[POOL].double())
+    scores = {"fid_adm": frechet_distance((own["mu"], own["sigma"]), (reference["mu"], reference["sigma"]))}
+    scores["is"], scores["is_std"] = adm_inception_score(of_samples[LOGITS])
+    metrics = precision_recall(of_samples[POOL], of_reference, params)
+    scores |= {"precision_adm": metrics["precision"], "recall_adm": metrics["recall"], "f1_adm": metrics["f_score"]}
+    return ImageScores(scores, no_sfid, {"name": INCEPTION, "sha256": sha256_file(file), "dtype": "float64"})
 
 
-def inception_features(images: Any, params: "Params", weights: str, layers: tuple[str, ...]) -> dict:
-    """Layer name -> (N, width) features, computed in float64."""
-    from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
-
-    cuda = resolve_device(params.runtime.device) != "cpu"
-    extractor = create_feature_extractor(
-        INCEPTION, list(layers), cuda=cuda, feature_extractor_weights_path=weights, verbose=False,
-        feature_extractor_internal_dtype="float64",
-    )  # fmt: skip
-    return get_featuresdict_from_dataset(images, extractor, params.scores.batch, cuda, True, False)
+def refuse_few(samples: ImageSet, reference: ImageSet, params: "Params") -> None:
+    """UsageError when a set has too few images for the neighbours of precision and recall."""
+    fewest, needed = min(len(samples), len(reference)), params.scores.neighbours + 2
+    if fewest < needed:
+        raise UsageError(f"{fewest} images are too few to score: both sides need {needed} or more")
 
 
-def inception_score(logits_NK: np.ndarray, split: int = 5000) -> tuple[float, float]:
-    """exp of the mean divergence from the marginal (Salimans et al., arXiv:1606.03498), mean and std over consecutive
-    splits of 5,000, as ADM's evaluator does.
+def distances(samples_ND: Tensor, reference_ND: Tensor, params: "Params") -> dict[str, float]:
+    """torch-fidelity's FID, KID, precision and recall of two sets of features, under its names."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(params.scores.kid_subset_size, len(samples_ND), len(reference_ND))
+    statistics = [fid_features_to_statistics(features_ND) for features_ND in (samples_ND, reference_ND)]
+    return {
+        **fid_statistics_to_metric(*statistics, verbose=False),
+        **kid_features_to_metric(
+            samples_ND, reference_ND, kid_subsets=params.scores.kid_subsets, kid_subset_size=size, verbose=False
+        ),
+        **precision_recall(samples_ND, reference_ND, params),
+    }
+
+
+def precision_recall(samples_ND: Tensor, reference_ND: Tensor, params: "Params") -> dict[str, float]:
+    """precision, recall and f_score (Kynkaanniemi et al., arXiv:1904.06991); generated images first."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    neighbours = params.scores.neighbours
+    return prc_features_to_metric(
+        samples_ND, reference_ND, prc_neighborhood=neighbours, save_cpu_ram=True, verbose=False
+    )
+
+
+def frechet_distance(one: Statistics, other: Statistics) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) in float64 (Heusel et al., arXiv:1706.08500).
+
+    UsageError when the widths differ.
     """
-    logits = logits_NK.astype(np.float64)
-    logp = logits - logits.max(1, keepdims=True)
-    logp -= np.log(np.exp(logp).sum(1, keepdims=True))
-    scores = []
-    for start in range(0, len(logp), split):
-        part = logp[start : start + split]
-        marginal = np.log(np.exp(part).mean(0))
-        scores.append(np.exp((np.exp(part) * (part - marginal)).sum(1).mean()))
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    pair = [{"mu": np.asarray(mu, np.float64), "sigma": np.asarray(sigma, np.float64)} for mu, sigma in (one, other)]
+    shapes = [(statistics["mu"].shape, statistics["sigma"].shape) for statistics in pair]
+    if shapes[0] != shapes[1]:
+        raise UsageError(
+            f"statistics of shapes {shapes[0]} cannot be compared with {shapes[1]}; the reference is of another network"
+        )
+    return fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]
+
+
+def adm_inception_score(logits_NK: Tensor) -> tuple[float, float]:
+    """Inception score (Salimans et al., arXiv:1606.03498), mean and std over consecutive splits of 5,000 as ADM's.
+
+    torch-fidelity cuts a set into a fixed number of equal splits instead, so it is called for one split at a time.
+    """
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
+    scores = [
+        isc_features_to_metric(part, 1, shuffle=False)[KEY_METRIC_ISC_MEAN] for part in logits_NK.split(ADM_SPLIT)
+    ]
     return float(np.mean(scores)), float(np.std(scores))
-
-
-class _Pixels(torch.utils.data.Dataset):
-    """(N, H, W, 3) uint8 as images (3, H, W)."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        return torch.from_numpy(self.pixels[number].copy()).permute(2, 0, 1)

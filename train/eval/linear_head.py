@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features, as MoCo v3, MAE and MAGE probe: LARS, batch norm without affine, cosine.
+"""Linear classifier on frozen features as in MoCo v3, MAE and MAGE: LARS, batch norm without affine, cosine schedule.
 
 N images, V views, E feature width, C classes, B rows of a batch.
 """
@@ -24,8 +24,8 @@ Curve = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
-class HeadPlan:
-    """How a linear head is trained; defaults are LEASE's and Sorcen's Tables A.2. base_lr counts at a batch of 256."""
+class HeadConfig:
+    """Optimisation of a linear head; defaults are LEASE's and Sorcen's tables A.2. base_lr: at a batch of 256."""
 
     epochs: int = 90
     batch: int = 4096
@@ -46,10 +46,10 @@ class Batches(Protocol):
 
 
 class ArrayBatches:
-    """Batches from arrays: features (N, E), or (N, V, E) of which one view per image and epoch is drawn.
+    """Batches from arrays: features (N, E), or (N, V, E) with one view per image and epoch, chosen at random.
 
     Arrays may be memory-mapped and of half precision; on a GPU they are moved there once if they fill at most half of
-    what is free. The remainder that fills no batch is left out, other rows each epoch. UsageError when the batch is
+    the free memory. The remainder that fills no batch is left out, other rows each epoch. UsageError when the batch is
     larger than the set.
     """
 
@@ -61,30 +61,30 @@ class ArrayBatches:
         if {len(view) for view in self.views} != {len(labels)}:
             raise ValueError(f"features of {len(self.views[0])} rows, labels of {len(labels)}")
         if not 2 <= batch <= len(labels):
-            raise UsageError(f"batch {batch} must be between 2 and the {len(labels)} images there are")
+            raise UsageError(f"batch {batch} must be between 2 and the {len(labels)} training images there are")
         self.device, self.batch, self.seed = torch.device(device), batch, seed
         self.steps, self.width = len(labels) // batch, self.views[0].shape[1]
         self.labels = torch.from_numpy(np.asarray(labels, np.int64)).to(self.device)
-        self.rows = resident([shared(view) for view in self.views], self.device)
+        self.features = on_device([as_tensor(view) for view in self.views], self.device)
 
     def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = permutation(len(self.labels), self.seed, Stream.PROBE_ORDER, epoch)
         views = choice_per_row(np.arange(len(order)), len(self.views), self.seed, Stream.PROBE_VIEW, epoch)
         for start in range(0, self.steps * self.batch, self.batch):
-            at = order[start : start + self.batch]
-            yield self._gather(at, views[at]), self.labels[torch.from_numpy(at).to(self.device)]
+            rows = order[start : start + self.batch]
+            yield self._gather(rows, views[rows]), self.labels[torch.from_numpy(rows).to(self.device)]
 
-    def _gather(self, at: np.ndarray, views: np.ndarray) -> Tensor:
-        """(B, E) float32 rows `at`, each of its own view."""
-        home = self.rows[0].device
-        if len(self.rows) == 1:
-            found = self.rows[0].index_select(0, torch.from_numpy(at).to(home))
+    def _gather(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
+        """(B, E) float32 features of `rows`, each of its own view."""
+        device = self.features[0].device
+        if len(self.features) == 1:
+            batch_BE = self.features[0].index_select(0, torch.from_numpy(rows).to(device))
         else:
-            found = self.rows[0].new_empty(len(at), self.width)
-            for view, rows in enumerate(self.rows):
-                mine = torch.from_numpy(np.flatnonzero(views == view)).to(home)
-                found[mine] = rows.index_select(0, torch.from_numpy(at[views == view]).to(home))
-        return found.to(self.device).float()
+            batch_BE = self.features[0].new_empty(len(rows), self.width)
+            for view, features_NE in enumerate(self.features):
+                positions = torch.from_numpy(np.flatnonzero(views == view)).to(device)
+                batch_BE[positions] = features_NE.index_select(0, torch.from_numpy(rows[views == view]).to(device))
+        return batch_BE.to(self.device).float()
 
 
 def views_of(features: np.ndarray | list[np.ndarray]) -> list[np.ndarray]:
@@ -96,18 +96,18 @@ def views_of(features: np.ndarray | list[np.ndarray]) -> list[np.ndarray]:
     return [features] if features.ndim == 2 else [features[:, view] for view in range(features.shape[1])]
 
 
-def shared(rows: np.ndarray) -> Tensor:
-    """A tensor on the same memory, which may be a file's; only what cannot be shared is copied."""
-    return torch.from_numpy(rows if rows.flags.writeable else np.array(rows))
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor that shares memory with the array (or its file); a read-only array is copied."""
+    return torch.from_numpy(array if array.flags.writeable else np.array(array))
 
 
-def resident(rows: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors on the GPU if they fill at most half of its free memory, else as they are."""
+def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on the GPU if they fill at most half of its free memory, else unchanged."""
     if device.type != "cuda":
-        return rows
+        return tensors
     room = torch.cuda.mem_get_info(device)[0] / 2
-    fits = sum(part.numel() * part.element_size() for part in rows) <= room
-    return [part.to(device) for part in rows] if fits else rows
+    fits = sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= room
+    return [tensor.to(device) for tensor in tensors] if fits else tensors
 
 
 class LinearHead(nn.Module):
@@ -126,37 +126,39 @@ class LinearHead(nn.Module):
 
 
 def fit_head(
-    batches: Batches, classes: int, plan: HeadPlan, device: torch.device | str = "cpu",
+    batches: Batches, classes: int, cfg: HeadConfig, device: torch.device | str = "cpu",
     after_epoch: Callable[[int, LinearHead], dict[str, float]] | None = None,
 ) -> tuple[LinearHead, Curve]:  # fmt: skip
-    """Train a head; returns it in evaluation mode, and one row per epoch: epoch (from 1), loss (nats), what
-    `after_epoch` (epochs done, head in evaluation mode) adds.
+    """Train a head; returns it in evaluation mode, and one row per epoch: epoch (from 1), loss (nats), and the entries
+    that `after_epoch` (epochs done, head in evaluation mode) returns.
+
+    SemdictError when the loss is not finite.
     """
-    head = LinearHead(batches.width, classes, plan.seed).to(device)
-    rate = warmup_cosine(
-        scaled_lr(plan.base_lr, plan.batch), plan.warmup_epochs * batches.steps, plan.epochs * batches.steps
+    head = LinearHead(batches.width, classes, cfg.seed).to(device)
+    lr_schedule = warmup_cosine(
+        scaled_lr(cfg.base_lr, cfg.batch), cfg.warmup_epochs * batches.steps, cfg.epochs * batches.steps
     )
-    optimiser = lars(head, plan.momentum)
+    optimiser = lars(head, cfg.momentum)
     curve: Curve = []
     step = 0
-    for epoch in range(plan.epochs):
+    for epoch in range(cfg.epochs):
         head.train()
         nats = torch.zeros((), dtype=torch.float64, device=device)
         for x_BE, label_B in batches(epoch):
             for group in optimiser.param_groups:
-                group["lr"] = rate(step)
+                group["lr"] = lr_schedule(step)
             loss = F.cross_entropy(head(x_BE), label_B)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            decay_gradient(head, plan.weight_decay)
+            decay_gradient(head, cfg.weight_decay)
             optimiser.step()
             nats += loss.detach()
             step += 1
         if not torch.isfinite(nats):
             raise SemdictError(f"the loss of epoch {epoch + 1} is not finite; lower base_lr, or look at the features")
         head.eval()
-        more = after_epoch(epoch + 1, head) if after_epoch else {}
-        curve.append({"epoch": epoch + 1, "loss": float(nats) / batches.steps, **more})
+        metrics = after_epoch(epoch + 1, head) if after_epoch else {}
+        curve.append({"epoch": epoch + 1, "loss": float(nats) / batches.steps, **metrics})
     return head, curve
 
 
@@ -184,15 +186,13 @@ def decay_gradient(head: LinearHead, weight_decay: float) -> None:
 @torch.no_grad()
 def predict(head: LinearHead, features: np.ndarray, device: torch.device | str = "cpu", batch: int = 4096) -> Tensor:
     """(M, min(5, C)) int64 classes on the CPU, the most likely first, of (M, E) features."""
-    rows = shared(features)
-    parts = [
-        head(part.to(device).float()).topk(min(5, head.linear.out_features)).indices.cpu() for part in rows.split(batch)
-    ]
+    ranks = min(5, head.linear.out_features)
+    parts = [head(part.to(device).float()).topk(ranks).indices.cpu() for part in as_tensor(features).split(batch)]
     return torch.cat(parts)
 
 
-def per_cent(ranked_M5: Tensor, labels_M: np.ndarray) -> dict[str, float]:
-    """top1 and top5, per cent of the images whose label is the first, among the first five, of the ranked classes."""
+def top_accuracy(ranked_M5: Tensor, labels_M: np.ndarray) -> dict[str, float]:
+    """top1 and top5: per cent of the images whose label is the first, or among the first five, ranked class."""
     right_M5 = ranked_M5 == torch.from_numpy(np.asarray(labels_M, np.int64))[:, None]
     hits = {"top1": right_M5[:, 0], "top5": right_M5.any(dim=1)}
     return {name: 100.0 * float(hit_M.double().mean()) for name, hit_M in hits.items()}

@@ -1,21 +1,23 @@
-"""Samples beside their nearest training images, so that memorised ones can be seen; `semdict evaluate nearest`."""
+"""`semdict evaluate nearest`: samples beside their nearest training images, which shows memorised ones.
+
+N training images, n samples, D feature width.
+"""
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.files import write_json
-from semdict.pipeline.config import paths as places
+from semdict.pipeline.config import paths
+from semdict.train.eval.extractors import PATCH_MEAN, extract, teacher
+from semdict.train.eval.fid import report_left_out, samples_name
 from semdict.train.eval.image_sets import ImageSet, open_images
-
-if TYPE_CHECKING:
-    from semdict.pipeline.tokenizers.teachers import Teacher
+from semdict.train.eval.knn import cosine_neighbours
 
 EXAMPLE = """example:
   semdict evaluate nearest --samples runs/demo/lease-unconditional --split train
@@ -23,11 +25,11 @@ EXAMPLE = """example:
 Writes nearest.png (each sample above its three nearest) and nearest.json with cosines of the teacher's patch-mean
 features, and, for scale, how near training images are to each other."""
 NEAREST = 3
-BLOCK = 65_536  # training images compared at a time
+TYPICAL = 200  # training images whose own nearest neighbour gives the scale
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which samples, which training images."""
+    """The samples and the training images."""
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--reference", type=Path, help="default data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--split", default="train", help="of a manifest")
@@ -40,56 +42,37 @@ def run(args: argparse.Namespace) -> int:
     """Find the nearest of the first `scores.shown` samples; write the picture and the cosines."""
     from semdict.pipeline.config.params import load_params
     from semdict.pipeline.images.visualize import save_grid
-    from semdict.pipeline.tokenizers import load_features
 
     params = load_params(args.params, args.set)
-    given = params.features
-    device = resolve_device(params.runtime.device)
-    teacher = load_features(given.model, given.weights, given.layer, device, given.image_size)
+    device = torch.device(resolve_device(params.runtime.device))
+    extractor, network = teacher(params, device)
     samples = open_images(args.samples, params)
-    training = open_images(args.reference or places.manifest(params.preset), params, args.split)
-    count = min(params.scores.shown, len(samples))
-    wanted = described(samples, teacher, device, params.scores.batch, count)
-    bank = described(training, teacher, device, params.scores.batch)
-    cosine, number = nearest(wanted, bank, NEAREST)
-    own, _ = nearest(bank[:: max(1, len(bank) // 200)], bank, 2)  # the first is the image itself
-    out = args.out or Path("reports") / params.preset / args.samples.resolve().name
-    rows = [stacked(samples, list(range(count)))]
-    rows += [stacked(training, number[:, k].tolist()) for k in range(NEAREST)]
-    save_grid(out / "nearest.png", rows, ["sample", *(f"training #{k + 1}" for k in range(NEAREST))])
-    scores: dict[str, Any] = {"nearest_cosine": cosine[:, 0].mean().item(), "training_cosine": own[:, 1].mean().item()}
-    about = {"samples": samples.about, "training": training.about, "teacher": teacher.identity}
+    training = open_images(args.reference or paths.manifest(params.preset), params, args.split)
+    count, batch = min(params.scores.shown, len(samples)), params.scores.batch
+    samples_nD = extract(samples, extractor, device, batch, count)[PATCH_MEAN].numpy()
+    training_ND = extract(training, extractor, device, batch)[PATCH_MEAN].numpy()
+    report_left_out("nearest", training)
+    nearest = min(NEAREST, len(training_ND))
+    cosine, row = cosine_neighbours(training_ND, samples_nD, nearest, device)
+    typical, _ = cosine_neighbours(training_ND, training_ND[:: max(1, len(training_ND) // TYPICAL)], 2, device)
+    number = np.asarray(training.kept)[row.numpy()]
+    out = args.out or Path("reports") / params.preset / samples_name(args.samples)
+    rows = [stacked(samples, range(count))]
+    rows += [stacked(training, number[:, k].tolist()) for k in range(nearest)]
+    save_grid(out / "nearest.png", rows, ["sample", *(f"training #{k + 1}" for k in range(nearest))])
+    scores = {"nearest_cosine": cosine[:, 0].mean().item()}
+    scores["training_cosine"] = typical[:, 1].mean().item()  # the nearest of all is the image itself
+    protocol = {"samples": samples.about, "training": training.about, "teacher": network.identity}
     pairs = [{"sample": i, "training": number[i].tolist(), "cosine": cosine[i].tolist()} for i in range(count)]
-    write_json(out / "nearest.json", {**scores, "pairs": pairs, "protocol": [about]})
-    told = (
-        f"cosine to the nearest {scores['nearest_cosine']:.3f}, among training images {scores['training_cosine']:.3f}"
+    write_json(out / "nearest.json", {**scores, "pairs": pairs, "protocol": [protocol]})
+    print(
+        f"nearest: cosine to the nearest {scores['nearest_cosine']:.3f}, among training images "
+        f"{scores['training_cosine']:.3f} ({out / 'nearest.png'})",
+        file=sys.stderr,
     )
-    print(f"nearest: {told} ({out / 'nearest.png'})", file=sys.stderr)
     return 0
 
 
-def described(images: ImageSet, teacher: "Teacher", device: str, batch: int, count: int | None = None) -> Tensor:
-    """(n, D) float32 unit vectors: patch-mean features of the first `count` images, all by default."""
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(images, range(count)) if count else images, batch_size=batch
-    )
-    with torch.inference_mode():
-        parts = [teacher(part.to(device).float() / 255).mean(1).cpu() for part in loader]
-    return torch.nn.functional.normalize(torch.cat(parts), dim=1)
-
-
-def nearest(wanted_nD: Tensor, bank_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines (n, k), falling, and numbers (n, k) of the k nearest of the bank, a block of it at a time."""
-    best, number = torch.empty(len(wanted_nD), 0), torch.empty(len(wanted_nD), 0, dtype=torch.int64)
-    for start in range(0, len(bank_ND), BLOCK):
-        block = wanted_nD @ bank_ND[start : start + BLOCK].T
-        at = torch.arange(start, start + block.shape[1]).expand_as(block)
-        best, number = torch.cat([best, block], 1), torch.cat([number, at], 1)
-        order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
-        best, number = best.gather(1, order), number.gather(1, order)
-    return best, number
-
-
-def stacked(images: ImageSet, numbers: list[int]) -> np.ndarray:
+def stacked(images: ImageSet, numbers: Iterable[int]) -> np.ndarray:
     """(n, H, W, 3) uint8."""
-    return np.stack([images[number].permute(1, 2, 0).numpy() for number in numbers])
+    return np.stack([images.pixels(number) for number in numbers])
