@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from semdict.pipeline.common.errors import SemdictError
-from semdict.pipeline.common.files import sha256_file, write_aside
+from semdict.pipeline.common.files import atomic_write, sha256_file
 from semdict.pipeline.images.crops import crop_views, expand_views
 from semdict.pipeline.images.decode import decode
 
@@ -60,5 +60,5 @@ def record_sum(path: Path) -> None:
     if path.parent.resolve() != SHIPPED.resolve():
         return
     sums = {**read_sums(path.parent), path.name: sha256_file(path)}
-    with write_aside(path.parent / SUMS) as staged:
+    with atomic_write(path.parent / SUMS) as staged:
         staged.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))

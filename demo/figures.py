@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from semdict.pipeline.common.files import write_aside
+from semdict.pipeline.common.files import atomic_write
 
 REPORTS, RUNS, TARGETS = Path("reports/demo"), Path("runs/demo"), Path("docs/figures")
 
@@ -36,7 +36,7 @@ def cut(figure: Figure, target: Path) -> None:
         sheet = Image.new("RGB", (grid.width, height * len(figure.shown)), "white")
         for position, band in enumerate(figure.shown):
             sheet.paste(grid.crop((0, band * height, grid.width, (band + 1) * height)), (0, position * height))
-    with write_aside(target) as staged:
+    with atomic_write(target) as staged:
         sheet.quantize(256, dither=Image.Dither.NONE).save(staged, format="PNG", optimize=True)
 
 

@@ -15,7 +15,7 @@ from demo import train_teacher, train_vqgan
 from demo.data import IMAGES, SHIPPED, load_split, read_sums
 from demo.images import CLASSES
 from semdict.pipeline.common.errors import SemdictError, WeightsError
-from semdict.pipeline.common.files import sha256_file, write_aside, write_json
+from semdict.pipeline.common.files import atomic_write, sha256_file, write_json
 from semdict.pipeline.common.safeload import load_tensors
 
 TRAINERS = {"vqgan": train_vqgan, "teacher": train_teacher}
@@ -55,7 +55,7 @@ def copy_shipped(source: Path, out: Path) -> None:
             f"{source} has SHA-256 {digest}, SHA256SUMS says {sums[source.name]}: restore it with "
             f"`git checkout -- demo/weights`, or train anew with `make demo-weights`"
         )
-    with write_aside(out) as staged:
+    with atomic_write(out) as staged:
         shutil.copyfile(source, staged)
 
 

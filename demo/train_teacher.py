@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from demo.data import IMAGES, SHIPPED, as_float, load_split, record_sum
 from demo.images import CLASSES, SHAPES, TEXTURES, picture
-from semdict.pipeline.common.files import write_aside, write_json
+from semdict.pipeline.common.files import atomic_write, write_json
 
 # B images, L = 256 patches in row-major order, E width
 PATCH, SIZE, GRID, HEADS, DEPTH, WIDTH = 14, 224, 16, 3, 6, 96
@@ -208,7 +208,7 @@ def accuracy(model: VisionTransformer, images: Tensor, labels: Tensor, batch: in
 def save(model: VisionTransformer, path: str | Path) -> None:
     """Write a timm state dict in float32."""
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    with write_aside(path) as staged, staged.open("wb") as file:
+    with atomic_write(path) as staged, staged.open("wb") as file:
         torch.save(state, file)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demo.data import IMAGES, SHIPPED, as_float, load_split, psnr, record_sum
-from semdict.pipeline.common.files import write_aside, write_json
+from semdict.pipeline.common.files import atomic_write, write_json
 from semdict.pipeline.common.nearest import nearest
 from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
@@ -245,7 +245,7 @@ def _loss(model: MageTokenizer, codes: Codes, images: Tensor, finest: int, commi
 def save_half(model: MageTokenizer, path: str | Path) -> None:
     """Write MAGE's released layout, `{"state_dict": ...}`, with tensors in float16; loaders read them as float32."""
     state = {name: tensor.half().contiguous().clone() for name, tensor in model.state_dict().items()}
-    with write_aside(path) as staged, staged.open("wb") as file:
+    with atomic_write(path) as staged, staged.open("wb") as file:
         torch.save({"state_dict": state}, file)
 
 

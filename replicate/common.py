@@ -10,7 +10,7 @@ from typing import Any
 
 from replicate.variants import Variant
 from semdict.cli import main
-from semdict.pipeline.common.files import write_aside, write_json
+from semdict.pipeline.common.files import atomic_write, write_json
 
 
 def semdict(*arguments: str | Path | int) -> None:
@@ -68,6 +68,6 @@ def compare(variants: Iterable[Variant], seeds: int, score: Callable[[Variant, i
 def publish(out: Path, name: str, results: dict[str, Any], text: str) -> None:
     """Write <name>.json and <name>.md, and print the text."""
     write_json(out / f"{name}.json", results)
-    with write_aside(out / f"{name}.md") as staged:
+    with atomic_write(out / f"{name}.md") as staged:
         staged.write_text(text)
     print(text)

@@ -60,7 +60,7 @@ def row_values(scores: dict[str, float], entropy: dict[str, float], first: list[
 def scores_table(schedules: dict[str, Any]) -> str:
     """Scores of reconstructions and samples, beside the paper's table 4."""
     paper = ("psnr", "rfid", "gfid_unguided", "gfid")
-    head = ["schedule", "mean K", "t*", *(title for _, title, _ in SCORES.values()), "bits an image, held out"]
+    head = ["schedule", "mean K", "t*", *(title for _, title, _ in SCORES.values()), "bits per validation image"]
     head += [f"paper: {name}" for name in ("PSNR", "rFID", "gFID w/o CFG", "gFID")]
     rows = [
         [

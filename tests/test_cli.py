@@ -19,13 +19,13 @@ def semdict(*args: str, **kwargs) -> subprocess.CompletedProcess:
 
 def leaves() -> dict[str, Command]:
     """Full name of every command and action -> its entry."""
-    found = {}
+    commands = {}
     for name, entry in COMMANDS.items():
         if isinstance(entry, Command):
-            found[name] = entry
+            commands[name] = entry
         else:
-            found |= {f"{name} {action}": command for action, command in entry.actions.items()}
-    return found
+            commands |= {f"{name} {action}": command for action, command in entry.actions.items()}
+    return commands
 
 
 def test_help_lists_every_command_and_imports_nothing_heavy():
@@ -74,7 +74,7 @@ def test_semdict_alone_prints_the_help(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["enocde"], "unknown command 'enocde'; did you mean 'encode'?"),
         (["vcq", "trian"], "unknown action 'trian'; did you mean 'train'?"),
@@ -84,10 +84,10 @@ def test_semdict_alone_prints_the_help(capsys):
         (["--params"], "unknown command '--params'"),
     ],
 )
-def test_unknown_names_are_wrong_usage_with_the_nearest_known_one(words, says, capsys):
+def test_unknown_names_are_wrong_usage_with_the_nearest_known_one(words, message, capsys):
     assert main(words) == 2
     text = capsys.readouterr()
-    assert says in text.err
+    assert message in text.err
     assert not text.out
 
 

@@ -131,6 +131,13 @@ def test_the_same_results_leave_the_file_untouched(world):
     assert ">10.0<" in out.read_text()
 
 
+def test_a_file_that_is_no_page_is_not_overwritten(world):
+    out = put(world, "notes.txt", "mine")
+    with pytest.raises(UsageError, match=r"notes\.txt exists and is not an HTML page"):
+        write_page(Results("small", world), out)
+    assert out.read_text() == "mine"
+
+
 def test_the_demo_page_says_that_its_models_are_stand_ins(world):
     assert "stand-ins" not in render(Results("small", world))
     (world / "reports" / "small").rename(world / "reports" / "demo")

@@ -6,7 +6,7 @@ The lines are `<!-- NAME -->` and `<!-- end NAME -->`.
 from collections.abc import Mapping
 from pathlib import Path
 
-from semdict.pipeline.common.files import write_aside
+from semdict.pipeline.common.files import atomic_write
 
 
 def replace_tables(document: str, tables: Mapping[str, str]) -> str:
@@ -26,5 +26,5 @@ def rewrite(path: Path, tables: Mapping[str, str]) -> None:
         document = replace_tables(path.read_text(), tables)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    with write_aside(path) as staged:
+    with atomic_write(path) as staged:
         staged.write_text(document)

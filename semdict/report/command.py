@@ -54,13 +54,14 @@ def render(results: "Results") -> str:
 
 
 def write_page(results: "Results", out: Path) -> list["Missing"]:
-    """Write the page, unless it would not change; returns the missing results."""
-    from semdict.pipeline.common.files import write_aside
+    """Write the page, unless it would not change; returns the missing results. UsageError if `out` is another file."""
+    from semdict.pipeline.common.files import atomic_write
+    from semdict.pipeline.common.publish import check_output
     from semdict.report.sections import absent
 
+    out = check_output(out, "html")
     text = render(results)
     if not out.exists() or out.read_text() != text:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with write_aside(out) as staged:
+        with atomic_write(out) as staged:
             staged.write_text(text)
     return absent(results)
