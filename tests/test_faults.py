@@ -9,14 +9,18 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from semdict.pipeline.shards import verify_shards
+from semdict.train.engine.model_file import save_model
+from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d
 from tests import tiny
 
 KILLS = 24
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def undisturbed(world) -> dict[str, str]:
 NURSERY = """
 import os, sys, torch
 torch.set_num_threads(1)
-import semdict.pipeline.encode.stage
+import semdict.pipeline.encode.stage, semdict.train.vcq.encode
 from semdict.cli import main
 for line in sys.stdin:
     pid = os.fork()
@@ -56,10 +60,10 @@ for line in sys.stdin:
 
 
 class Nursery:
-    """Starts `semdict ...` in `root`; exit codes are negative for a killed run."""
+    """Starts `semdict ...` of the source tree `code` in `root`; exit codes are negative for a killed run."""
 
-    def __init__(self, root: Path):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    def __init__(self, root: Path, code: Path = ROOT):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(code)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", NURSERY],
             cwd=root,
@@ -103,8 +107,8 @@ def nursery(copy):
 
 def progress(root: Path) -> int:
     """How far an encode run has come: finished chunks, and one more once it writes the shards."""
-    chunks = len(list((root / "work").glob("encode-*/chunk-??????.npz")))
-    return chunks + bool(list((root / "shards").glob("tiny.*.part")))
+    chunks = len(list((root / "work").glob("*encode-*/chunk-??????.npz")))
+    return chunks + bool(list((root / "shards").glob("tiny*.part")))
 
 
 @pytest.mark.slow
@@ -129,33 +133,63 @@ def test_chunks_finished_before_a_kill_are_not_computed_again(copy, nursery, und
     """Kill once half of the chunks are there, remember their files' identities, finish: the same files were used."""
     done = killed_at(copy, nursery, 6)
     assert 6 <= len(done) < 12
-    stamps = {path.name: path.stat().st_ino for path in done}
-    seen = {}
-    code = _run_and_watch(nursery, "encode", copy, seen)
-    assert code == 0
-    assert {name: seen[name] for name in stamps} == stamps
+    stamps = {path: path.stat().st_ino for path in done}
+    seen: dict[Path, int] = {}
+    assert _run_and_watch(nursery, "encode", copy, seen) == 0
+    assert stamps.items() <= seen.items()
     assert tiny.digest(copy / "shards" / "tiny") == undisturbed
 
 
-def killed_at(root: Path, nursery: Nursery, chunks: int) -> list[Path]:
+def killed_at(root: Path, nursery: Nursery, chunks: int, command: str = "encode") -> list[Path]:
     """Kill an encode run as soon as it has finished `chunks` chunks; the chunks that stand."""
-    pid = nursery.start("encode")
+    pid = nursery.start(command)
     while progress(root) < chunks and Path(f"/proc/{pid}").exists():
         time.sleep(0.001)
     nursery.kill(pid)
-    return list((root / "work").glob("encode-*/chunk-??????.npz"))
+    return list((root / "work").glob("*encode-*/chunk-??????.npz"))
 
 
-def _run_and_watch(nursery: Nursery, args: str, root: Path, seen: dict[str, int]) -> int:
+def _run_and_watch(nursery: Nursery, args: str, root: Path, seen: dict[Path, int]) -> int:
     """Run to the end while noting the last inode of every chunk file."""
     pid = nursery.start(args)
     while True:
-        for path in (root / "work").glob("encode-*/chunk-??????.npz"):
+        for path in (root / "work").glob("*encode-*/chunk-??????.npz"):
             with suppress(FileNotFoundError):
-                seen[path.name] = path.stat().st_ino
+                seen[path] = path.stat().st_ino
         if not Path(f"/proc/{pid}").exists():
             return nursery.wait()
         time.sleep(0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["encode", "vcq encode"])
+def test_a_run_continues_across_an_edited_comment_and_not_across_edited_code(copy, tmp_path, command):
+    """Killed, a comment and a docstring edited: its chunks are used. Killed, a statement added: none of them is."""
+    code = tmp_path / "code"
+    for folder in ("pipeline", "train", "semdict"):
+        shutil.copytree(ROOT / folder, code / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    vcq = {"chunk": 1, "batch": 1, "views": ["centre"], "psnr_floor": 0.0, "psnr_images": 2}
+    tiny.write_params(copy, encode={"chunk": 1, "batch": 1}, vcq_encode=vcq, runtime={"workers": 1})
+    tokenizer = copy / "runs" / "tiny" / "vcq" / "tokenizer.pt"
+    tokenizer.parent.mkdir(parents=True)
+    save_model(tokenizer, Tokenizer1d(replace(PRESETS["tiny"], image_size=256, patch=64)), {})
+    nursery, crops = Nursery(copy, code), code / "pipeline" / "images" / "crops.py"
+    try:
+        for edit, kept in (
+            (lambda text: text.replace('"""', '"""Edited. ', 1) + "# a comment at the end\n", True),
+            (lambda text: text + "_ADDED = 1\n", False),
+        ):
+            shutil.rmtree(copy / "shards", ignore_errors=True)
+            before = {path: path.stat().st_ino for path in killed_at(copy, nursery, 4, command)}
+            assert before
+            crops.write_text(edit(crops.read_text()))
+            after: dict[Path, int] = {}
+            assert _run_and_watch(nursery, command, copy, after) == 0
+            assert before.items() <= after.items(), "finished chunks are not written again"
+            anew = {path.name for path in after if path.parent not in {old.parent for old in before}}
+            assert len(anew) == (0 if kept else 12), "other code computes every chunk"
+    finally:
+        nursery.close()
 
 
 def test_stale_partial_output_of_other_parameters_is_never_mixed_in(copy, nursery, undisturbed):
@@ -183,7 +217,7 @@ def test_signals_end_cleanly_with_a_non_zero_status(copy, number, undisturbed):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     with subprocess.Popen(command, cwd=copy, env=env, stderr=subprocess.PIPE, text=True) as child:
         deadline = time.monotonic() + 120
-        while not list((copy / "work").glob("encode-*/chunk-*.npz")) and time.monotonic() < deadline:
+        while not list((copy / "work").glob("*encode-*/chunk-*.npz")) and time.monotonic() < deadline:
             time.sleep(0.01)
         child.send_signal(number)
         _, errors = child.communicate(timeout=120)
@@ -252,7 +286,7 @@ def test_a_killed_dask_worker_changes_nothing(copy, undisturbed):
         command = [sys.executable, "-m", "semdict", "encode", "--scheduler", address]
         run = subprocess.Popen(command, cwd=copy, env=env, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 180
-        while len(list((copy / "work").glob("encode-*/chunk-*.npz"))) < 3 and time.monotonic() < deadline:
+        while len(list((copy / "work").glob("*encode-*/chunk-*.npz"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         workers[0].kill()
         _, errors = run.communicate(timeout=180)
