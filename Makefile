@@ -44,16 +44,16 @@ format: $(TESTING) ## rewrite to the project's format
 	ruff check --fix .
 	ruff format .
 
-preset: $(INSTALLED) ## make preset NAME=in1k: put presets/NAME.yaml in force (your params.yaml is kept as params.yaml.before)
+preset: $(INSTALLED) ## make preset NAME=in1k: write params.yaml for a preset (yours is kept as params.yaml.before)
 	semdict preset '$(NAME)'
 
-graph: $(INSTALLED) ## show every stage that the preset would run, in order
+graph: $(INSTALLED) ## list every stage of the preset, in order
 	dvc repro --dry --force
 
 check: $(INSTALLED) ## validate params.yaml and name missing inputs
 	semdict check
 
-demo-weights: $(INSTALLED) ## train the demo's VQGAN and teacher again (the shipped ones were made by this)
+demo-weights: $(INSTALLED) ## train the demo's shipped VQGAN and teacher again
 	python -m demo.images --out demo/assets/images
 	python -m demo.train_teacher
 	python -m demo.train_vqgan --grid docs/figures/demo_reconstructions.png

@@ -92,6 +92,22 @@ def test_the_page_is_self_contained(world):
     assert ">loss<" in base64.b64decode(curve.split(",")[1]).decode()
 
 
+@pytest.mark.slow
+def test_the_page_of_a_real_run(tmp_path):
+    """The keys that the page reads are those that the stages write."""
+    training = {"size": "tiny", "width": 16, "decoder_width": 16, "epochs": 1, "warmup_epochs": 0, "batch": 4}
+    runtime = {"tensorboard": False, "log_every": 1}
+    tiny.make_world(tmp_path, pretrain={**training, "precision": "float32"}, runtime=runtime)
+    tiny.run_until_centroids(tmp_path)
+    for command in (["encode"], ["pretrain", "--objective", "mage"], ["report"]):
+        assert tiny.semdict(tmp_path, *command) == 0
+    page = Outline((tmp_path / "reports/tiny/report.html").read_text())
+    assert page.row("images, train")[0] == "12 (0 bad)"
+    assert float(page.row("decoded back, psnr mean")[0]) > 0
+    assert "chance" in page.row("reconstruction, nats")[0]
+    assert sum(source.startswith("data:image/svg") for source in page.sources) > 1, "curves"
+
+
 def test_missing_results_are_listed_with_their_commands(world):
     results = Results("small", world)
     missing = {one.name: one.command for one in write_page(results, world / "page.html")}

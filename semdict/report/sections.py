@@ -86,9 +86,10 @@ def tokens(results: Results) -> Section:
         rows += [[f"status {name}", f"{count:,}"] for name, count in manifest["status"].items()]
         rows.append(["classes", f"{manifest['classes']:,}"])
     if kmeans := results.read("kmeans.json"):
-        rows += [[f"k-means, {name}", number(value)] for name, value in scalars(kmeans).items()]
+        rows += [[f"k-means, {name.replace('_', ' ')}", number(value)] for name, value in scalars(kmeans).items()]
     if encode := results.read("encode.json"):
-        rows += [[f"decoded back, {name}", number(value)] for name, value in scalars(encode["probe"]).items()]
+        probe = scalars(encode["probe"])
+        rows += [[f"decoded back, {name.replace('_', ' ')}", number(value)] for name, value in probe.items()]
         differing = encode["probe"].get("tokens_unlike_float32", {})
         rows += [[f"tokens unlike float32, {name}", f"{share:.3%}"] for name, share in differing.items()]
     if rows:
