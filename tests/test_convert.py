@@ -13,43 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semdict.cli import main
+from semdict.pipeline.analysis.curves import curves_of
 from semdict.pipeline.common.errors import SemdictError, ShardError, UsageError
-from semdict.pipeline.shards import FILL, Block, ShardSpec, open_shards, verify_shards, write_shards
+from semdict.pipeline.shards import Block, ShardSpec, open_shards, verify_shards, write_shards
 from semdict.pipeline.shards.formats import EXPORTERS, IMPORTERS, export_tokens, import_tokens
-from semdict.pipeline.shards.layouts.hub import LICENCES, size_category
 from semdict.pipeline.shards.layouts.webdataset import percent
 from semdict.pipeline.shards.rows import row_batches
-
-KEYS = ("a.b/c.d.JPEG", "../up", "/abs", "ünïcode key", "100%", "plain", "照片/" * 60)
-
-
-def write_set(
-    path: Path, rows: int = 60, views: int = 1, title: str = "synthetic", licence: str = "mit"
-) -> tuple[Path, Block, list[str]]:
-    """Writes a set with two interleaved splits, rows without tokens and keys that no file system would take."""
-    rng = np.random.default_rng(1)
-    spec = ShardSpec(rows, [{"name": f"v{v}"} for v in range(views)], (4, 4), 40, 300, title=title, licence=licence)
-    status = (np.arange(rows) % 7 == 3).astype(np.uint8)
-    gen, disc = (rng.integers(0, size, (rows, views, 16)).astype(np.uint16) for size in (40, 300))
-    gen[status != 0] = disc[status != 0] = FILL
-    block = Block(gen, disc, rng.integers(-1, 5, rows).astype(np.int32), status)
-    keys = [f"{KEYS[row % len(KEYS)]}{row}" for row in range(rows)]
-    splits = ["val" if row % 3 == 0 else "train" for row in range(rows)]
-    index = pa.table({"key": keys, "split": splits, "label_name": ["x"] * rows, "reason": [""] * rows})
-    centroids = rng.standard_normal((300, 4)).astype(np.float32)
-    write_shards(path, spec, [block], index, centroids, chunk_rows=8, shard_rows=16)
-    return path, block, keys
-
-
-def good_rows(block: Block, split: str | None) -> np.ndarray:
-    rows = np.arange(len(block.label))
-    in_split = {"val": rows % 3 == 0, "train": rows % 3 != 0, None: rows >= 0}[split]
-    return rows[in_split & (block.status == 0)]
+from semdict.train.data.streaming import StreamingLoader
+from semdict.train.data.tokens import ResidentLoader, table_from_shards
+from tests.token_sets import good_rows, write_awkward_set
 
 
 def save_pt(path: Path, rows: int = 50, length: int = 256, dtype=torch.int64, **extra) -> dict:
@@ -137,8 +113,47 @@ def test_import_runs_no_code(tmp_path):
     assert not (tmp_path / "executed").exists() and not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("as_numpy", [False, True])
+def test_pt_variants(tmp_path, as_numpy):
+    """The older key `tokens`, labels (N, 1), tokens on their grid, numpy arrays, and class embeddings, which stay."""
+    made = save_pt(tmp_path / "plain.pt")
+    embeddings = torch.randn(1000, 12, generator=torch.Generator().manual_seed(1))
+    content = {
+        "tokens": made["tokens_vqgan"].reshape(50, 16, 16),
+        "tokens_dino": made["tokens_dino"].reshape(50, 16, 16),
+        "labels": made["labels"][:, None],
+        "class_embeddings": embeddings,
+    }
+    torch.save({key: value.numpy() if as_numpy else value for key, value in content.items()}, tmp_path / "a.pt")
+    assert import_tokens(tmp_path / "a.pt", tmp_path / "s").ignored == ()
+    assert verify_shards(tmp_path / "s").problems == []
+    shards = open_shards(tmp_path / "s")
+    assert shards.grid == (16, 16) and np.array_equal(shards.class_embeddings, embeddings)
+    export_tokens(tmp_path / "s", tmp_path / "b.pt", "pt")
+    back = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert back.keys() == {*made, "class_embeddings"} and torch.equal(back["class_embeddings"], embeddings)
+    assert all(back[key].dtype == value.dtype and torch.equal(back[key], value) for key, value in made.items())
+
+
+def test_pt_of_other_shapes_and_kinds_is_refused(tmp_path):
+    sparse = torch.zeros(50, 256, dtype=torch.int64).to_sparse()
+    for extra, text in (
+        ({"tokens_vqgan": sparse}, "tokens_vqgan is no plain tensor"),
+        ({"tokens_vqgan": [[1, 2]]}, "tokens_vqgan is no plain tensor"),
+        ({"tokens_vqgan": torch.zeros(50, 0, dtype=torch.int64), "tokens_dino": None}, r"is \(50, 0\), expected"),
+        ({"tokens_vqgan": torch.zeros(0, 256, dtype=torch.int64)}, r"is \(0, 256\), expected"),
+        ({"labels": torch.zeros(50, 2, dtype=torch.int64)}, r"labels is \(50, 2\)"),
+        ({"tokens_vqgan": np.zeros((50, 256))}, "tokens_vqgan is float64"),
+        ({"class_embeddings": torch.zeros(3, dtype=torch.int64)}, r"class_embeddings is int64 \(3,\)"),
+    ):
+        save_pt(tmp_path / "a.pt", **extra)
+        with pytest.raises(ShardError, match=text):
+            import_tokens(tmp_path / "a.pt", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
 def test_pt_of_a_set_with_bad_rows_and_views(tmp_path):
-    path, block, _ = write_set(tmp_path / "s", views=3)
+    path, block, _ = write_awkward_set(tmp_path / "s", views=3)
     with pytest.raises(UsageError, match=r"3 views, .*--view 0..2"):
         export_tokens(path, tmp_path / "a.pt", "pt")
     with pytest.raises(UsageError, match="--view 3"):
@@ -158,7 +173,7 @@ def test_webdataset_reads_it(tmp_path, per_sample):
     """With the library itself: the good rows of each split, in order, under their keys."""
     import webdataset as wds
 
-    path, block, keys = write_set(tmp_path / "s", views=2)
+    path, block, keys = write_awkward_set(tmp_path / "s", views=2)
     assert export_tokens(path, tmp_path / "w", "webdataset", per_sample=per_sample) == int((block.status != 0).sum())
     about = json.loads((tmp_path / "w" / "dataset.json").read_text())
     assert sorted(about["tars"]) == ["train", "val"] and about["grid"] == [4, 4]
@@ -180,7 +195,7 @@ def test_webdataset_reads_it(tmp_path, per_sample):
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_tars_are_reproducible_and_safe(tmp_path, per_sample):
-    path, _, _ = write_set(tmp_path / "s")
+    path, _, _ = write_awkward_set(tmp_path / "s")
     for name in ("a", "b"):
         export_tokens(path, tmp_path / name, "webdataset", per_sample=per_sample)
     for file in sorted((tmp_path / "a").iterdir()):
@@ -226,74 +241,45 @@ def test_block_samples_hold_a_thousand_rows(tmp_path):
     assert not any("disc" in m for m in members)
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_hub_folder(tmp_path, views):
-    """Parquet per split with the ids, the card's header names the files, nothing of bad rows."""
-    path, block, keys = write_set(tmp_path / "s", views=views)
-    assert export_tokens(path, tmp_path / "h", "hf") == int((block.status != 0).sum())
-    text = (tmp_path / "h" / "README.md").read_text()
-    header = yaml.safe_load(text.split("---")[1])
-    assert header["license"] == "mit" and header["size_categories"] == ["n<1K"] and "extra_gated_prompt" not in header
-    entries = {entry["split"]: entry["path"] for entry in header["configs"][0]["data_files"]}
-    for split, pattern in entries.items():
-        table = pa.concat_tables(pq.read_table(file) for file in sorted((tmp_path / "h").glob(pattern)))
-        rows = good_rows(block, split)
-        assert table["row"].to_pylist() == rows.tolist() and table["key"].to_pylist() == [keys[r] for r in rows]
-        assert table["label"].to_pylist() == block.label[rows].tolist()
-        for name in ("gen", "disc"):
-            want = getattr(block, name)[rows]
-            assert np.array_equal(np.array(table[name].to_pylist()), want[:, 0] if views == 1 else want)
-    assert np.array_equal(np.load(tmp_path / "h/codebooks/centroids.npy"), open_shards(path).centroids)
+def test_sets_of_262144_codes_go_through_every_export_and_loader(tmp_path):
+    """Ids beyond 16 bits: .pt and back, tars with webdataset, parquet, both training loaders, and the entropy."""
+    import webdataset as wds
 
-
-def card_of(folder: Path):
-    """The card as the Hub's own library reads it."""
-    from huggingface_hub import DatasetCard
-
-    return DatasetCard.load(folder / "README.md")
-
-
-def test_card_of_imagenet_is_gated(tmp_path):
-    path, _, _ = write_set(tmp_path / "s", title="ImageNet-1k tokens")
-    export_tokens(path, tmp_path / "h", "hf", licence="mit")
-    data = card_of(tmp_path / "h").data
-    assert data.license == "other" and data.license_name == "imagenet"
-    assert "non-commercial" in data.extra_gated_prompt
-
-
-def test_card_has_a_licence_of_the_hub(tmp_path, capsys):
-    """An id in another spelling is mended; free text is refused with the nearest id, and --licence answers it."""
-    path, _, _ = write_set(tmp_path / "s", licence="CC0-1.0")
-    export_tokens(path, tmp_path / "h", "hf")
-    assert card_of(tmp_path / "h").data.license == "cc0-1.0"
-    path, _, _ = write_set(tmp_path / "t", licence="CC BY 4")
-    command = ["shards", "export", str(path), str(tmp_path / "i"), "--to", "hf"]
-    assert main(command) == 2
-    message = capsys.readouterr().err
-    assert "'CC BY 4'" in message and "did you mean 'cc-by-4.0'?" in message and "--licence" in message
-    assert not (tmp_path / "i").exists()
-    assert main([*command, "--licence", "cc-by-4.0"]) == 0
-    assert card_of(tmp_path / "i").data.license == "cc-by-4.0"
-    assert main([*command, "--licence", "other", "--overwrite"]) == 0
-    data = card_of(tmp_path / "i").data
-    assert data.license == "other" and data.license_name == "cc-by-4"
-
-
-def test_size_categories_are_those_of_the_hub():
-    """Ids as the library's docstring lists them; each limit belongs to the category above it."""
-    from huggingface_hub import DatasetCardData
-
-    sizes = [999, 1000, 99_999, 10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12]
-    names = [size_category(rows) for rows in sizes]
-    assert names == ["n<1K", "1K<n<10K", "10K<n<100K", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B",
-                     "100B<n<1T", "n>1T"]  # fmt: skip
-    assert all(f"'{name}'" in DatasetCardData.__doc__ for name in names)
-    assert {"mit", "cc-by-nc-4.0", "other"} < LICENCES
+    rng = np.random.default_rng(4)
+    spec = ShardSpec(40, [{"name": "v0"}], (4, 4), 1 << 18, 300)
+    gen, disc = rng.integers(0, 1 << 18, (40, 1, 16)).astype(np.uint32), rng.integers(0, 300, (40, 1, 16)).astype("u2")
+    block = Block(gen, disc, np.arange(40, dtype=np.int32), (np.arange(40) == 7).astype(np.uint8))
+    index = pa.table(
+        {"key": [f"k{r}" for r in range(40)]} | {c: ["train"] * 40 for c in ("split", "label_name", "reason")}
+    )
+    write_shards(tmp_path / "s", spec, [block], index, chunk_rows=8, shard_rows=16)
+    good = np.flatnonzero(block.status == 0)
+    for layout, out in (("pt", "a.pt"), ("webdataset", "w"), ("hf", "h")):
+        assert export_tokens(tmp_path / "s", tmp_path / out, layout) == 1
+    import_tokens(tmp_path / "a.pt", tmp_path / "t", gen_size=1 << 18, disc_size=300)
+    assert np.array_equal(open_shards(tmp_path / "t").gen[:], gen[good])
+    (sample,) = wds.WebDataset([str(tmp_path / "w/train-000000.tar")], shardshuffle=False).decode()
+    assert sample["gen.npy"].dtype == np.uint32 and np.array_equal(sample["gen.npy"], gen[good])
+    (file,) = (tmp_path / "h/data").iterdir()
+    assert np.array_equal(np.array(pq.read_table(file)["gen"].to_pylist()), gen[good, 0])
+    with pytest.raises(UsageError, match="larger --dtype"):
+        export_tokens(tmp_path / "s", tmp_path / "b.pt", "pt", dtype="int16")
+    for loader in (
+        ResidentLoader(table_from_shards(tmp_path / "s"), batch=13, seed=0),
+        StreamingLoader(tmp_path / "w", ["train"], batch=13, seed=0),
+    ):
+        batches = [next(loader) for _ in range(3)]
+        labels = torch.cat([batch["label"] for batch in batches])
+        ids = torch.cat([batch["gen"] for batch in batches])
+        assert sorted(labels.tolist()) == good.tolist()
+        assert ids.dtype == torch.int64 and np.array_equal(ids.numpy(), gen[labels, 0])
+    left = curves_of("s", gen[good, 0], np.full(16, 1 << 18)).entropy
+    assert left[0] == pytest.approx(np.log2(39), abs=1e-9) and left.sum() == pytest.approx(np.log2(39))
 
 
 def test_unknown_layouts_and_foreign_options(tmp_path, capsys):
     """The nearest layout is suggested; an option of another layout is refused by name."""
-    path, _, _ = write_set(tmp_path / "s")
+    path, _, _ = write_awkward_set(tmp_path / "s")
     (tmp_path / "a.parquet").write_bytes(b"")
     for words, text in (
         (["export", str(path), str(tmp_path / "o"), "--to", "webdatset"], "did you mean 'webdataset'?"),
@@ -315,23 +301,9 @@ def test_every_layout_of_the_tables_has_its_functions():
         assert callable(EXPORTERS.load(name).export)
 
 
-def test_hub_folder_loads_offline(tmp_path, monkeypatch):
-    """With the `datasets` library, no network."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    datasets = pytest.importorskip("datasets", reason="the datasets library is no dependency of the project")
-    path, block, _ = write_set(tmp_path / "s")
-    export_tokens(path, tmp_path / "h", "hf")
-    dataset = datasets.load_dataset(str(tmp_path / "h"), cache_dir=str(tmp_path / "cache"))
-    assert {name: part.num_rows for name, part in dataset.items()} == {
-        split: len(good_rows(block, split)) for split in ("train", "val")
-    }
-    ids = np.array(dataset["train"]["disc"][:])
-    assert np.array_equal(ids, block.disc[good_rows(block, "train"), 0])
-
-
 def test_existing_output_is_kept_without_overwrite(tmp_path):
     """A user's folder at the output path is refused, with --overwrite too, which replaces an earlier export."""
-    path, _, _ = write_set(tmp_path / "s")
+    path, _, _ = write_awkward_set(tmp_path / "s")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     save_pt(tmp_path / "a.pt")
@@ -350,7 +322,7 @@ def test_existing_output_is_kept_without_overwrite(tmp_path):
 
 
 def test_info_as_json(tmp_path, capsys):
-    path, block, _ = write_set(tmp_path / "s")
+    path, block, _ = write_awkward_set(tmp_path / "s")
     assert main(["shards", "info", str(path), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     good = block.status == 0

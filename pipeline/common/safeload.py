@@ -7,6 +7,7 @@ from tensor names.
 """
 
 import argparse
+import math
 import os
 import pathlib
 import pickletools
@@ -141,6 +142,27 @@ def load_array(path: str | os.PathLike, mmap: bool = False) -> np.ndarray:
         array.close()
         raise WeightsError(f"{path} is a .npz archive, expected one .npy array")
     return array
+
+
+def plain_array(value: Any) -> np.ndarray | None:
+    """A tensor of a checkpoint, or a numpy array pickled into it, as an array of numbers; None for anything else.
+
+    `load_checkpoint` leaves pickled arrays inert; here one is rebuilt from its shape, type and bytes, so that nothing
+    is executed. bfloat16, which numpy does not have, becomes float32.
+    """
+    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
+        value = value.detach().cpu().resolve_conj().resolve_neg()
+        return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+    if not isinstance(value, Inert) or not isinstance(value.state, tuple) or len(value.state) != 5:
+        return None
+    _, shape, dtype, fortran, data = value.state
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf" or not isinstance(data, bytes):
+        return None
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        return None
+    if math.prod(shape) * dtype.itemsize != len(data):
+        return None
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def existing_file(path: str | os.PathLike) -> Path:

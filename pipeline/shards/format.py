@@ -7,7 +7,7 @@ has no ids of 32 bits and no sizes in SHA256SUMS, is read as it is.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,8 +243,16 @@ def token_files(spec: ShardSpec, layout: Layout) -> list[str]:
     return [token_file(name, shard) for name in spec.sizes for shard in range(layout.shards)]
 
 
-def expected_files(spec: ShardSpec, layout: Layout, centroids: bool) -> list[str]:
-    """Every file of a whole directory but SHA256SUMS, sorted; relative, with forward slashes."""
+def optional_books(path: Path) -> list[str]:
+    """Which of the optional codebook files a directory has: centroids, class_embeddings."""
+    return [name for name in ("centroids", "class_embeddings") if (path / CODEBOOKS / f"{name}.npy").is_file()]
+
+
+def expected_files(spec: ShardSpec, layout: Layout, books: Collection[str] = ()) -> list[str]:
+    """Every file of a whole directory but SHA256SUMS, sorted; relative, with forward slashes.
+
+    books: `optional_books` of the set; the neighbour table belongs to the centroids.
+    """
     files = [f"{TOKENS}/zarr.json", INDEX, *token_files(spec, layout)]
     for name in spec.sizes:
         files += [f"{TOKENS}/{name}_ids/c/0", f"{CODEBOOKS}/{name}_counts.npy"]
@@ -252,8 +260,8 @@ def expected_files(spec: ShardSpec, layout: Layout, centroids: bool) -> list[str
     for name in ("label", "status"):
         files += [f"{TOKENS}/{name}/c/{chunk}" for chunk in range(math.ceil(spec.rows / ROW_CHUNK))]
     files += [f"{TOKENS}/complete/c/0", *(f"{TOKENS}/{name}/zarr.json" for name in ("label", "status", "complete"))]
-    if centroids:
-        files += [f"{CODEBOOKS}/{name}.npy" for name in ("centroids", "neighbour_ids", "neighbour_weights")]
+    books = [*books, *(("neighbour_ids", "neighbour_weights") if "centroids" in books else ())]
+    files += [f"{CODEBOOKS}/{name}.npy" for name in books]
     return sorted(files)
 
 

@@ -74,6 +74,9 @@ IMPORTERS = LayoutTable(
     "IMPORT_OPTIONS",
     {
         "pt": "semdict.pipeline.shards.layouts.pt",
+        "arrays": "semdict.pipeline.shards.layouts.arrays",
+        "llamagen": "semdict.pipeline.shards.layouts.llamagen",
+        "rar": "semdict.pipeline.shards.layouts.rar",
     },
 )
 EXPORTERS = LayoutTable(
@@ -137,7 +140,15 @@ def import_tokens(
     )
     assumed = {name for name in sizes if passed[name] is None}
     index = numbered_index(source.rows, split)
-    write_shards(out, spec, lambda: checked_blocks(source, spec, assumed), index, book, codec=codec)
+    write_shards(
+        out,
+        spec,
+        lambda: checked_blocks(source, spec, assumed),
+        index,
+        book,
+        class_embeddings=source.class_embeddings,
+        codec=codec,
+    )
     return Imported(source.rows, sizes["gen"], sizes.get("disc"), source.ignored)
 
 

@@ -19,6 +19,7 @@ from semdict.pipeline.shards.format import (
     Block,
     expected_files,
     import_zarr,
+    optional_books,
     read_metadata,
     token_file,
     token_files,
@@ -187,6 +188,11 @@ class TokenShards:
         return None if ids is None else (ids, self._book("neighbour_weights"))
 
     @cached_property
+    def class_embeddings(self) -> np.ndarray | None:
+        """(C, E) floats, one row per class, of an imported set that had them; else None."""
+        return self._book("class_embeddings")
+
+    @cached_property
     def counts(self) -> dict[str, np.ndarray]:
         """Array name -> (K,) int64 occurrences of each id in the good rows."""
         return {name: self._book(f"{name}_counts") for name in self.spec.sizes}
@@ -270,7 +276,7 @@ class TokenShards:
 
     def _require_files(self) -> None:
         """ShardError if a file is missing: zarr would read it as fillers, without an error."""
-        names = sorted({*expected_files(self.spec, self.layout, centroids=False), *self._sums.digests})
+        names = sorted({*expected_files(self.spec, self.layout), *self._sums.digests})
         missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
             raise ShardError(
@@ -279,7 +285,7 @@ class TokenShards:
 
     def _check_files(self) -> None:
         """Compare with SHA256SUMS all files but the shard files of format 1."""
-        names = set(expected_files(self.spec, self.layout, (self.path / CODEBOOKS / "centroids.npy").is_file()))
+        names = set(expected_files(self.spec, self.layout, optional_books(self.path)))
         check_files(self.path, self._sums, sorted(names - self._unchecked))
 
     def _check(self, stored: dict[str, Any], done: np.ndarray) -> None:

@@ -36,7 +36,7 @@ class Source:
     path: the file or folder, for messages. names: "gen", "disc" (if there are such tokens) and "label" -> what the
     layout calls them. default_sizes: codebook sizes of the published sets, used if the user names none. read: returns a
     fresh iterator over all rows. origin: where the tokens come from (JSON-able); it becomes `recipe["imported"]`.
-    ignored: entries of the file that are not imported.
+    ignored: entries of the file that are not imported. class_embeddings: (C, E) floats, if the layout has them.
     """
 
     path: str
@@ -48,6 +48,7 @@ class Source:
     read: Callable[[], Iterator[RawRows]]
     origin: dict[str, Any]
     ignored: tuple[str, ...] = field(default=())
+    class_embeddings: np.ndarray | None = None
 
 
 def checked_blocks(source: Source, spec: ShardSpec, assumed: Collection[str] = ()) -> Iterator[Block]:

@@ -21,6 +21,7 @@ from semdict.pipeline.shards.format import (
     NotShardsError,
     expected_files,
     files_under,
+    optional_books,
     read_metadata,
     token_file,
 )
@@ -122,7 +123,7 @@ def _check_files(report: Report, sums: Sums, pool: ThreadPoolExecutor) -> None:
 
 def _check_names(report: Report, shards: TokenShards, sums: Sums) -> None:
     """The files that SHA256SUMS lists are those that the attributes imply."""
-    expected = set(expected_files(shards.spec, shards.layout, shards.centroids is not None))
+    expected = set(expected_files(shards.spec, shards.layout, optional_books(report.path)))
     listed = set(sums.digests) or set(files_under(report.path)) - {SUMS}
     report.problems += [f"{name}: the file is missing from {SUMS}" for name in sorted(expected - listed)]
     report.problems += [f"{name}: no file of this format" for name in sorted(listed - expected)]

@@ -39,6 +39,7 @@ def write_shards(
     index: "pa.Table | pa.RecordBatchReader",
     centroids: np.ndarray | None = None,
     *,
+    class_embeddings: np.ndarray | None = None,
     gen_counts: np.ndarray | None = None,
     disc_counts: np.ndarray | None = None,
     codec: str = "pcodec",
@@ -51,15 +52,18 @@ def write_shards(
     Ids are stored as ranks by falling frequency, so the frequencies must be known first: `blocks` is walked twice (a
     sequence, or a function that returns a fresh iterator), unless gen_counts (K,) and disc_counts (K,) are given;
     counts that turn out wrong are refused. index: one row per image, columns key, split, label_name, reason (others are
-    kept). centroids (K, D) float32 of the discriminative codebook. codec: "pcodec" or "blosc". `workers` threads
+    kept). centroids (K, D) float32 of the discriminative codebook; class_embeddings (C, E) floats, kept as they are.
+    codec: "pcodec" or "blosc". `workers` threads
     compress, each owning whole shards. ShardError names the row and position of an id outside its codebook.
     """
     layout = Layout.fit(spec.rows, chunk_rows, shard_rows)
-    _check_codebook(spec, centroids)
+    _check_books(spec, centroids, class_embeddings)
     counts = _all_counts(spec, blocks, {"gen": gen_counts, "disc": disc_counts})
     with publish_folder(path, "shards") as folder:
         arrays = _create(folder, spec, layout, counts, codec)
         _write_codebooks(folder, arrays, counts, centroids)
+        if class_embeddings is not None:
+            np.save(folder / CODEBOOKS / "class_embeddings.npy", class_embeddings)
         written = _write_rows(spec, layout, _walk(blocks), arrays, counts, max(1, workers))
         for name, count in counts.items():
             if not np.array_equal(count, written[name]):
@@ -99,7 +103,10 @@ def write_index(path: Path, index: "pa.Table | pa.RecordBatchReader", rows: int)
         raise ShardError(f"the index has {written} rows, the token set {rows}: both must follow the same manifest")
 
 
-def _check_codebook(spec: ShardSpec, centroids: np.ndarray | None) -> None:
+def _check_books(spec: ShardSpec, centroids: np.ndarray | None, class_embeddings: np.ndarray | None) -> None:
+    if class_embeddings is not None and (class_embeddings.ndim != 2 or class_embeddings.dtype.kind != "f"):
+        actual = f"{class_embeddings.dtype} {class_embeddings.shape}"
+        raise ShardError(f"class_embeddings are {actual}, expected floats (classes, width)")
     if centroids is not None and (centroids.ndim != 2 or len(centroids) != spec.disc_size):
         raise ShardError(f"centroids are {centroids.shape}, the discriminative codebook has {spec.disc_size} entries")
 
