@@ -8,6 +8,7 @@ decided differently: the loop decodes with Pillow and encodes single, contiguous
 """
 
 import io
+import json
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from semdict.pipeline.images.batches import CropRecipe
 from semdict.pipeline.images.crops import expand_views
 from semdict.pipeline.manifest.table import load_manifest
 from semdict.pipeline.tokenizers.pair import PairSpec
+
+MODEL = {"patch_size": 14, "embed_dim": 96, "depth": 6, "num_heads": 3}  # the demo's teacher
 
 
 def loop(paths: list[Path], pair) -> np.ndarray:
@@ -52,7 +55,8 @@ def main() -> None:
     parser.add_argument("--images", default="demo/assets/images/train")
     parser.add_argument("--vqgan", default="demo/assets/vqgan.ckpt")
     parser.add_argument("--teacher", default="demo/assets/teacher.pth")
-    parser.add_argument("--model", default="vit:patch=14,dim=96,depth=6,heads=3,reg=0")
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--kwargs", type=json.loads, default=MODEL, help="JSON arguments of the model")
     parser.add_argument("--centroids", default="data/demo/kmeans/centroids.npy")
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument("--batch", type=int, default=16)
@@ -63,7 +67,13 @@ def main() -> None:
         override = f"manifest.images={{train: {args.images}}}"
         if semdict(["manifest", "--set", override, "--out", str(manifest_path), "--metrics", f"{folder}/m.json"]):
             raise SystemExit("semdict manifest failed")
-        spec = PairSpec(args.vqgan, args.model, args.teacher, -1, 224, args.centroids, "cpu", 256)
+        spec = PairSpec(
+            tokenizer={"path": args.vqgan},
+            features={"model": args.model, "weights": args.teacher, "kwargs": args.kwargs},
+            centroids=args.centroids,
+            device="cpu",
+            image_size=256,
+        )
         job = EncodeJob(
             fingerprint="benchmark",
             manifest=str(manifest_path),

@@ -67,7 +67,7 @@ def _measure_teacher(path: Path, images: torch.Tensor, labels: torch.Tensor) -> 
     model = train_teacher.build().eval()
     model.load_state_dict(load_tensors(path))
     scores = train_teacher.accuracy(model, images, labels)
-    return {"model": train_teacher.MODEL, **scores, "images": len(images)}
+    return {"model": train_teacher.MODEL, "kwargs": train_teacher.KWARGS, **scores, "images": len(images)}
 
 
 MEASURES = {"vqgan": _measure_vqgan, "teacher": _measure_teacher}

@@ -27,7 +27,8 @@ from semdict.pipeline.common.files import atomic_write, write_json
 
 # B images, L = 256 patches in row-major order, E width
 PATCH, SIZE, GRID, HEADS, DEPTH, WIDTH = 14, 224, 16, 3, 6, 96
-MODEL = f"vit:patch={PATCH},dim={WIDTH},depth={DEPTH},heads={HEADS},reg=0"  # as params.yaml names it
+MODEL = "deit_tiny_patch16_224"  # with KWARGS, as params.yaml names the network to timm
+KWARGS = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)  # ImageNet's, as every timm model expects
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
@@ -230,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     labels_val = torch.tensor([CLASSES.index(name) for name in names])[labels_val]
     card = {
         "model": MODEL,
+        "kwargs": KWARGS,
         **accuracy(model, val, labels_val),
         "images": len(val),
         "seconds": round(time.monotonic() - started),

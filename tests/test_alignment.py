@@ -1,7 +1,7 @@
-"""Both dictionaries see the same pixels at the same index: proved per view with models that can be read by eye.
+"""Both token sets see the same pixels at the same index: proved per view with models that can be read by eye.
 
-The VQGAN and the ViT below are the real classes, loaded from files, with weights such that every cell's token depends
-on that cell's mean colour alone. The dictionaries are the cells of one crop, in order, so a token *is* a cell number.
+The tokenizer and the teachers below are the real classes, loaded from files, with weights such that every cell's token
+depends on that cell's mean colour alone. The codebooks are the cells of one crop, in order: a token is a cell number.
 """
 
 from functools import cache
@@ -17,12 +17,20 @@ from semdict.pipeline.tokenizers.base import ConvTokenizer, save_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
 from semdict.pipeline.tokenizers.networks import Sizes
 from semdict.pipeline.tokenizers.pair import PairTokenizer
-from semdict.pipeline.tokenizers.teachers import Teacher, build_vit
+from semdict.pipeline.tokenizers.teachers import Teacher
+from semdict.pipeline.tokenizers.timm_backbone import build_network
 
 SIDE, CELL = 16, 16  # cells a side; pixels of a 256-pixel crop per cell
 CELLS = torch.arange(SIDE * SIDE)
 VIEWS = expand_views(["centre", "flip", "ten-crop", "random-4"])
-SPEC = "vit:patch=14,dim=24,depth=2,heads=2,reg=4"  # a forgotten prefix token would shift every index
+WIDTH = 24
+VIT = {"embed_dim": WIDTH, "depth": 2, "num_heads": 2, "reg_tokens": 4, "no_embed_class": True}
+# timm name, layer, arguments. Prefix tokens that were not removed would shift every index.
+TEACHERS = {
+    "vit at patch 14": ("deit_tiny_patch16_224", -1, {**VIT, "patch_size": 14}),
+    "vit at patch 16": ("deit_tiny_patch16_224", -1, {**VIT, "patch_size": 16}),
+    "convnext": ("convnext_atto", -2, {"depths": (1, 1, 1, 1), "dims": (WIDTH,) * 4}),
+}
 
 
 def picture(height: int = 330, width: int = 420, seed: int = 0) -> np.ndarray:
@@ -51,30 +59,33 @@ def colour_vqgan(path) -> ConvTokenizer:
     return load_tokenizer(path)
 
 
-def colour_vit(path) -> Teacher:
-    """Blocks that add nothing, no positions: what is left is the mean colour of the patch beside fixed numbers."""
-    vit, rng = build_vit(SPEC), torch.Generator().manual_seed(0)
+def colour_teacher(path, kind: str) -> Teacher:
+    """Blocks that add nothing, no positions: what is left is a cell's mean colour beside fixed numbers, normalised."""
+    name, layer, kwargs = TEACHERS[kind]
+    network, rng = build_network(name, kwargs=kwargs), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, tensor in vit.state_dict().items():
-            if "attn.proj" in name or "mlp.fc2" in name or name == "pos_embed":
+        for key, tensor in network.state_dict().items():
+            if any(part in key for part in ("attn.proj", "mlp.fc2", "pos_embed", ".gamma")):
                 tensor.zero_()
-        vit.patch_embed.proj.weight.zero_()
-        for colour in range(3):
-            vit.patch_embed.proj.weight[colour, colour] = 1 / 14**2
-        vit.patch_embed.proj.bias.copy_(2 * torch.randn(24, generator=rng))
-    torch.save(vit.state_dict(), path)
-    return load_features(SPEC, path)
+        for part in (part for part in network.modules() if isinstance(part, torch.nn.Conv2d) and part.stride[0] > 1):
+            first = part.in_channels == 3
+            part.weight.zero_()
+            for channel in range(3 if first else WIDTH):
+                part.weight[channel, channel] = 1 / part.kernel_size[0] ** 2
+            part.bias.copy_(2 * torch.randn(WIDTH, generator=rng) if first else torch.zeros(WIDTH))
+    torch.save(network.state_dict(), path)
+    return load_features(name, path, layer=layer, kwargs=kwargs)
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> PairTokenizer:
+@pytest.fixture(scope="module", params=TEACHERS)
+def pair(tmp_path_factory, request) -> PairTokenizer:
     folder = tmp_path_factory.mktemp("colour")
-    vqgan, teacher = colour_vqgan(folder / "vqgan.ckpt"), colour_vit(folder / "teacher.pth")
-    return PairTokenizer(vqgan, teacher, torch.zeros(256, 24), torch.device("cpu"))
+    tokenizer, teacher = colour_vqgan(folder / "vqgan.ckpt"), colour_teacher(folder / "teacher.pth", request.param)
+    return PairTokenizer(tokenizer, teacher, torch.zeros(256, WIDTH), torch.device("cpu"))
 
 
 def name_cells(pair: PairTokenizer, z_DL: torch.Tensor, features_LD: torch.Tensor) -> None:
-    """Make the cells of one crop the dictionaries: word i is what cell i looks like."""
+    """Make the cells of one crop the codebooks: entry i is what cell i looks like."""
     pair.tokenizer.codebook.copy_(z_DL.T)
     pair.centroids = features_LD
 
@@ -96,7 +107,7 @@ def both(pair: PairTokenizer, images: torch.Tensor) -> tuple[torch.Tensor, torch
 
 def with_another_cell(image: torch.Tensor, index: int) -> torch.Tensor:
     """The same crop, but for the colour of one cell."""
-    rows, columns = (slice(place * CELL, (place + 1) * CELL) for place in divmod(index, SIDE))
+    rows, columns = (slice(number * CELL, (number + 1) * CELL) for number in divmod(index, SIDE))
     other = image.clone()
     other[:, rows, columns] = (image[:, rows, columns].mean((1, 2), keepdim=True) + 0.5) % 1
     return other
@@ -130,7 +141,7 @@ def test_a_flipped_view_has_its_cells_flipped_in_both(pair, crop):
 
 @pytest.mark.parametrize("mistake", ["transposed", "one column off", "other view", "prefix kept"])
 def test_misalignment_would_be_noticed(pair, mistake):
-    """The same question put to tokenizers that are wrong: words of the cells no longer count from 0 to 255."""
+    """The same question put to tokenizers that are wrong: tokens of the cells no longer count from 0 to 255."""
     image = crops()[0]
     name_cells_of(pair, image)
     features = pair.teacher(image[None])[0]

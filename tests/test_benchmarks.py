@@ -55,7 +55,7 @@ def test_encode_runs_on_a_small_world(tmp_path):
     files = {"images": "images/train", "vqgan": "vqgan.ckpt", "teacher": "teacher.pth"}
     files["centroids"] = "data/tiny/kmeans/centroids.npy"
     options = [part for name, path in files.items() for part in (f"--{name}", str(tmp_path / path))]
-    figures = run("encode", tmp_path, *options, "--model", tiny.TEACHER, "--batch", "4")
+    figures = run("encode", tmp_path, *options, "--kwargs", json.dumps(tiny.VIT), "--batch", "4")
     assert figures["ratio"] > 0
     assert figures["equal_tokens"] > 0.5
 

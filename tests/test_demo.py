@@ -188,7 +188,7 @@ def test_shipped_vqgan_reconstructs_unseen_images(crops):
 
 
 def test_features_of_the_shipped_teacher_separate_classes_and_textures(crops):
-    features = load_features(train_teacher.MODEL, stand_ins.SHIPPED / "teacher.pth")
+    features = load_features(train_teacher.MODEL, stand_ins.SHIPPED / "teacher.pth", kwargs=train_teacher.KWARGS)
     assert (features.grid, features.dim) == ((16, 16), train_teacher.WIDTH)
     pooled = {}
     for split, (images, labels) in crops.items():

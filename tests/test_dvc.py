@@ -157,7 +157,7 @@ def test_the_imagenet_preset_runs_to_the_end_on_photographs(tmp_path, photograph
     tree["manifest"]["images"] = {"train": str(photographs)}
     tree["inputs"] |= {"vqgan": str(tmp_path / "vqgan.ckpt"), "features": str(tmp_path / "teacher.pth")}
     tree["features"]["weights"] = str(tmp_path / "teacher.pth")
-    tree["features"] |= {"model": tiny.TEACHER, "layer": -2}
+    tree["features"] |= {**tiny.TEACHER, "layer": -2}
     tree["vqgan"] |= {"weights": str(tmp_path / "vqgan.ckpt"), "psnr_floor": 0.0, "psnr_images": 4}
     tree["sample_features"] |= {"points": 4096, "batch": 16}
     tree["kmeans"]["k"] = 32
@@ -209,12 +209,12 @@ def test_a_vcq_preset_runs_to_the_end_scaled_down(tmp_path, preset, targets):
 def scale_down(tree: dict, world: Path) -> None:
     """Small images, networks and counts in a preset of full size."""
     teacher = str(world / "teacher.pth")
-    network = {"kind": "features", "weights": teacher, "model": tiny.TEACHER, "layers": 1}
+    network = {"kind": "features", "weights": teacher, **tiny.TEACHER, "layers": 1}
     short = {"steps": 4, "batch": 4, "warmup": 1, "hold": 2, "precision": "float32"}
     tree["runtime"] |= {"save_every": 0, "compile": False}
     tree["inputs"] |= {"vqgan": str(world / "vqgan.ckpt"), "features": teacher, "perceptual": teacher}
     tree["manifest"]["images"] = {name: str(world / "images" / "train") for name in ("train", "val")}
-    tree["features"] |= {"model": tiny.TEACHER, "weights": teacher, "layer": -1}
+    tree["features"] |= {**tiny.TEACHER, "weights": teacher, "layer": -1}
     tree["vqgan"] |= {"weights": str(world / "vqgan.ckpt"), "psnr_floor": 0.0, "psnr_images": 2}
     tree["sample_features"] |= {"points": 800, "batch": 4, "chunk": 4, "precision": "float32"}
     tree["kmeans"] |= {"k": tiny.WORDS}

@@ -37,7 +37,7 @@ def copy(world, tmp_path) -> Path:
 def plain_tokens(root: Path) -> tuple[np.ndarray, np.ndarray]:
     """One image at a time, PIL and matrix algebra only around the two models: what the tokens must be."""
     vqgan = load_tokenizer(root / "vqgan.ckpt")
-    teacher = load_features(tiny.TEACHER, weights=root / "teacher.pth", image_size=224)
+    teacher = load_features(**tiny.TEACHER, weights=root / "teacher.pth")
     words = np.load(root / "data/tiny/kmeans/centroids.npy").astype(np.float64)
     gens, discs = [], []
     for path in sorted((root / "images" / "train").rglob("*.png")):
@@ -175,7 +175,7 @@ def test_a_file_changed_since_the_manifest_is_named(copy, capsys):
     [
         ({"features": {"image_size": 112}}, "grids differ"),
         ({"vqgan": {"weights": "missing.ckpt"}, "inputs": {"vqgan": "missing.ckpt"}}, "missing.ckpt"),
-        ({"features": {"model": "vit:patch=14,dim=32,depth=2,heads=2,reg=0"}}, "32"),
+        ({"features": {"kwargs": {**tiny.VIT, "embed_dim": 32}}}, "32"),
     ],
 )
 def test_models_that_do_not_fit_are_refused_with_both_sides(copy, capsys, sections, said):

@@ -10,11 +10,9 @@ from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.nearest import nearest
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 from semdict.pipeline.tokenizers.pair import PairSpec
-from semdict.pipeline.tokenizers.teachers import build_vit
 from semdict.train.engine.model_file import save_model
 from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d
-
-TEACHER = "vit:patch=14,dim=24,depth=2,heads=2"
+from tests.tiny import TEACHER, make_teacher
 
 
 @pytest.fixture
@@ -23,14 +21,11 @@ def spec(tmp_path) -> PairSpec:
     (tmp_path / "vcq").mkdir()
     save_model(tmp_path / "vcq" / "tokenizer.pt", Tokenizer1d(PRESETS["tiny"], seed=1), {})
     torch.manual_seed(0)
-    torch.save(build_vit(TEACHER, 56).state_dict(), tmp_path / "teacher.pth")
+    make_teacher(tmp_path / "teacher.pth")
     np.save(tmp_path / "centroids.npy", np.random.default_rng(0).normal(size=(10, 24)).astype(np.float32))
     return PairSpec(
-        tokenizer=str(tmp_path / "vcq"),
-        features_model=TEACHER,
-        features_weights=str(tmp_path / "teacher.pth"),
-        features_layer=-1,
-        features_image_size=56,
+        tokenizer={"path": str(tmp_path / "vcq")},
+        features={**TEACHER, "weights": str(tmp_path / "teacher.pth")},
         centroids=str(tmp_path / "centroids.npy"),
         device="cpu",
         image_size=32,
@@ -41,9 +36,9 @@ def test_a_vcq_run_is_the_generative_half(spec):
     pair = spec.open()
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     tokens = pair.tokens(images)
-    alone = load_tokenizer(spec.tokenizer)
+    alone = load_tokenizer(**spec.tokenizer)
     assert torch.equal(tokens["gen"], alone.encode(images)) and pair.grid == (4, 4)
-    features = load_features(TEACHER, spec.features_weights, image_size=56)(images)
+    features = load_features(**spec.features, image_size=56)(images)
     assert torch.equal(tokens["disc"].flatten(), nearest(features.flatten(0, 1), pair.centroids))
     assert pair.decode(tokens["gen"]).shape == images.shape
     assert pair.gen_sizes == alone.codebook_sizes.tolist() and len(pair.gen_sizes) == 16
@@ -60,13 +55,18 @@ def test_equal_codebooks_at_all_positions_are_one_number(spec, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"features_image_size": 70}, r"vcq gives 16 cells for images of 32 pixels, vit:.* at 70 pixels gives 5x5"),
-        ({"image_size": 64}, "image size 64 is not the 32 that the tokenizer was trained for"),
+        ({"image_size": 70}, r"vcq gives 16 cells for images of 32 pixels, .* at 70 pixels gives 5x5: .* to 56, or"),
+        ({"image_size": 60}, r"features\.image_size 60 is no multiple of the stride 14 .* 4x4 cells need 56"),
     ],
 )
-def test_halves_that_do_not_fit_are_refused(spec, change, says):
+def test_a_teacher_of_another_grid_is_refused(spec, change, says):
     with pytest.raises(WeightsError, match=says):
-        replace(spec, **change).open()
+        replace(spec, features={**spec.features, **change}).open()
+
+
+def test_images_of_another_size_are_refused(spec):
+    with pytest.raises(WeightsError, match="image size 64 is not the 32 that the tokenizer was trained for"):
+        replace(spec, image_size=64).open()
 
 
 def test_centroids_of_another_teacher_are_refused(spec, tmp_path):

@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("replicate")
     tiny.make_world(root)
     probe = {"epochs": 2, "warmup_epochs": 1, "batch": 4}
-    teacher = {"kind": "features", "weights": str(root / "teacher.pth"), "model": tiny.TEACHER, "layers": 1}
+    teacher = {"kind": "features", "weights": str(root / "teacher.pth"), **tiny.TEACHER, "layers": 1}
     short = {"steps": 2, "batch": 4, "warmup": 1, "hold": 1, "precision": "float32", "held_out": ["train"]}
     stack = {"patch": 64, "tokens": 16, "encoder": [1, 32, 2], "decoder": [1, 32, 2], "k_max": 16}
     tree = tiny.params(root)

@@ -212,8 +212,7 @@ def test_precision_and_recall_by_brute_force(world, params):
 
     one, two = images(world, "one", params), images(world, "two", params)
     scores = image_scores.teacher(one, two, params).scores
-    cfg = params.features
-    net = load_features(cfg.model, cfg.weights, cfg.layer, image_size=cfg.image_size)
+    net = load_features(**params.features.model_dump())
     a, b = (
         torch.cat([net(batch.float() / 255).mean(1) for _, batch in side.batches(1)]).double() for side in (one, two)
     )

@@ -38,7 +38,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("vcq")
     make_images(root / "images")
     make_teacher(root / "net.pth")
-    source = {"kind": "features", "weights": str(root / "net.pth"), "model": TEACHER, "layers": 1}
+    source = {"kind": "features", "weights": str(root / "net.pth"), **TEACHER, "layers": 1}
     network = str(root / "net.pth")
     changes = {
         "preset": "tiny",
@@ -46,7 +46,7 @@ def world(tmp_path_factory):
         "runtime": RUNTIME,
         "manifest": {"images": {"train": str(root / "images" / "train")}},
         "vqgan": {"weights": "none"},
-        "features": {"model": TEACHER, "weights": network},
+        "features": {**TEACHER, "weights": network},
         "kmeans": {"k": 2},
         "vcq_encode": {"batch": 4, "chunk": 4, "views": ["centre", "flip"], "precision_images": 4, "psnr_floor": 0.0,
                        "psnr_images": 4},

@@ -17,7 +17,8 @@ from semdict.pipeline.tokenizers.base import save_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
 from semdict.pipeline.tokenizers.networks import Sizes
 
-TEACHER = "vit:patch=14,dim=24,depth=2,heads=2,reg=0"
+VIT = {"patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 2}
+TEACHER = {"model": "deit_tiny_patch16_224", "kwargs": VIT}
 CODES, WORDS = 64, 16
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
@@ -97,7 +98,7 @@ def params(root: Path) -> dict:
         "manifest": {"images": {"train": str(root / "images" / "train")}},
         "pixels": {"crop": "resize-256"},
         "vqgan": {"weights": str(root / "vqgan.ckpt"), "psnr_floor": 0.0, "psnr_images": 2},
-        "features": {"model": TEACHER, "weights": str(root / "teacher.pth")},
+        "features": {**TEACHER, "weights": str(root / "teacher.pth")},
         "sample_features": {"points": 800, "batch": 4, "chunk": 4},
         "kmeans": {"k": WORDS, "iterations": 5},
         "encode": {"batch": 2, "chunk": 2, "precision_images": 2},

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.hub import local_file
@@ -117,9 +117,11 @@ def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed if len(renamed) == len(tensors.keys() - {"n_averaged"}) else tensors
 
 
-def refuse_misfit(state: dict[str, Tensor], model: nn.Module, path: str | os.PathLike, description: str) -> None:
-    """WeightsError unless `state` has exactly the names and shapes of `model`; shows both sides of the first three."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def refuse_misfit(
+    state: Mapping[str, Tensor], needed: Mapping[str, Tensor], path: str | os.PathLike, description: str
+) -> None:
+    """WeightsError unless `state` has exactly the names and shapes of `needed`; shows both sides of the first three."""
+    expected = {name: tuple(tensor.shape) for name, tensor in needed.items()}
     actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [
         f"{name}: the file holds {actual.get(name, 'nothing')}, {description} has {expected.get(name, 'nothing')}"

@@ -101,13 +101,10 @@ def encode(
 
 def pair_spec(settings: Params, centroids: Path) -> PairSpec:
     """The tokenizer pair that params.yaml names, with absolute paths (workers may start elsewhere)."""
-    weights = settings.features.weights
+    tokenizer, features = settings.vqgan, settings.features
     return PairSpec(
-        tokenizer=absolute(settings.vqgan.weights),
-        features_model=settings.features.model,
-        features_weights=absolute(weights) if weights else None,
-        features_layer=settings.features.layer,
-        features_image_size=settings.features.image_size,
+        tokenizer={"path": absolute(tokenizer.weights), "layout": tokenizer.layout, "ema": tokenizer.ema},
+        features={**features.model_dump(), "weights": absolute(features.weights) if features.weights else None},
         centroids=str(Path(centroids).resolve()),
         device=resolve_device(settings.runtime.device),
         image_size=SIZE,

@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from semdict.pipeline.execute.executor import run_chunks
 from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 from semdict.pipeline.execute.store import WORK, Advance, Arrays, Chunk, ChunkStore, fingerprint, split_rows
 from semdict.pipeline.images import batches as flow
-from semdict.pipeline.images.crops import crop_identity, expand_views
+from semdict.pipeline.images.crops import SIZE, crop_identity, expand_views
 from semdict.pipeline.images.decode import decoder_identity
 from semdict.pipeline.manifest.sources import Reader
 from semdict.pipeline.manifest.table import Manifest, load_manifest
-from semdict.pipeline.tokenizers import load_features
+from semdict.pipeline.tokenizers import load_features, load_tokenizer
+from semdict.pipeline.tokenizers.teachers import GRID
 
 EXAMPLE = """example:
   semdict sample-features                     what `dvc repro sample_features` runs
@@ -83,10 +84,8 @@ class SampleJob:
     images: tuple[tuple[str, str], ...]
     splits: tuple[str, ...]
     recipe: flow.CropRecipe
-    model: str
-    weights: str | None
-    layer: int
-    image_size: int
+    features: Mapping[str, Any]  # arguments of load_features
+    grid: int  # cells a side
     device: str
     precision: str
     points: int
@@ -98,9 +97,7 @@ class SampleJob:
         """Load manifest, reader and teacher in this process."""
         keep_freed_memory()
         manifest = load_manifest(self.manifest)
-        teacher = load_features(
-            self.model, weights=self.weights, layer=self.layer, device=self.device, image_size=self.image_size
-        )
+        teacher = load_features(**self.features, device=self.device, grid=self.grid)
         counts = np.zeros(len(manifest), np.int64)
         rows = manifest.rows_of(self.splits)
         counts[rows] = points_per_row(len(rows), self.points, math.prod(teacher.grid))
@@ -193,10 +190,12 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         seed=0,
     )
     where = resolve_device(settings.runtime.device)
+    grid = _grid(settings)
     name = fingerprint(
         manifest=manifest.sha256,
         sample=chosen.model_dump(),
         features=settings.features.model_dump(),
+        grid=grid,
         weights=sha256_file(local_file(weights)) if weights else None,
         crop=crop_identity(settings.pixels.crop, list(recipe.views), recipe.seed),
         decoder=decoder_identity(settings.pixels.decoder),
@@ -209,10 +208,8 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         images=tuple((split, str(Path(where).absolute())) for split, where in settings.manifest.images.items()),
         splits=tuple(chosen.splits),
         recipe=recipe,
-        model=settings.features.model,
-        weights=absolute(weights) if weights else None,
-        layer=settings.features.layer,
-        image_size=settings.features.image_size,
+        features={**settings.features.model_dump(), "weights": absolute(weights) if weights else None},
+        grid=grid,
         device=where,
         precision=chosen.precision,
         points=chosen.points,
@@ -220,6 +217,14 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         batch=chosen.batch,
         workers=settings.runtime.workers,
     )
+
+
+def _grid(settings: Params) -> int:
+    """Cells a side: of the tokenizer, which is read for that only where features.image_size does not decide it."""
+    if settings.features.image_size is not None:
+        return GRID
+    tokenizer = load_tokenizer(settings.vqgan.weights, layout=settings.vqgan.layout)
+    return math.isqrt(math.prod(tokenizer.grid(SIZE)))
 
 
 def _publish(store: ChunkStore, chunks: list[tuple[Chunk, tuple[int, int]]], out: Path) -> None:

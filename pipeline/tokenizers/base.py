@@ -170,7 +170,7 @@ class ConvTokenizer(nn.Module):
         sizes = cls.infer_sizes(state, path)
         with torch.device("meta"):
             model = cls(sizes)
-        refuse_misfit(state, model, path, f"a {cls.layout} tokenizer of widths {sizes.widths}")
+        refuse_misfit(state, model.state_dict(), path, f"a {cls.layout} tokenizer of widths {sizes.widths}")
         # Clones: published fixtures may share one storage among tensors.
         model.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
         return model

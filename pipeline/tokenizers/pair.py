@@ -1,8 +1,9 @@
 """A tokenizer and a teacher with its codebook: crops to one generative and one discriminative token per grid cell."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,36 +43,29 @@ class StreamTokenizerSpec(Protocol):
 class PairSpec:
     """Tokenizer, teacher and centroids by path or name, and the size of the square images."""
 
-    tokenizer: str
-    features_model: str
-    features_weights: str | None
-    features_layer: int
-    features_image_size: int
+    tokenizer: Mapping[str, Any]  # arguments of load_tokenizer
+    features: Mapping[str, Any]  # arguments of load_features
     centroids: str
     device: str
     image_size: int
 
     def open(self) -> "PairTokenizer":
         """Load all three onto the device, checking that they fit together; WeightsError shows both sides."""
-        tokenizer = load_tokenizer(self.tokenizer, device=self.device)
-        teacher = load_features(
-            self.features_model,
-            weights=self.features_weights,
-            layer=self.features_layer,
-            device=self.device,
-            image_size=self.features_image_size,
-        )
-        centroids = torch.from_numpy(np.ascontiguousarray(load_array(self.centroids), dtype=np.float32))
+        tokenizer = load_tokenizer(**self.tokenizer, device=self.device)
         grid = tokenizer.grid(self.image_size)
+        side = grid[0] if len(grid) > 1 else math.isqrt(grid[0])
+        teacher = load_features(**self.features, device=self.device, grid=side)
+        centroids = torch.from_numpy(np.ascontiguousarray(load_array(self.centroids), dtype=np.float32))
+        model = self.features["model"]
         if math.prod(grid) != math.prod(teacher.grid) or (len(grid) > 1 and grid != teacher.grid):
             raise WeightsError(
-                f"grids differ: {self.tokenizer} gives {_cells(grid)} cells for images of {self.image_size} pixels, "
-                f"{self.features_model} at {self.features_image_size} pixels gives {_cells(teacher.grid)}; change "
-                "features.image_size"
+                f"grids differ: {self.tokenizer['path']} gives {_cells(grid)} cells for images of {self.image_size} "
+                f"pixels, {model} at {teacher.image_size} pixels gives {_cells(teacher.grid)}: set features.image_size "
+                f"to {side * teacher.backbone.stride}, or to null"
             )
         if centroids.shape[1] != teacher.dim:
             raise WeightsError(
-                f"{self.centroids} holds centroids of width {centroids.shape[1]}, {self.features_model} gives features "
+                f"{self.centroids} holds centroids of width {centroids.shape[1]}, {model} gives features "
                 f"of width {teacher.dim}: the codebook was made with another teacher"
             )
         return PairTokenizer(tokenizer, teacher, centroids.to(self.device), torch.device(self.device))

@@ -83,7 +83,8 @@ class Setup:
         """The tokenizer of source images."""
         from semdict.pipeline.tokenizers import load_tokenizer
 
-        return load_tokenizer(self.params.vqgan.weights, device=self.device)
+        cfg = self.params.vqgan
+        return load_tokenizer(cfg.weights, self.device, cfg.layout, cfg.ema)
 
     def sources(self) -> tuple[Source, Source, int]:
         """Training and test source, and the number of classes; ShardError when their classes do not agree."""

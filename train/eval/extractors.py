@@ -84,8 +84,7 @@ def teacher(params: "Params", device: torch.device) -> tuple[Extractor, "Teacher
     """Mean over patches of the patch features that the discriminative codebook is made from, and the network."""
     from semdict.pipeline.tokenizers import load_features
 
-    cfg = params.features
-    network = load_features(cfg.model, cfg.weights, cfg.layer, device=str(device), image_size=cfg.image_size)
+    network = load_features(**params.features.model_dump(), device=device)
     return lambda images_B3HW: {PATCH_MEAN: network(images_B3HW.float() / 255).mean(1).float()}, network
 
 

@@ -109,7 +109,8 @@ class Drawing:
         """The tokenizer; UsageError when it has another codebook than the model."""
         from semdict.pipeline.tokenizers import load_tokenizer
 
-        vqgan = load_tokenizer(self.weights, device=self.device)
+        cfg = self.params.vqgan
+        vqgan = load_tokenizer(self.weights, self.device, cfg.layout, cfg.ema)
         if vqgan.codebook_size != self.vocab.codes:
             raise UsageError(
                 f"{self.weights} has {vqgan.codebook_size} codes, {self.args.model} knows {self.vocab.codes}; "

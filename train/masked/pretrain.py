@@ -163,7 +163,8 @@ class Session:
         from semdict.pipeline.tokenizers import load_tokenizer
         from semdict.train.masked.pictures import Pictures
 
-        vqgan = load_tokenizer(weights, self.world.device)
+        cfg = self.params.vqgan
+        vqgan = load_tokenizer(weights, self.world.device, cfg.layout, cfg.ema)
         if vqgan.codebook_size != self.token_set.codebook_size:
             raise UsageError(
                 f"{weights} has {vqgan.codebook_size} codes, {self.token_set.path} has {self.token_set.codebook_size}"

@@ -5,8 +5,9 @@ one that is missing, damaged or of other bytes than promised is an error that sa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ class PerceptualSource:
     kind: str  # of KINDS
     weights: str
     sha256: str | None = None
-    model: str = "convnext_small"  # timm name or vit:patch=..., for logits and features
+    model: str = "convnext_small"  # timm name, for logits and features
+    kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of timm's model
     layers: int = 3  # for features: how many intermediate maps, the last ones
 
 
@@ -84,9 +86,9 @@ class LpipsVgg(PerceptualLoss):
 class Logits(PerceptualLoss):
     """MSE of the class logits at 224 x 224 (AliTok's use of ConvNeXt-S), any timm classifier."""
 
-    def __init__(self, path: Path, model: str) -> None:
+    def __init__(self, path: Path, model: str, kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.net = _timm(path, model, classes=True)
+        self.net = _timm(path, model, kwargs, classes=True)
         self.name = f"logits-{model}:{path.name}"
         self.prepare = _Prepare(self.net)
 
@@ -98,9 +100,9 @@ class Logits(PerceptualLoss):
 class Features(PerceptualLoss):
     """LPIPS's distance without learned heads, on the last intermediate maps of any timm network."""
 
-    def __init__(self, path: Path, model: str, layers: int) -> None:
+    def __init__(self, path: Path, model: str, layers: int, kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.net = _timm(path, model, classes=False)
+        self.net = _timm(path, model, kwargs, classes=False)
         self.layers = layers
         self.name = f"features-{model}:{path.name}"
         self.prepare = _Prepare(self.net)
@@ -161,7 +163,9 @@ def choose_perceptual(sources: Sequence[PerceptualSource], device: str | torch.d
 def _build(source: PerceptualSource, path: Path) -> PerceptualLoss:
     if source.kind == "lpips-vgg":
         return LpipsVgg(path)
-    return Logits(path, source.model) if source.kind == "logits" else Features(path, source.model, source.layers)
+    if source.kind == "logits":
+        return Logits(path, source.model, source.kwargs)
+    return Features(path, source.model, source.layers, source.kwargs)
 
 
 def _missing(source: PerceptualSource) -> str:
@@ -194,34 +198,30 @@ def _vgg_slices(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _timm(path: Path, model: str, classes: bool) -> nn.Module:
+def _timm(path: Path, model: str, kwargs: dict[str, Any], classes: bool) -> nn.Module:
     """A timm network with the weights of `path`; without its classifier where only features are used."""
     import timm
 
-    from semdict.pipeline.tokenizers import load_features
-    from semdict.pipeline.tokenizers.teachers import SPEC
-
-    if model.startswith(SPEC):  # a ViT without a registered name, such as a teacher trained here
-        return load_features(model, weights=str(path)).vit.requires_grad_(False).eval()
     tensors = load_tensors(path)
     try:
         if classes:
-            net = timm.create_model(model, num_classes=_classes(path, tensors))
+            net = timm.create_model(model, num_classes=_classes(path, tensors), **kwargs)
             net.load_state_dict(tensors)
         else:
-            net = _headless(timm, model, tensors)
+            net = _headless(timm, model, kwargs, tensors)
     except RuntimeError as error:
         raise WeightsError(f"{path} does not fit timm's {model}: {str(error).splitlines()[1:2] or error}") from None
     return net.requires_grad_(False).eval()
 
 
-def _headless(timm, model: str, tensors: dict[str, Tensor]) -> nn.Module:
+def _headless(timm, model: str, kwargs: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     """The network at the image size that its position table was trained for, classifier left out."""
-    net = timm.create_model(model, num_classes=0)
+    net = timm.create_model(model, num_classes=0, **kwargs)
     kept = {key: value for key, value in tensors.items() if key in net.state_dict()}
     if "pos_embed" in kept and kept["pos_embed"].shape != net.pos_embed.shape:
         cells = kept["pos_embed"].shape[1] - net.num_prefix_tokens
-        net = timm.create_model(model, num_classes=0, img_size=round(cells**0.5) * net.patch_embed.patch_size[0])
+        size = round(cells**0.5) * net.patch_embed.patch_size[0]
+        net = timm.create_model(model, num_classes=0, img_size=size, **kwargs)
     net.load_state_dict(kept)
     return net
 

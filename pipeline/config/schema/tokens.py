@@ -1,6 +1,6 @@
 """Sections of the token pipeline: manifest to shards."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -41,6 +41,8 @@ class Vqgan(Section):
     """The generative tokenizer."""
 
     weights: str
+    layout: str | None
+    ema: bool
     psnr_floor: Decibels
     psnr_images: Count
 
@@ -51,7 +53,8 @@ class Features(Section):
     model: str
     weights: str | None
     layer: Annotated[int, Field(ge=-1000, le=-1)]
-    image_size: Annotated[int, Field(ge=1, le=65536)]
+    image_size: Annotated[int, Field(ge=1, le=65536)] | None
+    kwargs: dict[str, Any]
 
 
 class SampleFeatures(Section):

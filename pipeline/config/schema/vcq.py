@@ -1,6 +1,6 @@
 """Sections of VCQ: the 1-D tokenizer, its autoregressive model, samples and measures."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,7 @@ class VcqPerceptual(Section):
     weights: str
     sha256: str | None = None
     model: str | None = None  # timm name, for logits and features
+    kwargs: dict[str, Any] = {}  # arguments of timm's model
     layers: Count | None = None  # intermediate maps, for features
 
     @model_validator(mode="after")
