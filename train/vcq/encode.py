@@ -92,7 +92,9 @@ def _encode(params, args: argparse.Namespace, path: Path) -> None:
     job, shards = _job(params, manifest, manifest_path, spec, tokenizer.model)
     reports = args.reports or Path("reports") / preset / "vcq-encode"
     store = ChunkStore(args.work, f"vcq-encode-{preset}", job.fingerprint)
-    floor = Vqgan(weights=str(path), psnr_floor=chosen.psnr_floor, psnr_images=chosen.psnr_images)
+    floor = Vqgan(
+        weights=str(path), layout=None, ema=True, psnr_floor=chosen.psnr_floor, psnr_images=chosen.psnr_images
+    )
     metrics = {"probe": probe(job, tokenizer, manifest, floor, chosen, reports)}
     publication = Publication(
         job=job,
