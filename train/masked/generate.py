@@ -91,7 +91,7 @@ class Drawing:
         self.args, self.given, self.task = args, params.generate, args.task
         self.count, self.seed = self.given.images, self.given.seed
         self.device = torch.device(resolve_device(params.runtime.device))
-        self.weights = args.vqgan or Path(params.vqgan.weights)
+        self.tokenizer, self.weights = params.vqgan, args.vqgan or Path(params.vqgan.weights)
         self.shards = args.shards or Path("shards") / params.preset
         self.drawer = open_drawer(
             args.model, args.num_heads, args.decoder_num_heads, self.given, self.task, self.device
@@ -109,8 +109,7 @@ class Drawing:
         """The tokenizer; UsageError when it has another codebook than the model."""
         from semdict.pipeline.tokenizers import load_tokenizer
 
-        cfg = self.params.vqgan
-        vqgan = load_tokenizer(self.weights, self.device, cfg.layout, cfg.ema)
+        vqgan = load_tokenizer(self.weights, self.device, self.tokenizer.layout, self.tokenizer.ema)
         if vqgan.codebook_size != self.vocab.codes:
             raise UsageError(
                 f"{self.weights} has {vqgan.codebook_size} codes, {self.args.model} knows {self.vocab.codes}; "
