@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import pytest
 import yaml
 
 from semdict.cli import main
-from semdict.pipeline.common.errors import ManifestError
+from semdict.pipeline.common.errors import ManifestError, SemdictError
 from semdict.pipeline.config import schema
 from semdict.pipeline.images.decode import MAX_PIXELS, BadImage, Status
+from semdict.pipeline.manifest import folders, scan
+from semdict.pipeline.manifest.cache import open_cache
 from semdict.pipeline.manifest.stage import build_manifest
 from semdict.pipeline.manifest.table import COLUMNS, load_manifest
 from tests import tiny
@@ -129,7 +132,8 @@ def test_too_many_bad_images_stop_the_stage(tmp_path):
     assert not (tmp_path / "manifest.parquet").exists() and (tmp_path / "cache" / "bad.csv").exists()
 
 
-def test_a_file_is_read_again_only_when_size_or_time_changed(tmp_path):
+def test_a_file_is_read_again_only_when_it_changed(tmp_path, monkeypatch):
+    """Also where its size and modification time are as they were: the change time moves on every write."""
     tree = make_tree(tmp_path / "train")
     images = {"train": str(tree)}
     before = build(tmp_path, images)
@@ -144,12 +148,95 @@ def test_a_file_is_read_again_only_when_size_or_time_changed(tmp_path):
     (tree / "b" / "0.png").unlink()
     after = build(tmp_path, images)
     old, new = dict(rows(before, "key", "sha256")), dict(rows(after, "key", "sha256"))
-    assert new["train/a/2"] == old["train/a/2"]  # not read: size and time are as they were
+    assert new["train/a/2"] == hashlib.sha256(data).hexdigest() != old["train/a/2"]
     assert new["train/b/3"] == hashlib.sha256(data).hexdigest() != old["train/b/3"]
     assert new.keys() == old.keys() - {"train/b/0"} | {"train/a/new"}
-    assert len(list((tmp_path / "cache").glob("*/*.parquet"))) == 1
-    fresh = build(tmp_path, images, max_pixels=10**6)  # another recipe: nothing remembered counts
-    assert dict(rows(fresh, "key", "sha256"))["train/a/2"] == hashlib.sha256(data).hexdigest()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    def never(*_):
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "_examine", never)
+        assert build(tmp_path, images).table.equals(after.table)
+        with pytest.raises(AssertionError, match="read again"):
+            build(tmp_path, images, max_pixels=10**6)  # another limit: nothing remembered counts
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "results of other settings are deleted"
+
+
+def test_the_cache_does_not_grow_with_every_change(tmp_path):
+    tree = make_tree(tmp_path / "train")
+    for i in range(6):
+        shutil.rmtree(tree)
+        make_tree(tree, each=3 + i % 2)
+        build(tmp_path, {"train": str(tree)})
+        write(tree / "a" / f"more{i}.png")
+    (path,) = (tmp_path / "cache").glob("*.sqlite")
+    with open_cache(path) as (cache, _):
+        assert len(cache) <= 2 * 8
+
+
+def hide_change_times(monkeypatch) -> None:
+    """A file system whose change times do not move (some network drives): size and modification time remain."""
+    real = folders.make_stamp
+    monkeypatch.setattr(folders, "make_stamp", lambda status: (*real(status)[:2], 0))
+
+
+def change_secretly(path: Path) -> str:
+    """Change one byte and set the time back; the new SHA-256."""
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_fresh_manifest_reads_everything_again(tmp_path, monkeypatch, capsys):
+    """The advice of the message that a reader gives helps, and does not lead back to itself."""
+    hide_change_times(monkeypatch)
+    params(tmp_path)
+    tree = make_tree(tmp_path / "train")
+    monkeypatch.chdir(tmp_path)
+    assert main(["manifest"]) == 0
+    sha256, images = change_secretly(tree / "a" / "2.png"), {"train": "train"}
+    assert main(["manifest"]) == 0
+    path = tmp_path / "data/t/manifest/manifest.parquet"
+    with pytest.raises(ManifestError, match=r"SHA-256\); run `semdict manifest --fresh`, then `dvc repro -f manifest`"):
+        load_manifest(path).reader(images).read(2)
+    assert main(["manifest", "--fresh"]) == 0
+    assert main(["manifest"]) == 0, "as dvc repro -f manifest runs it"
+    manifest = load_manifest(path)
+    assert manifest.table["sha256"][2].as_py() == sha256
+    assert manifest.reader(images).read(2) == (tree / "a" / "2.png").read_bytes()
+
+
+def test_no_flipped_bit_of_the_cache_reaches_the_manifest(tmp_path, capsys):
+    images = {"train": str(make_tree(tmp_path / "train"))}
+    build(tmp_path, images)
+    want = (tmp_path / "manifest.parquet").read_bytes()
+    (path,) = (tmp_path / "cache").glob("*.sqlite")
+    sound = path.read_bytes()
+    sha256 = rows(load_manifest(tmp_path / "manifest.parquet"), "sha256")[5][0].encode()
+    rng = np.random.default_rng(0)
+    places = [8 * sound.index(sha256) + 8 * 7 + 1, *rng.integers(0, 8 * len(sound), 60).tolist()]
+    for place in places:
+        data = bytearray(sound)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        build(tmp_path, images)
+        assert (tmp_path / "manifest.parquet").read_bytes() == want, place
+        if place == places[0]:
+            assert "is damaged and deleted, all images are read again" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "cache.sqlite"
+    with open_cache(path) as (cache, empty):
+        cache._database.execute("PRAGMA max_page_count = 3")
+        columns = {field.name: ["x" * 200] * 500 if field.type == pa.string() else [1] * 500 for field in empty.schema}
+        table = pa.table(columns | {"offset": range(500)}, empty.schema)
+        with pytest.raises(SemdictError, match=r"cache\.sqlite cannot be written \(database or disk is full\)"):
+            cache.add(table)
 
 
 def test_an_unreadable_file_is_tried_again(tmp_path):
@@ -167,7 +254,7 @@ def test_a_damaged_cache_is_made_again(tmp_path):
     images = {"train": str(make_tree(tmp_path / "train"))}
     build(tmp_path, images)
     want = (tmp_path / "manifest.parquet").read_bytes()
-    (part,) = (tmp_path / "cache").glob("*/*.parquet")
+    (part,) = (tmp_path / "cache").glob("*.sqlite")
     part.write_bytes(part.read_bytes()[:100])
     build(tmp_path, images)
     assert (tmp_path / "manifest.parquet").read_bytes() == want
@@ -227,8 +314,8 @@ def test_a_file_that_changes_meanwhile_is_named(tmp_path, monkeypatch):
 
     listed = stage.list_images
 
-    def grow(images, layout):
-        listing = listed(images, layout)
+    def grow(*args):
+        listing = listed(*args)
         with (tree / "b" / "1.png").open("ab") as file:
             file.write(b"more")
         return listing
@@ -284,9 +371,10 @@ def start(root: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", SLOW], cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_parts(root: Path, process: subprocess.Popen, parts: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(list((root / "work").glob("manifest-cache/t/*/part-*.parquet"))) < parts:
+def wait_for_reads(root: Path, process: subprocess.Popen, count: int) -> None:
+    """Until the processes so far have read `count` images."""
+    deadline, reads = time.monotonic() + 60, root / "reads"
+    while not reads.exists() or len(reads.read_text().split()) < count:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.005)
 
@@ -297,9 +385,9 @@ def test_a_killed_run_continues_and_ends_in_the_same_bytes(tmp_path, monkeypatch
         params(tmp_path / name)
         make_tree(tmp_path / name / "train", each=30)
     killed = tmp_path / "killed"
-    for parts in (1, 4):
+    for count in (12, 36):
         process = start(killed)
-        wait_for_parts(killed, process, parts)
+        wait_for_reads(killed, process, count)
         process.kill()
         assert process.wait() == -signal.SIGKILL
         process.stderr.close()
@@ -321,12 +409,15 @@ def test_an_interrupted_run_ends_cleanly_and_keeps_its_progress(tmp_path, sent):
     params(tmp_path)
     make_tree(tmp_path / "train", each=30)
     process = start(tmp_path)
-    wait_for_parts(tmp_path, process, 1)
+    wait_for_reads(tmp_path, process, 12)
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert not (tmp_path / "data").exists() and not list(tmp_path.rglob("*.part"))
-    assert list((tmp_path / "work").glob("manifest-cache/t/*/part-*.parquet"))
+    (path,) = (tmp_path / "work").glob("manifest-cache/t/*.sqlite")
+    with open_cache(path) as (_, remembered):
+        assert len(remembered) >= 8
+    assert not list(tmp_path.rglob("*-journal"))
 
 
 def test_user_mistakes_leave_one_line(tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semdict.pipeline.common.errors import ManifestError
+from semdict.pipeline.images.decode import SUFFIXES
 from semdict.pipeline.manifest import folders
 from semdict.pipeline.manifest.reader import ByteReader
 from semdict.pipeline.manifest.sources import list_images
@@ -73,7 +74,7 @@ def test_class_folders(tmp_path):
     for i, name in enumerate(names):
         write(tmp_path / "train" / name, image(i))
     write(tmp_path / "train" / "a" / "notes.txt", b"words")
-    write(tmp_path / "train" / "a" / "._x.jpg", b"resource fork")
+    write(tmp_path / "train" / "a" / ".draft.jpg", b"hidden")
     write(tmp_path / "val" / "c" / "v.jpg", image(9))
     images = {"val": str(tmp_path / "val"), "train": str(tmp_path / "train")}
     listing = list_images(images)
@@ -87,7 +88,8 @@ def test_class_folders(tmp_path):
     ]
     assert listing.classes == ["B", "a", "b", "c"]
     assert listing.layouts == {"val": "classes", "train": "classes"}
-    assert listing.ignored == {".txt": 1, "hidden": 1}
+    assert listing.ignored.counts == {".txt": 1, "hidden": 1}
+    assert listing.notes == ["split train: not taken for images: 1 .txt (a/notes.txt), 1 hidden (a/.draft.jpg)"]
     assert read_all(images, listing) == [image(i) for i in (9, 4, 3, 2, 1, 0)]
 
 
@@ -117,6 +119,35 @@ def test_order_never_depends_on_the_file_system(seed, tmp_path_factory):
     assert keys == sorted(keys, key=str.encode) and len(keys) == 8
 
 
+def test_every_suffix_that_the_decoder_reads_is_an_image(tmp_path):
+    """One list, from the formats that Pillow can open here; nothing that `decode` accepts is passed over."""
+    names = [f"x{suffix}" for suffix in (".jfif", ".avif", ".jp2", ".JPE", ".pgm", ".mpo")]
+    for name in names:
+        write(tmp_path / "c" / name.replace("x", name.strip("x.")), PNG)
+    listing = list_images({"t": str(tmp_path)})
+    assert len(listing.table) == len(names) and not listing.ignored.counts and not listing.notes
+    assert {f".{suffix}" for suffix in ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")} <= SUFFIXES
+    assert not SUFFIXES & {".txt", ".json", ".cls", ".npy", ".eps", ".pdf", ".svg"}
+
+
+@pytest.mark.parametrize("layout", ["classes", "flat", "tar"])
+def test_files_of_other_programs_are_passed_over(tmp_path, layout):
+    foreign = ["._x.jpg", ".DS_Store", "Thumbs.db", "__MACOSX/x.jpg", "@eaDir/y.png"]
+    folder = "" if layout == "flat" else "a/"
+    names = [f"{folder}x.jpg", *(f"{folder}{name}" for name in foreign), "._a", "__MACOSX/a/._x.jpg", ".DS_Store"]
+    if layout == "tar":
+        path = write_tar(tmp_path / "in" / "t.tar", [(name, PNG) for name in names])
+        write(tmp_path / "in" / "._t.tar", b"resource fork")
+        root = path.parent
+    else:
+        root = tmp_path / "in"
+        for name in names:
+            write(root / name)
+    listing = list_images({"t": str(root)})
+    assert columns(listing, "key") == [(f"t/{folder}x",)]
+    assert not listing.notes
+
+
 def test_flat_folder(tmp_path):
     for name in ("b.png", "sub/a.png", "sub/deep/c.jpeg"):
         write(tmp_path / name)
@@ -141,7 +172,7 @@ def test_layout_flat_ignores_folder_names(tmp_path):
     [
         (["a/x.jpg", "a/x.png"], [r"a/x\.jpg", r"a/x\.png"]),
         (["a/readme.txt"], ["class folder without images"]),
-        (["readme.txt"], ["no images", r"1 \.txt"]),
+        (["readme.txt"], ["no images", r"1 \.txt \(readme\.txt\)"]),
         ([], ["no images"]),
         (["a/x.jpg", "empty/.keep"], ["empty", "without images"]),
     ],
@@ -302,6 +333,9 @@ def test_damaged_tars_are_named_and_never_listed_short(tmp_path):
         ([[("a.jpg", PNG), ("a.cls", b"\xff\xfe")]], [r"a\.cls"]),
         ([[("a.jpg", PNG), ("a.json", b"{")]], [r"a\.json"]),
         ([[("a.jpg", PNG), ("a.json", b'{"label": 1.5}')]], [r"a\.json", "1.5"]),
+        ([[("a.jpg", PNG), ("a.json", b"[" * 100_000)]], [r"a\.json"]),
+        ([[("a.jpg", PNG), ("a.json", b'{"label": "\\ud800"}')]], [r"a\.json", "Unicode"]),
+        ([[("a.jpg", PNG), ("a.cls", b"2147483648")]], [r"a\.cls", "2147483648 is too large"]),
         ([[("a.txt", b"no image")]], ["no images", r"1 \.txt"]),
     ],
 )
@@ -312,6 +346,113 @@ def test_tars_that_are_refused(tmp_path, tars, words):
         list_images({"train": str(tmp_path)})
     for word in words:
         assert caught.match(word)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x.jpg", "GNU.sparse.realsize": "9"},
+        {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "a,b,c"},
+        {"GNU.sparse.size": "many"},
+        {"size": "-1"},
+    ],
+)
+def test_damaged_extended_headers_are_named(tmp_path, headers):
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("x.jpg")
+        info.size, info.pax_headers = len(PNG), headers
+        tar.addfile(info, io.BytesIO(PNG))
+    with pytest.raises(ManifestError, match=r"t\.tar"):
+        list_images({"t": str(tmp_path / "t.tar")})
+
+
+def test_names_with_several_dots_are_said(tmp_path):
+    """A webdataset key ends at the first dot, so `b.v2.jpg` has the suffix v2.jpg, which is no image's."""
+    write_tar(tmp_path / "t.tar", [("a.jpg", PNG), ("b.v2.jpg", PNG), ("c.v2.jpg", PNG)])
+    listing = list_images({"t": str(tmp_path / "t.tar")})
+    assert columns(listing, "key") == [("t/a",)]
+    (note,) = listing.notes
+    assert "2 .v2.jpg (" in note and note.endswith("t.tar: b.v2.jpg)")
+
+
+@pytest.mark.parametrize("label_key", [None, "fine_label", "species"])
+def test_labels_of_another_key_in_tars(tmp_path, label_key):
+    sample = {"fine_label": 4, "coarse_label": 1, "caption": "a fox"}
+    write_tar(tmp_path / "t.tar", [("a.jpg", PNG), ("a.cls", b"9"), ("a.json", json.dumps(sample).encode())])
+    write_tar(tmp_path / "u.tar", [("b.jpg", PNG), ("b.json", json.dumps(sample).encode())])
+    images = {"t": str(tmp_path / "u.tar")}
+    if label_key is None:
+        listing = list_images(images)
+        assert columns(listing, "label") == [(-1,)]
+        candidates = "candidates for manifest.label_key: coarse_label, fine_label"
+        assert listing.notes == [f"split t: no labels read; {candidates}"]
+        assert columns(list_images({"t": str(tmp_path / "t.tar")}), "label") == [(9,)]
+    elif label_key == "fine_label":
+        listing = list_images({"t": str(tmp_path / "*.tar")}, label_key=label_key)
+        assert columns(listing, "label") == [(4,), (4,)] and not listing.notes
+    else:
+        with pytest.raises(ManifestError, match=r"'species'.*coarse_label, fine_label"):
+            list_images(images, label_key=label_key)
+
+
+def test_labels_of_another_column_in_parquet(tmp_path):
+    """CIFAR-100's columns: without `label` the candidates are named, with manifest.label_key one of them is read."""
+    path = write_parquet(tmp_path / "p.parquet", [(image(i), None, i) for i in range(3)])
+    table = pq.read_table(path).rename_columns(["img", "fine_label"])
+    table = table.append_column("coarse_label", pa.array([1, 0, 1])).append_column("split_name", pa.array(["a"] * 3))
+    names = {"fine_label": {"_type": "ClassLabel", "names": ["ant", "bee", "cow"]}, "img": {"_type": "Image"}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": names}})})
+    pq.write_table(table, path)
+    images = {"t": str(path)}
+    listing = list_images(images)
+    assert columns(listing, "label") == [(-1,)] * 3
+    assert listing.notes == ["split t: no labels read; candidates for manifest.label_key: coarse_label, fine_label"]
+    listing = list_images(images, label_key="fine_label")
+    assert columns(listing, "label_name") == [("ant",), ("bee",), ("cow",)] and listing.classes == ["ant", "bee", "cow"]
+    assert columns(list_images(images, label_key="coarse_label"), "label") == [(1,), (0,), (1,)]
+    with pytest.raises(ManifestError, match=r"no column 'species'.*fine_label"):
+        list_images(images, label_key="species")
+
+
+def test_parquet_of_paths_alone_is_explained(tmp_path):
+    path = write_parquet(tmp_path / "p.parquet", [(None, f"images/{i}.jpg", 0) for i in range(5)])
+    with pytest.raises(ManifestError, match=r"p\.parquet: column `image` holds paths without image bytes.*embed"):
+        list_images({"t": str(path)})
+    pq.write_table(pa.table({"image": ["images/0.jpg"], "label": [0]}), path)
+    with pytest.raises(ManifestError, match=r"column `image` holds text: paths are not followed"):
+        list_images({"t": str(path)})
+    write_parquet(path, [(None, "a.jpg", 0), (PNG, "b.jpg", 0)])
+    assert len(list_images({"t": str(path)}).table) == 2, "one missing image is a bad row, not a wrong file"
+
+
+def hub_names(path, names) -> None:
+    """Give column `label` these class names in the file's metadata."""
+    metadata = {"huggingface": json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}})}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
+
+
+def test_parquet_with_odd_labels_and_columns_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "p.parquet", [(PNG, "a.png", 0)])
+    for names, words in (([1, 2], "not a list of texts"), ({"a": 1}, "not a list"), (["a", "a"], "repeat themselves"),
+                         (["\ud800", "b"], "not valid Unicode")):  # fmt: skip
+        hub_names(path, names)
+        with pytest.raises(ManifestError, match=words):
+            list_images({"t": str(path)})
+    for labels, words in (([2**31], "2147483648 is too large"), ([True], "neither"), ([{"a": 1}], "neither")):
+        table = pq.read_table(path).replace_schema_metadata(None)
+        pq.write_table(table.set_column(1, "label", pa.array(labels)), path)
+        with pytest.raises(ManifestError, match=words):
+            list_images({"t": str(path)})
+    image_column = pq.read_table(path)["image"]
+    pq.write_table(
+        pa.Table.from_arrays([image_column, pa.array([1]), pa.array([1])], ["image", "label", "label"]), path
+    )
+    with pytest.raises(ManifestError, match=r"column 'label' occurs twice"):
+        list_images({"t": str(path)})
+    data = path.read_bytes().replace(b"label", b"la\xffel")
+    path.write_bytes(data)
+    with pytest.raises(ManifestError, match=r"p\.parquet"):
+        list_images({"t": str(path)})
 
 
 def test_parquet_as_on_the_hub(tmp_path):

@@ -11,7 +11,7 @@ from semdict.pipeline.common.device import to_device
 from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.execute.store import Advance, Chunk
 from semdict.pipeline.images.batches import CropBatch, CropRecipe, stream_batches
-from semdict.pipeline.manifest.sources import Reader
+from semdict.pipeline.manifest.reader import Reader
 from semdict.pipeline.manifest.table import Manifest, load_manifest
 from semdict.pipeline.tokenizers.pair import StreamTokenizer, StreamTokenizerSpec
 

@@ -33,6 +33,8 @@ FORMATS = tuple(
     for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
     if name in Image.OPEN  # Pillow can be built without some; MPO comes with JPEG
 )
+# Endings of the files that these formats use, with those that Pillow's readers register: .jfif, .avif, ...
+SUFFIXES = frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in (*FORMATS, "MPO"))
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 

@@ -28,7 +28,7 @@ from semdict.pipeline.execute.store import WORK, Advance, Arrays, Chunk, ChunkSt
 from semdict.pipeline.images import batches as flow
 from semdict.pipeline.images.crops import SIZE, crop_identity, expand_views
 from semdict.pipeline.images.decode import decoder_identity
-from semdict.pipeline.manifest.sources import Reader
+from semdict.pipeline.manifest.reader import Reader
 from semdict.pipeline.manifest.table import Manifest, load_manifest
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 from semdict.pipeline.tokenizers.teachers import GRID

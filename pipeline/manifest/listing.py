@@ -11,49 +11,77 @@ import numpy as np
 
 from semdict.pipeline.common.errors import ManifestError
 
-# torchvision's ImageFolder list, and GIF: a still GIF decodes, an animated one is named rather than overlooked
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"))
+# DVC restores an older manifest from its run cache unless the stage is forced; --fresh forgets what was read before.
+REFRESH = "run `semdict manifest --fresh`, then `dvc repro -f manifest`"
+MAX_CLASS = 10_000_000  # larger class numbers are no classes: the list of class names would not fit into memory
+LABEL_WORDS = ("label", "class", "cls", "categ", "target")  # in the names of columns that probably hold labels
+
+Stamp = tuple[int, int, int]  # bytes, mtime and ctime (ns) of a file: equal stamps mean an unchanged file
 
 
 @dataclass
-class Found:
+class Ignored:
+    """Files that are not taken for images: how many of each kind (mostly a suffix), and one example of it."""
+
+    counts: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: str, example: str) -> None:
+        """Count one file."""
+        self.counts[kind] += 1
+        self.examples.setdefault(kind, example)
+
+    def update(self, other: "Ignored") -> None:
+        """Add the counts of another listing."""
+        self.counts.update(other.counts)
+        self.examples = {**other.examples, **self.examples}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {kind} ({self.examples[kind]})" for kind, count in sorted(self.counts.items()))
+
+
+COLUMNS = ("keys", "sources", "offsets", "sizes", "stamps", "labels")
+
+
+@dataclass
+class ImageList:
     """Images of one split as columns of equal length, in their final order.
 
-    `stamp_sizes` (bytes) and `stamp_mtimes` (ns) are those of the file that holds the image, which tell whether it has
-    changed; `sizes` is the image's own byte count, -1 where only reading it would tell (parquet).
+    `stamps` are those of the files that hold the images, which tell whether a file has changed; `sizes` are the images'
+    own byte counts, -1 where only reading the image would tell (parquet).
     """
 
     keys: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)  # relative to the split's root folder
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    stamp_sizes: list[int] = field(default_factory=list)
-    stamp_mtimes: list[int] = field(default_factory=list)
+    stamps: list[Stamp] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)  # class names, None = no label
     label_ids: dict[str, int] = field(default_factory=dict)  # class numbers that the data brings along
-    ignored: Counter = field(default_factory=Counter)  # suffix -> files that are not taken for images
+    label_candidates: set[str] = field(default_factory=set)  # columns or keys that look like labels and are not read
+    ignored: Ignored = field(default_factory=Ignored)
 
-    def add(self, key: str, source: str, offset: int, size: int, stamp: tuple[int, int], label: str | None) -> None:
-        """Append one image; `stamp` is (bytes, mtime in ns) of the file that holds it."""
+    def add(self, key: str, source: str, offset: int, size: int, stamp: Stamp, label: str | None) -> None:
+        """Append one image; `stamp` is that of the file that holds it."""
         self.keys.append(key)
         self.sources.append(source)
         self.offsets.append(offset)
         self.sizes.append(size)
-        self.stamp_sizes.append(stamp[0])
-        self.stamp_mtimes.append(stamp[1])
+        self.stamps.append(stamp)
         self.labels.append(label)
 
-    def extend(self, other: "Found", where: str) -> None:
+    def extend(self, other: "ImageList", where: str) -> None:
         """Append another listing of the same split; ManifestError where the two number their classes differently."""
-        for name in ("keys", "sources", "offsets", "sizes", "stamp_sizes", "stamp_mtimes", "labels"):
+        for name in COLUMNS:
             getattr(self, name).extend(getattr(other, name))
         merge_label_ids(self.label_ids, other.label_ids, where)
+        self.label_candidates |= other.label_candidates
         self.ignored.update(other.ignored)
 
     def sort(self) -> None:
         """Rows by key; code point order is the byte order of UTF-8, no locale is involved."""
         order = np.array(sorted(range(len(self.keys)), key=self.keys.__getitem__), np.int64)
-        for name in ("keys", "sources", "offsets", "sizes", "stamp_sizes", "stamp_mtimes", "labels"):
+        for name in COLUMNS:
             column = getattr(self, name)
             setattr(self, name, [column[i] for i in order])
 
@@ -76,13 +104,29 @@ def label_name(value: object, where: str, label_ids: dict[str, int]) -> str | No
     if value is None or value == "":
         return None
     if isinstance(value, str):
-        return value
+        return valid_text(value, where)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ManifestError(f"{where}: label {value!r} is neither a whole number nor a name")
+        raise ManifestError(f"{where}: label {str(value)[:80]!r} is neither a whole number nor a name")
     if value < 0:
         return None
+    if value > MAX_CLASS:
+        raise ManifestError(f"{where}: label {value} is too large for a class number (at most {MAX_CLASS:,})")
     label_ids[str(value)] = value
     return str(value)
+
+
+def looks_like_label(name: str) -> bool:
+    """Whether a column or key of this name probably holds labels."""
+    return any(word in name.lower() for word in LABEL_WORDS)
+
+
+def valid_text(text: str, where: str) -> str:
+    """The text; ManifestError where it holds half a surrogate pair, which UTF-8 cannot store."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ManifestError(f"{where}: {text!r} is not valid Unicode text") from None
+    return text
 
 
 def refuse_duplicates(keys: Sequence[str], sources: Sequence[str], hint: str) -> None:
@@ -96,13 +140,17 @@ def refuse_duplicates(keys: Sequence[str], sources: Sequence[str], hint: str) ->
         first[key] = source
 
 
-def stamp_of(path: str) -> tuple[int, int]:
-    """(bytes, mtime in ns) of a file; ManifestError when it cannot be looked at."""
+def stamp_of(path: str) -> Stamp:
+    """Stamp of a file; ManifestError when it cannot be looked at."""
     try:
-        found = os.stat(path)
+        return make_stamp(os.stat(path))
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}") from None
-    return found.st_size, found.st_mtime_ns
+
+
+def make_stamp(status: os.stat_result) -> Stamp:
+    """The change time is part of a stamp: it moves on every write, also where a tool sets the time of the old file."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def split_root(pattern: str) -> str:

@@ -12,11 +12,10 @@ import pyarrow as pa
 
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.images.decode import BadImage, Status
-from semdict.pipeline.manifest.listing import split_root
+from semdict.pipeline.manifest.listing import REFRESH, split_root
 from semdict.pipeline.manifest.parquets import ParquetBytes
 
 OPEN_TARS = 8  # per thread
-WAY_OUT = "run `dvc repro -f manifest`"
 
 
 class ByteReader:
@@ -28,7 +27,7 @@ class ByteReader:
         self._local = local()
 
     def path(self, split: str, source: str) -> str:
-        """The file that holds an image; ManifestError when the split is not among the images given."""
+        """The file that holds an image; ManifestError when the split is not among `images`."""
         if split not in self.roots:
             raise ManifestError(f"split {split!r} is in the manifest, not in manifest.images ({', '.join(self.roots)})")
         return os.path.join(self.roots[split], source)
@@ -78,11 +77,11 @@ class Reader:
             data = self._bytes.read(split, source, offset, size)
         except OSError as error:
             path = self._bytes.path(split, source)
-            raise ManifestError(f"row {row}: {path} cannot be read: {error.strerror}; {WAY_OUT}") from None
+            raise ManifestError(f"row {row}: {path} cannot be read: {error.strerror}; {REFRESH}") from None
         if len(data) != size:
-            raise ManifestError(f"{self._name(row)} has {len(data)} bytes, the manifest says {size}; {WAY_OUT}")
+            raise ManifestError(f"{self._name(row)} has {len(data)} bytes, the manifest says {size}; {REFRESH}")
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise ManifestError(f"{self._name(row)} is not the image that the manifest describes (SHA-256); {WAY_OUT}")
+            raise ManifestError(f"{self._name(row)} is not the image that the manifest describes (SHA-256); {REFRESH}")
         return data
 
     def _name(self, row: int) -> str:

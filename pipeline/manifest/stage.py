@@ -30,7 +30,10 @@ EXAMPLE = """examples:
   semdict manifest --set runtime.workers=32        more threads for a slow network drive
   semdict manifest --set manifest.images.train=/data/train --out /tmp/train.parquet --metrics /tmp/train.json
 
-Images seen before are not read again unless their size or time changed; a killed run continues where it stopped."""
+  semdict manifest --fresh                          read every image again
+
+Images seen before are not read again unless their file changed (size, modification or change time); a killed run
+continues where it stopped."""
 
 SHOWN = 5  # bad images named in an error message
 
@@ -41,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--metrics", type=Path, help="default: reports/<preset>/manifest.json")
     parser.add_argument("--work", type=Path, default=WORK, help="where earlier results are remembered (default: work)")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results and read every image again")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,20 +61,30 @@ def run(args: argparse.Namespace) -> int:
             cache=args.work / "manifest-cache" / preset,
             max_pixels=settings.pixels.max_pixels,
             workers=settings.runtime.workers,
+            fresh=args.fresh,
         )
     return 0
 
 
 def build_manifest(
-    settings: schema.Manifest, out: Path, metrics: Path, cache: Path, max_pixels: int, workers: int = 0
+    settings: schema.Manifest,
+    out: Path,
+    metrics: Path,
+    cache: Path,
+    max_pixels: int,
+    workers: int = 0,
+    fresh: bool = False,
 ) -> Manifest:
-    """List, look at and write; nothing appears at `out` before all of it is known.
+    """List the images, look at each and write the manifest; nothing appears at `out` before all of it is known.
 
-    `cache` remembers results between runs, and receives `bad.csv` (key, source, status, reason) when images are bad.
+    Folder `cache` remembers results between runs, which `fresh` forgets, and receives `bad.csv` (key, source, status,
+    reason) when images are bad.
     ManifestError when nothing can be listed or more than `max_bad_fraction` of the images are bad.
     """
-    listing = list_images(settings.images, settings.layout)
-    known = scan(listing.table, settings.images, _cache_folder(cache, max_pixels), max_pixels, workers)
+    listing = list_images(settings.images, settings.layout, settings.label_key)
+    for note in listing.notes:
+        print(f"manifest: {note}", file=sys.stderr)
+    known = scan(listing.table, settings.images, _cache_file(cache, max_pixels), max_pixels, workers, fresh)
     manifest = Manifest(_assemble(listing, known))
     _report_bad(manifest, cache / "bad.csv", settings.max_bad_fraction)
     with atomic_write(out) as tmp_path:
@@ -79,15 +93,16 @@ def build_manifest(
     return manifest
 
 
-def _cache_folder(cache: Path, max_pixels: int) -> Path:
-    """Results depend on the limit and on Pillow's readers; what another recipe left is deleted."""
+def _cache_file(cache: Path, max_pixels: int) -> Path:
+    """Results depend on the limit and on Pillow's readers; those of other settings are deleted."""
     from PIL import Image
 
-    folder = cache / sha256_json({"version": 1, "max_pixels": max_pixels, "pillow": Image.__version__})[:16]
-    for other in cache.glob("*") if cache.is_dir() else []:
-        if other.is_dir() and other != folder:
+    identity = sha256_json({"version": 2, "max_pixels": max_pixels, "pillow": Image.__version__})
+    path = cache / f"images-{identity[:16]}.sqlite"
+    for other in cache.iterdir() if cache.is_dir() else []:
+        if not other.name.startswith(path.name) and (other.is_dir() or ".sqlite" in other.name):
             remove(other)
-    return folder
+    return path
 
 
 def _assemble(listing: Listing, known: pa.Table) -> pa.Table:
@@ -138,6 +153,6 @@ def _metrics(manifest: Manifest, listing: Listing) -> dict:
         "classes": len(manifest.classes),
         "bytes": int(pc.sum(manifest.table["bytes"]).as_py()),
         "duplicates": len(good) - pc.count_distinct(good).as_py(),
-        "ignored_files": dict(sorted(listing.ignored.items())),
+        "ignored_files": dict(sorted(listing.ignored.counts.items())),
         "fingerprint": manifest.sha256,
     }

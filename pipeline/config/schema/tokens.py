@@ -26,6 +26,7 @@ class Manifest(Section):
 
     images: dict[str, str] = Field(min_length=1)  # split name -> folder, tar glob or parquet glob
     layout: Literal["auto", "classes", "flat", "webdataset", "parquet"]
+    label_key: str | None
     max_bad_fraction: Share
 
 
