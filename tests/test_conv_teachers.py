@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
 from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.config.presets import resolve
 from semdict.pipeline.tokenizers import load_features
 from semdict.pipeline.tokenizers.timm_backbone import TimmBackbone, build_network
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED
 
 MOBILENET = ("mobilenetv1_100", {"pad_type": "same"})
 
@@ -153,3 +155,24 @@ def test_receptive_fields_lie_where_the_identity_says(tmp_path, name, layer, kwa
 def test_mistakes_are_named(tmp_path, model, arguments, says):
     with pytest.raises(WeightsError, match=says):
         load_features(model, saved(tmp_path, "resnet18"), **arguments)
+
+
+PRESETS = {  # preset -> pixels a side that its teacher sees for 256-pixel images at stride 16, and width
+    "in1k": (224, 1024),
+    "in1k-dinov3": (256, 768),
+    "in1k-dinov3-convnext": (512, 768),
+    "in1k-siglip2": (256, 768),
+    "in1k-mae": (256, 768),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_teachers_of_the_presets_have_the_tokenizers_grid(preset):
+    """As docs/tokenizers.md says; the weights of each are on the hub."""
+    cfg = resolve(preset, ROOT / "presets")["features"]
+    assert timm.models.is_model_pretrained(cfg["model"]) and cfg["image_size"] is None and not cfg["weights"]
+    with torch.device("meta"):
+        stage = build_network(cfg["model"], kwargs=cfg["kwargs"]).feature_info[cfg["layer"]]
+    assert (16 * stage["reduction"], stage["num_chs"]) == PRESETS[preset]
+    row = f"| `{preset}` | `{cfg['model']}` | {cfg['layer']} | {PRESETS[preset][0]} | 16 x 16 |"
+    assert row in (ROOT / "docs" / "tokenizers.md").read_text()
