@@ -18,8 +18,8 @@ from PIL import Image
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import alternate
 from semdict.pipeline.config import schema
-from semdict.pipeline.images.crops import crop_views, expand_views
-from semdict.pipeline.images.decode import MAX_PIXELS, decode, decoder_identity
+from semdict.pipeline.images.crops import Crop, crop_views, expand_views
+from semdict.pipeline.images.decode import DecodeSpec, decode, decoder_identity
 from semdict.pipeline.manifest.stage import build_manifest
 
 LINKS = 10_000  # names per file: file systems limit them
@@ -47,18 +47,20 @@ def bench_decoders(items: list[bytes], repeats: int) -> dict:
 
     def decode_all(name: str) -> None:
         for item in items:
-            decode(item, name)
+            decode(item, DecodeSpec(name))
 
     def crop_all(name: str) -> None:
         for item in items:
-            crop_views(decode(item, name), "resize-256", centre)
+            crop_views(decode(item, DecodeSpec(name)), Crop("resize", 256), centre)
 
     figures: dict = {"images": len(items), "mean_bytes": int(np.mean([len(item) for item in items]))}
     for kind, run in (("decode", decode_all), ("decode_and_crop", crop_all)):
         best, _ = alternate({name: partial(run, name) for name in ("simplejpeg", "pillow")}, repeats)
         figures[kind] = {f"{name}_per_s": len(items) / seconds for name, seconds in best.items()}
         figures[kind]["ratio"] = best["pillow"] / best["simplejpeg"]
-    pairs = ((decode(item, "simplejpeg").astype(np.int16), decode(item, "pillow")) for item in items)
+    pairs = (
+        (decode(item, DecodeSpec("simplejpeg")).astype(np.int16), decode(item, DecodeSpec("pillow"))) for item in items
+    )
     figures["largest_difference"] = int(max(np.abs(fast - slow).max() for fast, slow in pairs))
     return figures
 
@@ -92,7 +94,7 @@ def bench_manifest(files: int, data: bytes) -> dict:
         root = Path(folder)
         make_tree(root, files, data)
         settings = schema.Manifest(images={"train": str(root / "train")})
-        build = partial(build_manifest, settings, root / "m.parquet", root / "m.json", root / "cache", MAX_PIXELS)
+        build = partial(build_manifest, settings, root / "m.parquet", root / "m.json", root / "cache", DecodeSpec())
         seconds = {}
         for name, run in (("first", build), ("again", build), ("plain", partial(plain_loop, root / "train"))):
             start = time.perf_counter()

@@ -21,7 +21,7 @@ from semdict.cli import main as semdict
 from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.execute.store import split_rows
 from semdict.pipeline.images.batches import CropRecipe
-from semdict.pipeline.images.crops import expand_views
+from semdict.pipeline.images.crops import Crop, expand_views
 from semdict.pipeline.manifest.table import load_manifest
 from semdict.pipeline.tokenizers.pair import PairSpec
 
@@ -78,7 +78,7 @@ def main() -> None:
             fingerprint="benchmark",
             manifest=str(manifest_path),
             images=(("train", args.images),),
-            recipe=CropRecipe("resize-256", tuple(expand_views(["centre"])), "auto", 178_956_970, 0),
+            recipe=CropRecipe(Crop("resize", 256), tuple(expand_views(["centre"]))),
             spec=spec,
             streams=("gen", "disc"),
             length=256,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import SemdictError
 from semdict.pipeline.common.files import atomic_write, sha256_file
-from semdict.pipeline.images.crops import crop_views, expand_views
+from semdict.pipeline.images.crops import Crop, crop_views, expand_views
 from semdict.pipeline.images.decode import decode
 
 IMAGES = Path("demo/assets/images")  # where `python -m demo.images` draws
@@ -32,7 +32,7 @@ def load_split(folder: str | Path) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def _crop(path: Path) -> np.ndarray:
-    views, _ = crop_views(decode(path.read_bytes()), "resize-256", expand_views(["centre"]), path.stem, 0)
+    views, _ = crop_views(decode(path.read_bytes()), Crop("resize", 256), expand_views(["centre"]), path.stem, 0)
     return views[0]
 
 

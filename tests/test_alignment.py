@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from semdict.pipeline.common.device import to_device
-from semdict.pipeline.images.crops import crop_views, expand_views
+from semdict.pipeline.images.crops import Crop, crop_views, expand_views
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 from semdict.pipeline.tokenizers.base import ConvTokenizer, save_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
@@ -22,6 +22,7 @@ from semdict.pipeline.tokenizers.timm_backbone import build_network
 
 SIDE, CELL = 16, 16  # cells a side; pixels of a 256-pixel crop per cell
 CELLS = torch.arange(SIDE * SIDE)
+RESIZE, ADM = Crop("resize", 256), Crop("adm", 256)
 VIEWS = expand_views(["centre", "flip", "ten-crop", "random-4"])
 WIDTH = 24
 VIT = {"embed_dim": WIDTH, "depth": 2, "num_heads": 2, "reg_tokens": 4, "no_embed_class": True}
@@ -95,7 +96,7 @@ def name_cells_of(pair: PairTokenizer, image: torch.Tensor) -> None:
 
 
 @cache
-def crops(crop: str = "resize-256") -> torch.Tensor:
+def crops(crop: Crop = RESIZE) -> torch.Tensor:
     """(V, 3, 256, 256) in [0, 1], all views of the picture."""
     return to_device(crop_views(picture(), crop, VIEWS, "key", 0)[0], torch.device("cpu"))
 
@@ -113,10 +114,10 @@ def with_another_cell(image: torch.Tensor, index: int) -> torch.Tensor:
     return other
 
 
-EVERY = [("resize-256", number) for number in range(len(VIEWS))] + [("adm-256", 0), ("resize-292", 0)]
+EVERY = [(RESIZE, number) for number in range(len(VIEWS))] + [(ADM, 0), (Crop("resize-larger", 256, 1.14), 0)]
 
 
-@pytest.mark.parametrize(("crop", "number"), EVERY, ids=[f"{crop}-{VIEWS[number].name}" for crop, number in EVERY])
+@pytest.mark.parametrize(("crop", "number"), EVERY, ids=[f"{crop.name}-{VIEWS[number].name}" for crop, number in EVERY])
 def test_a_cell_has_one_index_in_both(pair, crop, number):
     image = crops(crop)[number]
     changed = [SIDE - 1, *np.random.default_rng(number).choice(SIDE * SIDE, 1).tolist()]
@@ -130,7 +131,7 @@ def test_a_cell_has_one_index_in_both(pair, crop, number):
         assert (gen[row] != CELLS).nonzero().tolist() == [[index]] == (disc[row] != CELLS).nonzero().tolist()
 
 
-@pytest.mark.parametrize("crop", ["resize-256", "adm-256"])
+@pytest.mark.parametrize("crop", [RESIZE, ADM])
 def test_a_flipped_view_has_its_cells_flipped_in_both(pair, crop):
     centre, flip = crops(crop)[:2]
     name_cells_of(pair, centre)

@@ -303,7 +303,8 @@ def test_help(capsys):
 
 
 def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
-    from semdict.pipeline.images.crops import ViewSpec, crop_views
+    from semdict.pipeline.images.batches import CropRecipe
+    from semdict.pipeline.images.crops import Crop, ViewSpec, crop_views, expand_views
     from semdict.pipeline.images.decode import BadImage, Status
     from semdict.pipeline.manifest.table import load_manifest
     from semdict.train.eval import image_source as sources
@@ -312,7 +313,9 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     folders = {split: str(world / "images" / split) for split in ("train", "val")}
     path, vqgan = world / "data/tiny/manifest/manifest.parquet", load_tokenizer(world / "vqgan.ckpt")
     encoder, cpu = load_encoder(world / "runs/tiny/mage"), torch.device("cpu")
-    source = sources.ImageSource(path, folders, ["train"], "resize-292", vqgan, encoder, cpu, "auto", 10**8, batch=2)
+    crop = Crop("resize-larger", 256, 1.14)
+    recipe = CropRecipe(crop, tuple(expand_views(["centre"])))
+    source = sources.ImageSource(path, folders, ["train"], recipe, vqgan, encoder, cpu, batch=2)
     manifest, seen = load_manifest(path), []
 
     def remember(pixels):
@@ -332,7 +335,7 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
             row = int(source.rows[at])
             rgb = np.asarray(Image.open(world / "images" / "train" / Path(manifest.key(row)).relative_to("train")
                                         .with_suffix(".png")))  # fmt: skip
-            want, _ = crop_views(rgb, "resize-292", [ViewSpec("random", epoch)], manifest.key(row), 3)
+            want, _ = crop_views(rgb, crop, [ViewSpec("random", epoch)], manifest.key(row), 3)
             assert np.array_equal(pixels, want[0])
         seen.clear()
     assert orders[0] != orders[1] and batches.steps == 2
@@ -342,12 +345,12 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     place = next(i for i in range(9) if source.labels[order[i]] != source.labels[order[i + 1]])
     bad = int(source.rows[order[place]])
 
-    def crop(row, view, seed):
+    def load(row, view, seed):
         if row == bad:
             raise BadImage(Status.DAMAGED, "damaged")
         return np.full((256, 256, 3), row, np.uint8)
 
-    source._crop = crop
+    source._crop = load
     labels = torch.cat([label for _, label in batches(1)]).tolist()
     shown = [int(row) for row in np.concatenate(seen)[:, 0, 0, 0]]  # a picture here tells its row
     assert shown[place] == source.rows[order[place + 1]] and len(shown) == 10

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.images.decode import BadImage, Status
+from semdict.pipeline.images.decode import BadImage, DecodeSpec, Status
 from semdict.pipeline.manifest.table import load_manifest
 from semdict.train.data.augment import TimmAugmentation, make_transform
 from semdict.train.data.images import ImageLoader, ImageRows
@@ -126,14 +126,14 @@ def ready(world) -> Path:  # noqa: F811
 def training_images(root: Path) -> ImageRows:
     manifest = load_manifest(root / "data/tiny/manifest/manifest.parquet")
     folders = {split: str(root / "images" / split) for split in ("train", "val")}
-    return ImageRows(manifest, folders, manifest.rows_of(["train"]), "auto", 10**8)
+    return ImageRows(manifest, folders, manifest.rows_of(["train"]), DecodeSpec())
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_alone(ready):
-    rgb = training_images(ready).decode(3)
+    rgb = training_images(ready).load(3, 256, np.copy)
 
     def augmentation(seed: int = 0, rand_augment: str = "rand-m9-mstd0.5-inc1", scale: float = 0.2):
-        return TimmAugmentation(seed, rand_augment, (scale, 1.0))
+        return TimmAugmentation(seed, rand_augment, (scale, 1.0), 256)
 
     augment = augmentation()
     first = augment(rgb, 0, 3).copy()
@@ -152,7 +152,7 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone(ready):
 @pytest.mark.parametrize("magnitude", [0, 9, 10])
 def test_every_operation_works_at_every_magnitude(magnitude):
     """Noise on magnitude 9 reaches 10, where timm asks Pillow to keep 0 bits of a colour."""
-    transform = make_transform("rand-m9-mstd0.5-inc1", (0.2, 1.0))
+    transform = make_transform("rand-m9-mstd0.5-inc1", (0.2, 1.0), 256)
     operations = [one for part in transform.transforms for one in getattr(part, "ops", ())]
     assert len(operations) == 15
     image = Image.fromarray(tiny.draw_image(3))
@@ -164,7 +164,7 @@ def test_every_operation_works_at_every_magnitude(magnitude):
 
 
 def test_batches_continue_anywhere_and_are_shared_by_ranks(ready):
-    images, augment = training_images(ready), TimmAugmentation(0, "rand-m9-mstd0.5-inc1", (0.2, 1.0))
+    images, augment = training_images(ready), TimmAugmentation(0, "rand-m9-mstd0.5-inc1", (0.2, 1.0), 64)
 
     def loader(rank: int = 0, ranks: int = 1, workers: int = 1) -> ImageLoader:
         return ImageLoader(images, augment, 4, 0, rank, ranks, workers=workers, processes=True)
@@ -192,17 +192,17 @@ def test_batches_continue_anywhere_and_are_shared_by_ranks(ready):
 @pytest.mark.parametrize("processes", [False, True])
 def test_an_image_that_cannot_be_decoded_is_replaced_by_the_next(ready, processes):
     images = training_images(ready)
-    whole = ImageLoader(images, corner, 4, 0, workers=2, processes=processes)
+    whole = ImageLoader(images, Corner(), 4, 0, workers=2, processes=processes)
     order = torch.cat([next(whole)["row"] for _ in range(3)]).tolist()
     bad = order[5]
-    broken = Broken(images.manifest, images.images, images.rows, "auto", 10**8, bad)
-    loader = ImageLoader(broken, corner, 4, 0, workers=2, processes=processes)
+    broken = Broken(images.manifest, images.images, images.rows, DecodeSpec(), bad)
+    loader = ImageLoader(broken, Corner(), 4, 0, workers=2, processes=processes)
     assert next(loader)["row"].tolist() == order[:4] and loader.replaced == set()
     second = next(loader)
     assert second["row"].tolist() == [order[4], order[6], order[6], order[7]]
     assert torch.equal(second["images"][1], second["images"][2])
     assert loader.state_dict()["replaced"] == [bad]
-    again = ImageLoader(broken, corner, 4, 0, workers=2, processes=processes)
+    again = ImageLoader(broken, Corner(), 4, 0, workers=2, processes=processes)
     again.load_state_dict(loader.state_dict())
     assert again.replaced == {bad}
 
@@ -214,14 +214,19 @@ class Broken(ImageRows):
         *rest, self.bad = fields
         super().__init__(*rest)
 
-    def decode(self, row: int) -> np.ndarray:
+    def load(self, row, size, crop) -> np.ndarray:
         if row == self.bad:
             raise BadImage(Status.DAMAGED, "broken")
-        return super().decode(row)
+        return super().load(row, size, crop)
 
 
-def corner(rgb: np.ndarray, epoch: int, row: int) -> np.ndarray:
-    return np.ascontiguousarray(rgb[:64, :64])
+class Corner:
+    """An augmentation that is the same in every epoch."""
+
+    size = 64
+
+    def __call__(self, rgb: np.ndarray, epoch: int, row: int) -> np.ndarray:
+        return rgb[:64, :64].copy()
 
 
 class Codes:

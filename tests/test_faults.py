@@ -194,7 +194,7 @@ def test_a_run_continues_across_an_edited_comment_and_not_across_edited_code(cop
 
 def test_stale_partial_output_of_other_parameters_is_never_mixed_in(copy, nursery, undisturbed):
     small = {"encode": {"chunk": 1, "batch": 1}, "runtime": {"workers": 1}}
-    tiny.write_params(copy, **small, pixels={"crop": "resize-292"})
+    tiny.write_params(copy, **small, pixels={"crop": {"resize-larger": 1.14}})
     assert killed_at(copy, nursery, 2), "there must be something stale"
     tiny.write_params(copy, **small)
     assert nursery.run("encode") == 0

@@ -20,7 +20,7 @@ import yaml
 from semdict.cli import main
 from semdict.pipeline.common.errors import ManifestError, SemdictError
 from semdict.pipeline.config import schema
-from semdict.pipeline.images.decode import MAX_PIXELS, BadImage, Status
+from semdict.pipeline.images.decode import MAX_PIXELS, BadImage, DecodeSpec, Status
 from semdict.pipeline.manifest import folders, scan
 from semdict.pipeline.manifest.cache import open_cache
 from semdict.pipeline.manifest.stage import build_manifest
@@ -45,7 +45,7 @@ def build(root: Path, images: dict[str, str], max_pixels: int = MAX_PIXELS, work
         root / "manifest.parquet",
         metrics=root / "metrics.json",
         cache=root / "cache",
-        max_pixels=max_pixels,
+        limits=DecodeSpec(max_pixels=max_pixels),
         workers=workers,
     )
 

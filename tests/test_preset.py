@@ -77,7 +77,7 @@ def test_every_default_of_the_base_has_a_place_in_the_schema_and_the_other_way_r
 
 def test_an_overlay_extends_another_preset():
     base, large = (resolve(name, ROOT / "presets") for name in ("in1k-vcq-base", "in1k-vcq-large"))
-    assert (base["pixels"]["crop"], large["pixels"]["crop"]) == ("adm-256", "adm-256")
+    assert (base["pixels"]["crop"], large["pixels"]["crop"]) == ("adm", "adm")
     assert large["ar"] == {**base["ar"], "size": "l", "steps": 500_000, "batch": 2048, "lr": 4e-4, "final_lr": 1e-5,
                            "warmup": 62_500, "hold": 62_500}  # fmt: skip
 

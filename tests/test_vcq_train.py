@@ -10,6 +10,7 @@ import yaml
 
 from semdict.cli import main
 from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.images.decode import DecodeSpec
 from semdict.pipeline.manifest.table import load_manifest
 from semdict.pipeline.shards import open_shards, verify_shards
 from semdict.train.ar.model import ArModel
@@ -141,7 +142,7 @@ def test_image_loader_resumes_and_shares_rows(world, monkeypatch):
         command(world, "manifest")
     manifest = load_manifest(world / "data/tiny/manifest/manifest.parquet")
     folders = {"train": str(world / "images" / "train")}
-    images = ImageRows(manifest, folders, usable_rows(manifest, ["train"]), "auto", 10**8)
+    images = ImageRows(manifest, folders, usable_rows(manifest, ["train"]), DecodeSpec())
 
     def loader(**place):
         return ImageLoader(images, RandomCrop(32, 3), 4, seed=3, workers=1, floats=True, **place)

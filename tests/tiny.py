@@ -96,7 +96,7 @@ def params(root: Path) -> dict:
         "inputs": {"vqgan": str(root / "vqgan.ckpt"), "features": str(root / "teacher.pth")},
         "runtime": {"workers": 2},
         "manifest": {"images": {"train": str(root / "images" / "train")}},
-        "pixels": {"crop": "resize-256"},
+        "pixels": {"crop": "resize"},
         "vqgan": {"weights": str(root / "vqgan.ckpt"), "psnr_floor": 0.0, "psnr_images": 2},
         "features": {**TEACHER, "weights": str(root / "teacher.pth")},
         "sample_features": {"points": 800, "batch": 4, "chunk": 4},

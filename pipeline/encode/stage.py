@@ -21,9 +21,8 @@ from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.execute.code_identity import code_identity
 from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 from semdict.pipeline.execute.store import WORK, ChunkStore, fingerprint
-from semdict.pipeline.images import batches as flow
-from semdict.pipeline.images.crops import SIZE, crop_identity, expand_views
-from semdict.pipeline.images.decode import decoder_identity
+from semdict.pipeline.images.batches import CropRecipe
+from semdict.pipeline.images.crops import expand_views
 from semdict.pipeline.manifest.table import Manifest, load_manifest
 from semdict.pipeline.shards import ShardSpec
 from semdict.pipeline.tokenizers.pair import PairSpec, PairTokenizer
@@ -107,16 +106,20 @@ def pair_spec(settings: Params, centroids: Path) -> PairSpec:
         features={**features.model_dump(), "weights": absolute(features.weights) if features.weights else None},
         centroids=str(Path(centroids).resolve()),
         device=resolve_device(settings.runtime.device),
-        image_size=SIZE,
+        image_size=settings.pixels.size,
     )
+
+
+def crop_recipe(settings: Params) -> CropRecipe:
+    """Decoding, crop and views of the stage."""
+    return CropRecipe.of(settings.pixels, settings.encode.views, settings.encode.seed)
 
 
 def make_recipe(settings: Params, pair: PairTokenizer, centroids: Path) -> dict[str, Any]:
     """What a token set carries about how it was made; trainers and probes compare it."""
     chosen = settings.encode
     return {
-        "crop": crop_identity(settings.pixels.crop, expand_views(list(chosen.views)), chosen.seed),
-        "decoder": decoder_identity(settings.pixels.decoder),
+        **crop_recipe(settings).identity(),
         "input_range": [0, 1],
         "precision": chosen.precision,
         "gen": pair.tokenizer.identity,
@@ -134,22 +137,15 @@ def make_job(
         recipe=recipe,
         batch=chosen.batch,
         chunk=chosen.chunk,
-        max_pixels=settings.pixels.max_pixels,
+        limits=[settings.pixels.max_pixels, settings.pixels.decode_memory],
         device=pair.device.type,
         code=code_identity(__name__),
-    )
-    crop_recipe = flow.CropRecipe(
-        crop=settings.pixels.crop,
-        views=tuple(expand_views(list(chosen.views))),
-        decoder=settings.pixels.decoder,
-        max_pixels=settings.pixels.max_pixels,
-        seed=chosen.seed,
     )
     return EncodeJob(
         fingerprint=name,
         manifest=str(Path(manifest_path).resolve()),
         images=tuple((split, str(Path(where).absolute())) for split, where in settings.manifest.images.items()),
-        recipe=crop_recipe,
+        recipe=crop_recipe(settings),
         spec=spec,
         streams=("gen", "disc"),
         length=math.prod(pair.grid),

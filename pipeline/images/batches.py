@@ -12,18 +12,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from itertools import tee
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.execute.store import Chunk
-from semdict.pipeline.images.crops import ViewSpec, crop_views
-from semdict.pipeline.images.decode import BadImage, decode
+from semdict.pipeline.images.crops import Crop, ViewSpec, crop_identity, crop_views, expand_views
+from semdict.pipeline.images.decode import DEFAULT_DECODING, BadImage, DecodeSpec, decoded, decoder_identity
+
+if TYPE_CHECKING:
+    from semdict.pipeline.config.schema import Pixels
+    from semdict.pipeline.config.schema.base import CropProtocol
 
 AHEAD = 3  # batches in flight: one in use, one ready, one being decoded
 
-Crops = tuple[np.ndarray, np.ndarray]  # (V, 256, 256, 3) uint8, boxes (V, 5) float32
+Crops = tuple[np.ndarray, np.ndarray]  # (V, S, S, 3) uint8, boxes (V, 5) float32
 
 
 class Rows(Protocol):
@@ -42,13 +46,27 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class CropRecipe:
-    """Everything that decides which pixels a view shows."""
+    """Everything that decides the pixels of a view."""
 
-    crop: str
+    crop: Crop
     views: tuple[ViewSpec, ...]
-    decoder: str
-    max_pixels: int
-    seed: int
+    decoding: DecodeSpec = DEFAULT_DECODING
+    seed: int = 0  # of random views
+
+    @classmethod
+    def of(
+        cls, pixels: "Pixels", views: Sequence[str], seed: int = 0, crop: "CropProtocol | None" = None
+    ) -> "CropRecipe":
+        """From section pixels of params.yaml and names of views; crop: a protocol other than that of the section."""
+        views = tuple(expand_views(list(views)))
+        return cls(Crop.of(crop or pixels.crop, pixels.size), views, DecodeSpec.of(pixels), seed)
+
+    def identity(self) -> dict[str, Any]:
+        """Part of a token set's recipe: crop and decoder."""
+        return {
+            "crop": crop_identity(self.crop, list(self.views), self.seed),
+            "decoder": decoder_identity(self.decoding.decoder),
+        }
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class CropBatch:
 
     chunk: Chunk
     rows: np.ndarray  # (n,) int64 manifest rows, good ones only
-    pixels: np.ndarray  # (n, V, 256, 256, 3) uint8
+    pixels: np.ndarray  # (n, V, S, S, 3) uint8
     boxes: np.ndarray  # (n, V, 5) float32: left, top, right, bottom in source pixels, flip (0 or 1)
     bad: dict[int, tuple[int, str]]  # row -> (status, reason)
     size: int  # rows covered, good and bad
@@ -134,8 +152,9 @@ def first_good(rows: np.ndarray, position: int, load: Callable[[int], Any]) -> t
 
 def load_crop(reader: Source, manifest: Rows, row: int, recipe: CropRecipe) -> Crops:
     """Views of one row and their boxes; BadImage where it cannot be decoded."""
-    rgb_HW3 = decode(reader.read(row), recipe.decoder, recipe.max_pixels)
-    pixels, boxes = crop_views(rgb_HW3, recipe.crop, list(recipe.views), manifest.key(row), recipe.seed)
+    crop = recipe.crop
+    with decoded(reader.read(row), recipe.decoding, max(crop.short, crop.ten_crop_side)) as rgb_HW3:
+        pixels, boxes = crop_views(rgb_HW3, crop, list(recipe.views), manifest.key(row), recipe.seed)
     return pixels, np.asarray([astuple(box) for box in boxes], dtype=np.float32)
 
 
@@ -155,7 +174,7 @@ def stream_batches(
 
     with closing(load_ahead(good, load, workers)) as loaded:
         for results, (chunk, rows) in zip(loaded, slices, strict=True):
-            yield _crop_batch(chunk, rows, results, len(recipe.views))
+            yield _crop_batch(chunk, rows, results, (len(recipe.views), recipe.crop.size))
 
 
 def _slices(chunks: Iterable[Chunk], batch: int) -> Iterator[tuple[Chunk, range]]:
@@ -164,15 +183,18 @@ def _slices(chunks: Iterable[Chunk], batch: int) -> Iterator[tuple[Chunk, range]
             yield chunk, range(start, min(start + batch, chunk.stop))
 
 
-def _crop_batch(chunk: Chunk, rows: range, results: list[tuple[int, Crops | BadImage]], views: int) -> CropBatch:
-    """Stack the good rows; a bad image becomes a status."""
+def _crop_batch(
+    chunk: Chunk, rows: range, results: list[tuple[int, Crops | BadImage]], shape: tuple[int, int]
+) -> CropBatch:
+    """Stack the good rows, shape = (V, S); a bad image becomes a status."""
+    views, size = shape
     good = {row: result for row, result in results if not isinstance(result, BadImage)}
     bad = {row: (int(error.status), error.reason) for row, error in results if isinstance(error, BadImage)}
     pixels, boxes = zip(*good.values(), strict=True) if good else ((), ())
     return CropBatch(
         chunk=chunk,
         rows=np.fromiter(good, np.int64),
-        pixels=np.stack(pixels) if good else np.zeros((0, views, 256, 256, 3), np.uint8),
+        pixels=np.stack(pixels) if good else np.zeros((0, views, size, size, 3), np.uint8),
         boxes=np.stack(boxes) if good else np.zeros((0, views, 5), np.float32),
         bad=bad,
         size=len(rows),

@@ -26,8 +26,6 @@ from semdict.pipeline.execute.executor import run_chunks
 from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 from semdict.pipeline.execute.store import WORK, Advance, Arrays, Chunk, ChunkStore, fingerprint, split_rows
 from semdict.pipeline.images import batches as flow
-from semdict.pipeline.images.crops import SIZE, crop_identity, expand_views
-from semdict.pipeline.images.decode import decoder_identity
 from semdict.pipeline.manifest.reader import Reader
 from semdict.pipeline.manifest.table import Manifest, load_manifest
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
@@ -182,13 +180,7 @@ def _overlaps(rows: np.ndarray, chunk: Chunk) -> bool:
 def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> SampleJob:
     """The picklable job and its fingerprint."""
     chosen, weights = settings.sample_features, settings.features.weights
-    recipe = flow.CropRecipe(
-        crop=settings.pixels.crop,
-        views=tuple(expand_views(["centre"])),
-        decoder=settings.pixels.decoder,
-        max_pixels=settings.pixels.max_pixels,
-        seed=0,
-    )
+    recipe = flow.CropRecipe.of(settings.pixels, ["centre"])
     where = resolve_device(settings.runtime.device)
     grid = _grid(settings)
     name = fingerprint(
@@ -197,8 +189,7 @@ def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> Sampl
         features=settings.features.model_dump(),
         grid=grid,
         weights=sha256_file(local_file(weights)) if weights else None,
-        crop=crop_identity(settings.pixels.crop, list(recipe.views), recipe.seed),
-        decoder=decoder_identity(settings.pixels.decoder),
+        **recipe.identity(),
         device=where.partition(":")[0],
         code=code_identity(__name__),
     )
@@ -224,7 +215,7 @@ def _grid(settings: Params) -> int:
     if settings.features.image_size is not None:
         return GRID
     tokenizer = load_tokenizer(settings.vqgan.weights, layout=settings.vqgan.layout)
-    return math.isqrt(math.prod(tokenizer.grid(SIZE)))
+    return math.isqrt(math.prod(tokenizer.grid(settings.pixels.size)))
 
 
 def _publish(store: ChunkStore, chunks: list[tuple[Chunk, tuple[int, int]]], out: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from semdict.pipeline.common.errors import ManifestError
-from semdict.pipeline.images.decode import BadImage, Status, probe
+from semdict.pipeline.images.decode import BadImage, DecodeSpec, Status, probe
 from semdict.pipeline.manifest.cache import RESULTS, SCHEMA, STAMP, ScanCache, open_cache
 from semdict.pipeline.manifest.reader import ByteReader
 
@@ -26,7 +26,7 @@ Result = tuple[int, int, int, str, int, str]  # the columns of RESULTS
 
 
 def scan(
-    listing: pa.Table, images: Mapping[str, str], cache: Path, max_pixels: int, workers: int = 0, fresh: bool = False
+    listing: pa.Table, images: Mapping[str, str], cache: Path, limits: DecodeSpec, workers: int = 0, fresh: bool = False
 ) -> pa.Table:
     """RESULTS columns for each row of `listing` (see sources.Listing), in its order.
 
@@ -41,7 +41,7 @@ def scan(
         missing = np.flatnonzero(known["status"].is_null().to_numpy())
         if len(missing):
             reader = ByteReader(images)
-            results = _scan_rows(listing, stamped, missing, reader, store, max_pixels, workers)
+            results = _scan_rows(listing, stamped, missing, reader, store, limits, workers)
             known = _lookup(stamped, pa.concat_tables([results, rows]))
         if len(store) > 2 * len(listing):  # images that are gone and old stamps would pile up
             store.add(_remembered(stamped, known), replace=True)
@@ -71,7 +71,7 @@ def _scan_rows(
     missing: np.ndarray,
     reader: ByteReader,
     cache: ScanCache,
-    max_pixels: int,
+    limits: DecodeSpec,
     workers: int,
 ) -> pa.Table:
     """Read the images of rows `missing` and add the results to the cache, in pieces; an interrupt keeps the pieces.
@@ -93,7 +93,7 @@ def _scan_rows(
     total = len(missing)
     with tqdm(total=total, unit="img", desc="manifest", mininterval=0.5, smoothing=0.05, file=sys.stderr) as bar:
         try:
-            for batch in _examined(listing, missing, reader, max_pixels, workers):
+            for batch in _examined(listing, missing, reader, limits, workers):
                 waiting += batch
                 bar.update(len(batch))
                 if len(waiting) >= SAVE_ROWS or time.monotonic() - saved > SAVE_SECONDS:
@@ -105,7 +105,7 @@ def _scan_rows(
 
 
 def _examined(
-    listing: pa.Table, rows: np.ndarray, reader: ByteReader, max_pixels: int, workers: int
+    listing: pa.Table, rows: np.ndarray, reader: ByteReader, limits: DecodeSpec, workers: int
 ) -> Iterator[list[tuple[int, Result]]]:
     """Batches of (row, result) in row order; neighbouring rows go to one thread, a few batches wait ahead."""
     threads = workers or 2 * (os.cpu_count() or 1)
@@ -115,7 +115,7 @@ def _examined(
         pending: deque[Future] = deque()
         for start in range(0, len(rows), BATCH_ROWS):
             part = rows[start : start + BATCH_ROWS]
-            pending.append(pool.submit(_examine_batch, columns.take(pa.array(part)), part, reader, max_pixels))
+            pending.append(pool.submit(_examine_batch, columns.take(pa.array(part)), part, reader, limits))
             if len(pending) > 4 * threads:
                 yield pending.popleft().result()
         while pending:
@@ -124,12 +124,14 @@ def _examined(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _examine_batch(table: pa.Table, rows: np.ndarray, reader: ByteReader, max_pixels: int) -> list[tuple[int, Result]]:
+def _examine_batch(
+    table: pa.Table, rows: np.ndarray, reader: ByteReader, limits: DecodeSpec
+) -> list[tuple[int, Result]]:
     records = zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
-    return [(int(row), _examine(reader, max_pixels, *record)) for row, record in zip(rows, records, strict=True)]
+    return [(int(row), _examine(reader, limits, *record)) for row, record in zip(rows, records, strict=True)]
 
 
-def _examine(reader: ByteReader, max_pixels: int, split: str, source: str, offset: int, size: int) -> Result:
+def _examine(reader: ByteReader, limits: DecodeSpec, split: str, source: str, offset: int, size: int) -> Result:
     """(bytes, width, height, sha256, status, reason) of one image; width and height are 0 where it is bad."""
     try:
         data = reader.read(split, source, offset, size)
@@ -140,7 +142,7 @@ def _examine(reader: ByteReader, max_pixels: int, split: str, source: str, offse
         raise ManifestError(f"{path}: changed while it was listed ({size} bytes, then {len(data)}); run this again")
     digest = hashlib.sha256(data).hexdigest()
     try:
-        width, height = probe(data, max_pixels)
+        width, height = probe(data, limits)
     except BadImage as bad:
         return len(data), 0, 0, digest, bad.status, bad.reason
     return len(data), width, height, digest, Status.OK, ""

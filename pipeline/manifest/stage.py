@@ -20,7 +20,7 @@ from semdict.pipeline.config import schema
 from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 from semdict.pipeline.execute.store import WORK
-from semdict.pipeline.images.decode import Status
+from semdict.pipeline.images.decode import DecodeSpec, Status
 from semdict.pipeline.manifest.scan import scan
 from semdict.pipeline.manifest.sources import Listing, list_images
 from semdict.pipeline.manifest.table import COLUMNS, META, Manifest
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             out,
             metrics=args.metrics or Path("reports") / preset / "manifest.json",
             cache=args.work / "manifest-cache" / preset,
-            max_pixels=settings.pixels.max_pixels,
+            limits=DecodeSpec.of(settings.pixels),
             workers=settings.runtime.workers,
             fresh=args.fresh,
         )
@@ -71,7 +71,7 @@ def build_manifest(
     out: Path,
     metrics: Path,
     cache: Path,
-    max_pixels: int,
+    limits: DecodeSpec,
     workers: int = 0,
     fresh: bool = False,
 ) -> Manifest:
@@ -84,7 +84,7 @@ def build_manifest(
     listing = list_images(settings.images, settings.layout, settings.label_key)
     for note in listing.notes:
         print(f"manifest: {note}", file=sys.stderr)
-    known = scan(listing.table, settings.images, _cache_file(cache, max_pixels), max_pixels, workers, fresh)
+    known = scan(listing.table, settings.images, _cache_file(cache, limits), limits, workers, fresh)
     manifest = Manifest(_assemble(listing, known))
     _report_bad(manifest, cache / "bad.csv", settings.max_bad_fraction)
     with atomic_write(out) as tmp_path:
@@ -93,11 +93,12 @@ def build_manifest(
     return manifest
 
 
-def _cache_file(cache: Path, max_pixels: int) -> Path:
+def _cache_file(cache: Path, limits: DecodeSpec) -> Path:
     """Results depend on the limit and on Pillow's readers; those of other settings are deleted."""
     from PIL import Image
 
-    identity = sha256_json({"version": 2, "max_pixels": max_pixels, "pillow": Image.__version__})
+    parts = {"version": 3, "limits": [limits.max_pixels, limits.decode_memory], "pillow": Image.__version__}
+    identity = sha256_json(parts)
     path = cache / f"images-{identity[:16]}.sqlite"
     for other in cache.iterdir() if cache.is_dir() else []:
         if not other.name.startswith(path.name) and (other.is_dir() or ".sqlite" in other.name):

@@ -9,8 +9,6 @@ import torch
 
 from semdict.train.engine.rng import Stream, numpy_seed
 
-SIZE = 256  # pixels a side
-
 
 class TimmAugmentation:
     """Random resized crop (bicubic), flip and RandAugment by timm's name ("" = none): (S, S, 3) uint8.
@@ -19,8 +17,8 @@ class TimmAugmentation:
     from them for each image. So images must be augmented one at a time in a process: in worker processes, not threads.
     """
 
-    def __init__(self, seed: int, rand_augment: str, crop_scale: tuple[float, float], size: int = SIZE) -> None:
-        self.seed, self.transform = seed, make_transform(rand_augment, crop_scale, size)
+    def __init__(self, seed: int, rand_augment: str, crop_scale: tuple[float, float], size: int) -> None:
+        self.seed, self.size, self.transform = seed, size, make_transform(rand_augment, crop_scale, size)
 
     def __call__(self, rgb_HW3: np.ndarray, epoch: int, row: int) -> np.ndarray:
         from PIL import Image
@@ -29,7 +27,7 @@ class TimmAugmentation:
         return np.asarray(self.transform(Image.fromarray(rgb_HW3))).transpose(1, 2, 0)
 
 
-def make_transform(rand_augment: str, crop_scale: tuple[float, float], size: int = SIZE) -> Callable[[Any], Any]:
+def make_transform(rand_augment: str, crop_scale: tuple[float, float], size: int) -> Callable[[Any], Any]:
     """timm's training transform: PIL image -> (3, size, size) uint8; empty corners get timm's fill, ImageNet's mean."""
     from timm.data import auto_augment, create_transform
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +16,17 @@ from semdict.train.engine.rng import Stream, stream_key
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from semdict.pipeline.images.decode import DecodeSpec
     from semdict.pipeline.manifest.table import Manifest
 
-# (image (H, W, 3) uint8, epoch, row) -> (S, S, 3) uint8; depends on these three and the augmentation's seed alone
-Augmentation = Callable[[np.ndarray, int, int], np.ndarray]
+
+class Augmentation(Protocol):
+    """Random views of an image: they depend on the image, epoch, row and the augmentation's own seed alone."""
+
+    size: int  # S, pixels
+
+    def __call__(self, rgb_HW3: np.ndarray, epoch: int, row: int) -> np.ndarray:
+        """(S, S, 3) uint8."""
 
 
 @dataclass
@@ -29,8 +36,7 @@ class ImageRows:
     manifest: "Manifest"
     images: dict[str, str]  # split -> where its images are
     rows: np.ndarray  # (n,) int64
-    decoder: str
-    max_pixels: int
+    decoding: "DecodeSpec"
 
     def __post_init__(self) -> None:
         self._reader: Any = None
@@ -38,13 +44,17 @@ class ImageRows:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
 
-    def decode(self, row: int) -> np.ndarray:
-        """(H, W, 3) uint8 of a manifest row; BadImage where it cannot be decoded."""
-        from semdict.pipeline.images.decode import decode
+    def load(self, row: int, size: int, crop: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """crop(pixels (H, W, 3) uint8) of a manifest row; BadImage where it cannot be decoded.
+
+        size: pixels that `crop` resizes the shorter side to, for the estimate of memory.
+        """
+        from semdict.pipeline.images.decode import decoded
 
         if self._reader is None:
             self._reader = self.manifest.reader(self.images)
-        return decode(self._reader.read(row), self.decoder, self.max_pixels)
+        with decoded(self._reader.read(row), self.decoding, size) as rgb_HW3:
+            return crop(rgb_HW3)
 
 
 def usable_rows(manifest: "Manifest", splits: list[str]) -> np.ndarray:
@@ -80,13 +90,16 @@ def centre_crops(images: ImageRows, size: int, n: int, workers: int = 0) -> np.n
     """
     from semdict.pipeline.images.batches import load_ahead
 
-    def load(row: int) -> np.ndarray:
-        image = resize_shorter_side(images.decode(row), size)
+    def centre(rgb_HW3: np.ndarray) -> np.ndarray:
+        image = resize_shorter_side(rgb_HW3, size)
         return square(image, (image.width - size) // 2, (image.height - size) // 2, size)
 
+    def load(row: int) -> np.ndarray:
+        return images.load(row, size, centre)
+
     n = min(n, len(images.rows))
-    chosen = images.rows[np.linspace(0, len(images.rows) - 1, n).astype(np.int64)]
-    return np.stack([crop for crops in load_ahead(chosen[:, None].tolist(), load, workers) for crop in crops])
+    rows = images.rows[np.linspace(0, len(images.rows) - 1, n).astype(np.int64)]
+    return np.stack([crop for crops in load_ahead(rows[:, None].tolist(), load, workers) for crop in crops])
 
 
 def resize_shorter_side(rgb_HW3: np.ndarray, size: int) -> "Image":
@@ -197,7 +210,7 @@ class _LoadAugmented:
 
         def load(at: int) -> np.ndarray:
             row = int(rows[at])
-            return self.augment(self.images.decode(row), epoch, row)
+            return self.images.load(row, self.augment.size, lambda rgb_HW3: self.augment(rgb_HW3, epoch, row))
 
         pixels_SS3, tried = first_good(order, position, load)
         *bad, row = rows[order[tried]].tolist()

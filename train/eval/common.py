@@ -105,10 +105,13 @@ class Setup:
 
     def image_source(self, manifest: Path, images: dict[str, str], splits: list[str]) -> ImageSource:
         """Images of some splits of a manifest, [] = all, in the crops of the protocol."""
-        cfg, pixels = self.cfg, self.params.pixels
+        from semdict.pipeline.images.batches import CropRecipe
+
+        cfg = self.cfg
+        recipe = CropRecipe.of(self.params.pixels, ["centre"], crop=cfg.test_crop)
         return ImageSource(
-            manifest, images, splits, cfg.test_crop, self.vqgan, self.encoder, self.device, pixels.decoder,
-            pixels.max_pixels, cfg.batch, self.params.runtime.workers, self.args.other_recipe,
+            manifest, images, splits, recipe, self.vqgan, self.encoder, self.device, cfg.batch,
+            self.params.runtime.workers, self.args.other_recipe,
         )  # fmt: skip
 
     def test_set(self, source: Source) -> FeatureSet:

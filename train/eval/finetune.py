@@ -148,8 +148,9 @@ class Session:
         """Augmented training images of this rank."""
         g, world, source = self.given, self.world, self.train_source
         folders = dict(self.setup.params.manifest.images)
-        images = ImageRows(source.manifest, folders, source.rows, source.decoder, source.max_pixels)
-        augment = TimmAugmentation(g.seed, g.rand_augment, (g.crop_scale[0], g.crop_scale[1]))
+        images = ImageRows(source.manifest, folders, source.rows, source.recipe.decoding)
+        scale = (g.crop_scale[0], g.crop_scale[1])
+        augment = TimmAugmentation(g.seed, g.rand_augment, scale, source.recipe.crop.size)
         return ImageLoader(
             images, augment, g.batch, g.seed, world.rank, world.size, world.device, self.setup.params.runtime.workers,
             processes=True,

@@ -120,10 +120,10 @@ class PngFolder(ImageSet):
 
     def pixels(self, number: int) -> np.ndarray:
         """(H, W, 3) uint8; SemdictError where a file is damaged, since a sample must not be left out of a score."""
-        from semdict.pipeline.images.decode import BadImage, decode
+        from semdict.pipeline.images.decode import BadImage, DecodeSpec, decode
 
         try:
-            return decode(self.files[number].read_bytes(), "pillow", self.max_pixels)
+            return decode(self.files[number].read_bytes(), DecodeSpec("pillow", self.max_pixels))
         except BadImage as error:
             raise SemdictError(
                 f"{self.files[number]} cannot be decoded ({error.reason}); make the images of this folder again"
@@ -152,8 +152,7 @@ class ManifestSplit(ImageSet):
     """
 
     def __init__(self, path: Path, params: "Params", split: str, limit: int = 0, crop: Crop | None = None) -> None:
-        from semdict.pipeline.images.crops import expand_views
-        from semdict.pipeline.images.decode import decoder_identity
+        from semdict.pipeline.images.batches import CropRecipe
         from semdict.pipeline.manifest.table import load_manifest
 
         super().__init__()
@@ -162,12 +161,12 @@ class ManifestSplit(ImageSet):
         self.rows = rows[manifest.status[rows] == 0]
         if limit and limit < len(self.rows):
             self.rows = self.rows[np.linspace(0, len(self.rows) - 1, limit).astype(np.int64)]
-        self.manifest, self.cfg, self.views = manifest, params.pixels, expand_views(["centre"])
+        self.manifest, self.recipe = manifest, CropRecipe.of(params.pixels, ["centre"])
         self.reader, self.crop = manifest.reader(params.manifest.images), crop
         self.origin = {
             "from": str(path), "split": split, "manifest_sha256": manifest.sha256,
-            "crop": crop.__name__ if crop else params.pixels.crop,
-            "decoder": "pillow" if crop else decoder_identity(params.pixels.decoder),
+            "crop": crop.__name__ if crop else self.recipe.crop.name,
+            "decoder": "pillow" if crop else self.recipe.identity()["decoder"],
         }  # fmt: skip
 
     def __len__(self) -> int:
@@ -179,15 +178,12 @@ class ManifestSplit(ImageSet):
 
     def pixels(self, number: int) -> np.ndarray:
         """(H, W, 3) uint8; BadImage where the image cannot be decoded."""
-        from semdict.pipeline.images.crops import crop_views
-        from semdict.pipeline.images.decode import decode
+        from semdict.pipeline.images.batches import load_crop
 
         row = int(self.rows[number])
         if self.crop is not None:
-            return self.crop(self.reader.read(row), self.cfg.max_pixels)
-        image = decode(self.reader.read(row), self.cfg.decoder, self.cfg.max_pixels)
-        crops, _ = crop_views(image, self.cfg.crop, list(self.views), self.manifest.key(row), 0)
-        return crops[0]
+            return self.crop(self.reader.read(row), self.recipe.decoding.max_pixels)
+        return load_crop(self.reader, self.manifest, row, self.recipe)[0][0]
 
 
 def open_images(

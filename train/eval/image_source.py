@@ -1,12 +1,13 @@
 """Images as token batches for a frozen encoder, cropped as the published probe crops them and encoded by the VQGAN.
 
-N labelled images, L grid cells, B rows of a batch, E feature width.
+N labelled images, L grid cells, B rows of a batch, E feature width, S pixels along the side of a crop.
 """
 
 import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from semdict.train.eval.sources import TokenBatch
 from semdict.train.masked.encoder import Encoder
 
 if TYPE_CHECKING:
+    from semdict.pipeline.images.batches import CropRecipe
     from semdict.pipeline.images.crops import ViewSpec
     from semdict.pipeline.tokenizers.base import Tokenizer
 
@@ -31,16 +33,14 @@ ROWS = 128  # images of a training batch that share a forward pass and its dropo
 class ImageSource:
     """Labelled images of some splits of a manifest ([] = all), cropped by the protocol and encoded in float32.
 
-    Its one cached view is the test crop; `random_crops` gives training batches. batch: images per pass of the VQGAN.
+    Its one cached view is the test crop, the centre view of `recipe`; `random_crops` gives training batches.
+    batch: images per pass of the VQGAN.
     """
 
     def __init__(
-        self, manifest: Path, images: dict[str, str], splits: list[str], crop: str, vqgan: "Tokenizer",
-        encoder: Encoder, device: torch.device, decoder: str, max_pixels: int, batch: int = 64, workers: int = 0,
-        other_recipe: bool = False,
+        self, manifest: Path, images: dict[str, str], splits: list[str], recipe: "CropRecipe", vqgan: "Tokenizer",
+        encoder: Encoder, device: torch.device, batch: int = 64, workers: int = 0, other_recipe: bool = False,
     ) -> None:  # fmt: skip
-        from semdict.pipeline.images.crops import SIZE, crop_identity, expand_views
-        from semdict.pipeline.images.decode import decoder_identity
         from semdict.pipeline.manifest.table import load_manifest
 
         self.manifest = load_manifest(manifest)
@@ -50,16 +50,15 @@ class ImageSource:
             raise ManifestError(f"{manifest}: no usable image with a label in {splits or 'any split'}")
         gen = {"gen": vqgan.identity}
         same = encoder.only("gen").check_tokens(
-            Path("the VQGAN"), vqgan.codebook_size, math.prod(vqgan.grid(SIZE)), gen, other_recipe
+            Path("the VQGAN"), vqgan.codebook_size, math.prod(vqgan.grid(recipe.crop.size)), gen, other_recipe
         )
         self.reader, self.vqgan, self.device = self.manifest.reader(images), vqgan, device
         self.rows, self.labels = good, self.manifest.label[good].astype(np.int64)
         self.names = class_names(self.labels, None, self.manifest.classes)
-        self.crop, self.views, self.left_out = crop, [crop], len(rows) - len(good)
-        self.decoder, self.max_pixels, self.batch, self.workers = decoder, max_pixels, batch, workers
-        view = expand_views(["centre"])
-        self.identity = {"manifest": self.manifest.sha256, "splits": splits, "crop": crop_identity(crop, view, 0),
-                         "decoder": decoder_identity(decoder), **gen}  # fmt: skip
+        self.recipe, self.batch, self.workers = recipe, batch, workers
+        self.crop, self.left_out = recipe.crop.name, len(rows) - len(good)
+        self.views = [self.crop]
+        self.identity = {"manifest": self.manifest.sha256, "splits": splits, **recipe.identity(), **gen}
         self.about = {"source": "images", "manifest": self.manifest.sha256[:16], "vqgan": vqgan.identity["sha256"],
                       "same_recipe_as_training": same, "splits": splits or ["all"], "images": len(good),
                       "left_out": self.left_out}  # fmt: skip
@@ -81,7 +80,7 @@ class ImageSource:
         for crops in load_ahead((part.tolist() for part in parts), load, self.workers):
             bad = tuple(i for i, crop in enumerate(crops) if isinstance(crop, BadImage))
             for i in bad:
-                crops[i] = np.zeros((256, 256, 3), np.uint8)
+                crops[i] = np.zeros((self.recipe.crop.size, self.recipe.crop.size, 3), np.uint8)
             yield TokenBatch(start, self.tokenise(crops), bad)
             start += len(crops)
 
@@ -111,21 +110,21 @@ class ImageSource:
         return fewer
 
     def tokenise(self, crops: Sequence[np.ndarray]) -> Tensor:
-        """(B, L) int64 codes of (256, 256, 3) uint8 crops."""
+        """(B, L) int64 codes of (S, S, 3) uint8 crops."""
         parts = [crops[start : start + self.batch] for start in range(0, len(crops), self.batch)]
         return torch.cat([self.codes(to_device(np.stack(part), self.device)) for part in parts])
 
     @torch.no_grad()
     def codes(self, images: Tensor) -> Tensor:
-        """(B, L) int64 codes of (B, 3, 256, 256) in [0, 1]; always in float32, since other precisions change codes."""
+        """(B, L) int64 codes of (B, 3, S, S) in [0, 1]; always in float32, since other precisions change codes."""
         with torch.autocast(self.device.type, enabled=False), reduced_precision(self.device, "float32"):
             return torch.cat([self.vqgan.encode(part) for part in images.float().split(self.batch)])
 
     def _crop(self, row: int, view: "ViewSpec", seed: int) -> np.ndarray:
-        """(256, 256, 3) uint8 view of a manifest row; BadImage where it cannot be decoded."""
-        from semdict.pipeline.images.batches import CropRecipe, load_crop
+        """(S, S, 3) uint8 view of a manifest row; BadImage where it cannot be decoded."""
+        from semdict.pipeline.images.batches import load_crop
 
-        recipe = CropRecipe(self.crop, (view,), self.decoder, self.max_pixels, seed)
+        recipe = replace(self.recipe, views=(view,), seed=seed)
         return load_crop(self.reader, self.manifest, row, recipe)[0][0]
 
 

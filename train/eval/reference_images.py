@@ -73,9 +73,9 @@ def reference_crop(data: bytes, max_pixels: int) -> np.ndarray:
     from PIL import Image
     from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
-    from semdict.pipeline.images.decode import decode
+    from semdict.pipeline.images.decode import DecodeSpec, decode
 
-    image = Image.fromarray(decode(data, "pillow", max_pixels))
+    image = Image.fromarray(decode(data, DecodeSpec("pillow", max_pixels)))
     return np.asarray(center_crop(resize(image, SIDE, InterpolationMode.BILINEAR), SIDE))
 
 

@@ -53,11 +53,9 @@ class CroppedImages:
     def of(cls, path: Path, params: "Params") -> "CroppedImages":
         """The images of the manifest at `path` as params.yaml describes them."""
         from semdict.pipeline.images.batches import CropRecipe
-        from semdict.pipeline.images.crops import expand_views
         from semdict.pipeline.manifest.table import load_manifest
 
-        manifest, cfg = load_manifest(path), params.pixels
-        recipe = CropRecipe(cfg.crop, tuple(expand_views(["centre"])), cfg.decoder, cfg.max_pixels, 0)
+        manifest, recipe = load_manifest(path), CropRecipe.of(params.pixels, ["centre"])
         return cls(manifest, manifest.reader(params.manifest.images), recipe)
 
     def rows(self, splits: list[str]) -> np.ndarray:
@@ -92,7 +90,7 @@ class Originals(ImageSet):
     def __init__(self, images: CroppedImages, rows: np.ndarray) -> None:
         super().__init__()
         self.images, self.rows = images, rows
-        self.origin = {"manifest_sha256": images.manifest.sha256, "crop": images.recipe.crop}
+        self.origin = {"manifest_sha256": images.manifest.sha256, "crop": images.recipe.crop.name}
 
     def __len__(self) -> int:
         return len(self.rows)

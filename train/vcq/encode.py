@@ -116,36 +116,32 @@ def _job(params, manifest, manifest_path: Path, spec: VcqSpec, model: Tokenizer1
     from semdict.pipeline.encode.worker import EncodeJob
     from semdict.pipeline.execute.code_identity import code_identity
     from semdict.pipeline.execute.store import fingerprint
-    from semdict.pipeline.images import batches as flow
-    from semdict.pipeline.images import crops
-    from semdict.pipeline.images.crops import crop_identity, expand_views
-    from semdict.pipeline.images.decode import decoder_identity
+    from semdict.pipeline.images.batches import CropRecipe
     from semdict.pipeline.shards import ShardSpec
 
     chosen, pixels = params.vcq_encode, params.pixels
-    views = tuple(expand_views(list(chosen.views)))
-    if model.config.image_size != crops.SIZE:
-        raise UsageError(f"{spec.path} works on {model.config.image_size} pixels, crops have {crops.SIZE}")
+    crops = CropRecipe.of(pixels, chosen.views, chosen.seed)
+    if model.config.image_size != crops.crop.size:
+        raise UsageError(f"{spec.path} works on {model.config.image_size} pixels, crops have {crops.crop.size}")
     recipe = {
-        "crop": crop_identity(pixels.crop, list(views), chosen.seed),
-        "decoder": decoder_identity(pixels.decoder),
+        **crops.identity(),
         "input_range": [0, 1],
         "precision": chosen.precision,
         "gen": model.identity,
     }
     name = fingerprint(
-        manifest=manifest.sha256, recipe=recipe, batch=chosen.batch, chunk=chosen.chunk, max_pixels=pixels.max_pixels,
+        manifest=manifest.sha256, recipe=recipe, batch=chosen.batch, chunk=chosen.chunk,
+        limits=[pixels.max_pixels, pixels.decode_memory],
         device=spec.device, code=code_identity(__name__),
     )  # fmt: skip
     where = tuple((split, str(Path(pattern).absolute())) for split, pattern in params.manifest.images.items())
-    cut = flow.CropRecipe(pixels.crop, views, pixels.decoder, pixels.max_pixels, chosen.seed)
     job = EncodeJob(
-        name, str(Path(manifest_path).resolve()), where, cut, spec, ("gen",), model.config.tokens, chosen.batch,
+        name, str(Path(manifest_path).resolve()), where, crops, spec, ("gen",), model.config.tokens, chosen.batch,
         params.runtime.workers, chosen.precision,
     )  # fmt: skip
     shards = ShardSpec(
         rows=len(manifest),
-        views=[{**asdict(view), "name": view.name} for view in views],
+        views=[{**asdict(view), "name": view.name} for view in crops.views],
         grid=(model.config.tokens,),
         gen_sizes=list(model.quantizer.sizes),
         disc_size=None,

@@ -172,8 +172,10 @@ class Session:
 
     def images(self, splits: list[str]) -> ImageRows:
         """Usable images of some splits."""
+        from semdict.pipeline.images.decode import DecodeSpec
+
         pixels, rows = self.params.pixels, usable_rows(self.manifest, splits)
-        return ImageRows(self.manifest, dict(self.params.manifest.images), rows, pixels.decoder, pixels.max_pixels)
+        return ImageRows(self.manifest, dict(self.params.manifest.images), rows, DecodeSpec.of(pixels))
 
     def loader(self) -> ImageLoader:
         """Random crops of the training images."""

@@ -4,9 +4,9 @@ Types, bounds and rules only; every default stands in presets/base.yaml. Bounds 
 keyboard (a seed of 10^23, infinite epochs), not unusual experiments.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 BILLION = 1_000_000_000
 
@@ -44,6 +44,19 @@ class Runtime(Section):
     picture_every: CountOrZero
     pictures: Count
     tensorboard: bool
+
+
+def check_crop(value: Any) -> Any:
+    """ValueError unless it is one of the crop protocols, see `pipeline.images.crops.Crop`."""
+    if value in ("resize", "adm"):
+        return value
+    factor = value.get("resize-larger") if isinstance(value, dict) and len(value) == 1 else None
+    if isinstance(factor, (int, float)) and factor is not True and 1 <= factor <= 4:
+        return {"resize-larger": float(factor)}
+    raise ValueError("must be resize, adm or {resize-larger: F}, F from 1 to 4; pixels.size is the side of the crop")
+
+
+CropProtocol = Annotated[str | dict[str, float], PlainValidator(check_crop)]
 
 
 def check_warmup(warmup_epochs: int, epochs: int) -> None:

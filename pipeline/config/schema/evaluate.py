@@ -8,6 +8,7 @@ from semdict.pipeline.config.schema.base import (
     Betas,
     Count,
     CountOrZero,
+    CropProtocol,
     Dropout,
     Name,
     Precision,
@@ -134,7 +135,7 @@ class Evaluate(Section):
     test_splits: Splits
     train_views: list[str]
     test_view: str
-    test_crop: Literal["resize-256", "adm-256", "resize-292"]
+    test_crop: CropProtocol
     batch: Count
     precision: Precision
     dtype: Literal["float32", "float16"]

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from semdict.pipeline.config.schema.base import Count, Decibels, Precision, Section, Seed, Share
+from semdict.pipeline.config.schema.base import BILLION, Count, CropProtocol, Decibels, Precision, Section, Seed, Share
 
 NO_FILE = "weights/README.md"  # stands in `inputs` where there is no file to watch
 
@@ -33,9 +33,11 @@ class Manifest(Section):
 class Pixels(Section):
     """How a file becomes pixels."""
 
-    crop: Literal["resize-256", "adm-256", "resize-292"]
+    size: Annotated[int, Field(ge=8, le=4096)]
+    crop: CropProtocol
     decoder: Literal["auto", "simplejpeg", "pillow"]
     max_pixels: Annotated[int, Field(ge=1, le=357_913_940)]
+    decode_memory: Annotated[int, Field(ge=10_000_000, le=1_000 * BILLION)]
 
 
 class Vqgan(Section):
