@@ -12,13 +12,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 LENGTH = 256
 SIZES = {"gen": 1024, "disc": 16384}
-ROWS = 1 << 14  # rows of a raw file's piece
+LARGE = {"gen": 1 << 18}  # the codebook of Open-MAGVIT2 and of the largest IBQ, as 32-bit ids
+ROWS = 1 << 14  # rows read or written at a time
 
 
 def zipf_counts(size: int) -> np.ndarray:
@@ -27,28 +29,42 @@ def zipf_counts(size: int) -> np.ndarray:
     return weight / weight.sum()
 
 
-def make_raw(folder: Path, rows: int) -> None:
-    """gen.raw and disc.raw: uint16 (rows, L), ids shuffled so that the id says nothing of its frequency."""
+def make_raw(folder: Path, rows: int, sizes: dict[str, int]) -> None:
+    """sizes.json, and NAME.raw of each array: ids (rows, L), numbered at random so that an id tells no frequency."""
+    from semdict.pipeline.shards import id_dtype
+
     rng = np.random.default_rng(0)
-    for name, size in SIZES.items():
-        # a table of 2^22 equally likely ids stands for the law: one draw is one look-up
-        table = np.repeat(rng.permutation(size).astype(np.uint16), np.round(zipf_counts(size) * (1 << 22)).astype(int))
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    for name, size in sizes.items():
+        # a table of 2^22 (2^25) equally likely ids stands for the law: one sample is one look-up
+        cells = max(1 << 22, size << 7)
+        ids = rng.permutation(size).astype(id_dtype(size))
+        table = np.repeat(ids, np.round(zipf_counts(size) * cells).astype(int))
         with (folder / f"{name}.raw").open("wb") as file:
             for start in range(0, rows, ROWS):
                 n = min(ROWS, rows - start)
                 table[rng.integers(0, len(table), n * LENGTH, dtype=np.uint32)].tofile(file)
 
 
-def raw_blocks(folder: Path, rows: int) -> Iterator:
-    """Blocks read from the raw files; nothing is mapped, so that peak memory is honest."""
-    from semdict.pipeline.shards import Block
+def read_sizes(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "sizes.json").read_text())
 
-    with (folder / "gen.raw").open("rb") as gen, (folder / "disc.raw").open("rb") as disc:
+
+def raw_blocks(folder: Path, rows: int) -> Iterator:
+    """Blocks read from the raw files, which are not mapped: maps would count towards peak memory."""
+    from semdict.pipeline.shards import Block, id_dtype
+
+    with ExitStack() as stack:
+        sizes = read_sizes(folder)
+        files = {name: stack.enter_context((folder / f"{name}.raw").open("rb")) for name in sizes}
         for start in range(0, rows, ROWS):
             n = min(ROWS, rows - start)
-            tokens = [np.fromfile(file, np.uint16, n * LENGTH).reshape(n, 1, LENGTH) for file in (gen, disc)]
+            ids = {
+                name: np.fromfile(file, id_dtype(sizes[name]), n * LENGTH).reshape(n, 1, LENGTH)
+                for name, file in files.items()
+            }
             label = (np.arange(start, start + n) % 1000).astype(np.int32)
-            yield Block(*tokens, label, np.zeros(n, np.uint8))
+            yield Block(ids["gen"], ids.get("disc"), label, np.zeros(n, np.uint8))
 
 
 def index_stream(rows: int):
@@ -67,10 +83,11 @@ def index_stream(rows: int):
 
 
 def part_write(folder: Path, rows: int) -> dict:
-    """Count and write; both walks over the blocks are in the time."""
+    """Count and write; the time contains both walks over the blocks."""
     from semdict.pipeline.shards import ShardSpec, write_shards
 
-    spec = ShardSpec(rows, [{"name": "centre"}], (16, 16), SIZES["gen"], SIZES["disc"], title="synthetic")
+    sizes = read_sizes(folder)
+    spec = ShardSpec(rows, [{"name": "centre"}], (16, 16), sizes["gen"], sizes.get("disc"), title="synthetic")
     write_shards(folder / "shards", spec, lambda: raw_blocks(folder, rows), index_stream(rows))
     return {}
 
@@ -84,16 +101,16 @@ def part_verify(folder: Path, rows: int) -> dict:
 
 
 def part_load(folder: Path, rows: int) -> dict:
-    """What a trainer does at its start."""
+    """The set in memory, as a trainer loads it at its start."""
     from semdict.pipeline.shards import open_shards
 
     loaded = open_shards(folder / "shards").load()
     assert loaded.gen.shape == (rows, 1, LENGTH)
-    return {"token_bytes": loaded.gen.nbytes + loaded.disc.nbytes}
+    return {"token_bytes": loaded.gen.nbytes + (0 if loaded.disc is None else loaded.disc.nbytes)}
 
 
 def part_read_one_core(folder: Path, rows: int) -> dict:
-    """Original ids through the lazy arrays, one thread on one core, the allocator set as our commands set it."""
+    """Original ids through the lazy arrays, one thread on one core, with the commands' setting of the allocator."""
     from semdict.pipeline.common.memory import keep_freed_memory
     from semdict.pipeline.shards import open_shards
 
@@ -117,7 +134,7 @@ def part_read_raw(folder: Path, rows: int) -> dict:
 
 
 def part_pt(folder: Path, rows: int) -> dict:
-    """The authors' layout with int16 ids, the smallest that torch indexes with: write, then load."""
+    """The authors' layout with int16 ids, the smallest type that torch indexes quickly: write, then load."""
     import torch
 
     names = {"gen": "tokens_vqgan", "disc": "tokens_dino"}
@@ -154,15 +171,15 @@ def child(part: str, folder: Path, rows: int) -> dict:
 
 
 def run_part(part: str, folder: Path, rows: int) -> dict:
-    """The child's side."""
+    """One part, in the child process."""
     import pyarrow.parquet  # noqa: F401  imports are not what is measured
     import zarr  # noqa: F401
 
     started, cpu = time.perf_counter(), time.process_time()
-    found = globals()[f"part_{part}"](folder, rows)
-    found["seconds"], found["cpu_seconds"] = time.perf_counter() - started, time.process_time() - cpu
-    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return found
+    figures = globals()[f"part_{part}"](folder, rows)
+    figures["seconds"], figures["cpu_seconds"] = time.perf_counter() - started, time.process_time() - cpu
+    figures["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return figures
 
 
 def measure(folder: Path, rows: int) -> dict:
@@ -170,7 +187,7 @@ def measure(folder: Path, rows: int) -> dict:
     from benchmarks.report import machine
     from semdict.pipeline.shards.command import summary
 
-    make_raw(folder, rows)
+    make_raw(folder, rows, SIZES)
     parts = ["write", "verify", "load", "read_one_core", "read_raw", "pt", "zstd"]
     result = {"rows": rows, "machine": machine(), "load_average": os.getloadavg()} | {
         part: child(part, folder, rows) for part in parts
@@ -180,6 +197,7 @@ def measure(folder: Path, rows: int) -> dict:
     tenth.mkdir()
     for name in SIZES:
         np.fromfile(folder / f"{name}.raw", np.uint16, small * LENGTH).tofile(tenth / f"{name}.raw")
+    shutil.copy(folder / "sizes.json", tenth)
     result["write_tenth"] = child("write", tenth, small)
     books = summary(folder / "shards")["codebooks"]
     result["codebooks"] = books
@@ -194,10 +212,24 @@ def measure(folder: Path, rows: int) -> dict:
         "pt_int64_bytes_over_ours": result["pt"]["bytes_int64"] / result["verify"]["bytes"],
         "write_peak_over_tenth": result["write"]["peak_mb"] / result["write_tenth"]["peak_mb"],
     }
+    result |= measure_large(folder, rows)
     load = result["load"]
     result["load_mb_per_s"] = load["token_bytes"] / 1e6 / load["seconds"]
     result["load_mb_per_s_per_core"] = load["token_bytes"] / 1e6 / load["cpu_seconds"]
     return result
+
+
+def measure_large(folder: Path, rows: int) -> dict:
+    """One array of 2^18 codes with 32-bit ids: size over entropy, write, verify, load."""
+    from semdict.pipeline.shards.command import summary
+
+    large = folder / "large"
+    large.mkdir()
+    make_raw(large, rows, LARGE)
+    parts = {part: child(part, large, rows) for part in ("write", "verify", "load")}
+    book = summary(large / "shards")["codebooks"]["gen"]
+    ratio = book["bits_per_token"] / book["order0_entropy_bits"]
+    return {"large": {**parts, "codebook": book, "bytes_over_entropy": ratio}}
 
 
 def main() -> None:
@@ -206,7 +238,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports/bench/shards.json"))
     parser.add_argument("--rows", type=int, default=1_281_167)
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, default=None, help="where to put about 5 GB for a while")
+    parser.add_argument("--folder", type=Path, default=None, help="where to put about 8 GB for a while")
     args = parser.parse_args()
     if args.part:
         print(json.dumps(run_part(args.part, args.folder, args.rows)))
