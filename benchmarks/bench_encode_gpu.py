@@ -1,4 +1,4 @@
-"""Encode throughput on a GPU at real widths, random weights: MAGE's VQGAN and DINOv2 ViT-L/14, then 16,384 words.
+"""Encode throughput on a GPU at real widths, random weights: MAGE's VQGAN and DINOv2 ViT-L/14, then 16,384 centroids.
 
     python -m benchmarks.bench_encode_gpu --device cuda
 
@@ -22,18 +22,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build(small: bool, device: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
-    """VQGAN, teacher and dictionary at the widths of the ImageNet preset (a fraction of them with --small)."""
+    """Tokenizer, teacher and centroids at the widths of the ImageNet preset (a fraction of them with --small)."""
     if small:
         sizes = replace(
             RELEASED, stem=32, widths=(32, 32, 64, 64, 128), blocks=1, decoder_blocks=1, z_channels=32, dim=32
         )
         teacher = create_model("vit_tiny_patch16_224", num_classes=0, patch_size=14)
-        words = torch.randn(256, 192)
+        centroids = torch.randn(256, 192)
     else:
-        sizes, words = RELEASED, torch.randn(16_384, 1024)
+        sizes, centroids = RELEASED, torch.randn(16_384, 1024)
         teacher = create_model(MODEL, pretrained=False, num_classes=0, img_size=224)
-    vqgan = MageTokenizer(sizes).eval().to(device, memory_format=torch.channels_last)
-    return vqgan, teacher.eval().to(device), words.to(device)
+    tokenizer = MageTokenizer(sizes).eval().to(device, memory_format=torch.channels_last)
+    return tokenizer, teacher.eval().to(device), centroids.to(device)
 
 
 def main() -> None:
@@ -43,21 +43,21 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, default=790.0, help="measured bf16 peak of the device")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
-    vqgan, teacher, words = build(args.small, args.device)
+    tokenizer, teacher, centroids = build(args.small, args.device)
     pixels = torch.randint(0, 256, (args.batch, 256, 256, 3), dtype=torch.uint8)
     pixels = pixels.pin_memory() if args.device.startswith("cuda") else pixels
     features = teacher.forward_features
     if args.compile:
-        vqgan.encoder, features = torch.compile(vqgan.encoder), torch.compile(features)
+        tokenizer.encoder, features = torch.compile(tokenizer.encoder), torch.compile(features)
 
     @torch.inference_mode()
     def step(precision: str) -> tuple[torch.Tensor, torch.Tensor]:
         images = pixels.to(args.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
         with torch.autocast(args.device.partition(":")[0], DTYPES[precision], enabled=precision != "float32"):
-            gen = vqgan.encode(images.contiguous(memory_format=torch.channels_last))
+            gen = tokenizer.encode(images.contiguous(memory_format=torch.channels_last))
             small = torch.nn.functional.interpolate(images, size=224, mode="bicubic", antialias=True)
             patches = features(small)[:, -256:]
-        return gen, assign(patches.float().reshape(-1, patches.shape[-1]), words)
+        return gen, assign(patches.float().reshape(-1, patches.shape[-1]), centroids)
 
     exact, rounded = step("float32"), step("bfloat16")
     took = seconds(lambda: step("bfloat16"), repeats=5, device=args.device)

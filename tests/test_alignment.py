@@ -35,7 +35,7 @@ TEACHERS = {
 
 
 def picture(height: int = 330, width: int = 420, seed: int = 0) -> np.ndarray:
-    """(H, W, 3) uint8: red grows to the right, green downwards, blue in random blocks; no two places look alike."""
+    """(H, W, 3) uint8: red grows to the right, green downwards, blue in random blocks; no two regions look alike."""
     blocks = np.random.default_rng(seed).integers(0, 256, (height // 10, width // 10))
     rgb = np.empty((height, width, 3), np.uint8)
     rgb[..., 0] = np.linspace(0, 255, width)[None]
@@ -45,7 +45,7 @@ def picture(height: int = 330, width: int = 420, seed: int = 0) -> np.ndarray:
 
 
 def colour_vqgan(path) -> ConvTokenizer:
-    """Residual blocks that add nothing: what is left is average pooling of the colours."""
+    """Residual blocks that add nothing: average pooling of the colours remains."""
     sizes = Sizes(stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=3, codes=256, dim=3, strided=False)
     model = MageTokenizer(sizes)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def colour_vqgan(path) -> ConvTokenizer:
 
 
 def colour_teacher(path, kind: str) -> Teacher:
-    """Blocks that add nothing, no positions: what is left is a cell's mean colour beside fixed numbers, normalised."""
+    """Blocks that add nothing, no positions: a cell's mean colour beside fixed numbers remains, normalised."""
     name, layer, kwargs = TEACHERS[kind]
     network, rng = build_network(name, kwargs=kwargs), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def pair(tmp_path_factory, request) -> PairTokenizer:
 
 
 def name_cells(pair: PairTokenizer, z_DL: torch.Tensor, features_LD: torch.Tensor) -> None:
-    """Make the cells of one crop the codebooks: entry i is what cell i looks like."""
+    """Make the cells of one crop the codebooks: entry i is the feature of cell i."""
     pair.tokenizer.codebook.copy_(z_DL.T)
     pair.centroids = features_LD
 
@@ -125,7 +125,7 @@ def test_a_cell_has_one_index_in_both(pair, crop, number):
     z, features = pair.tokenizer.encode_features(images).flatten(2), pair.teacher(images)
     name_cells(pair, z[0], features[0])
     gen, disc = both(pair, images)
-    assert torch.equal(gen[0], CELLS) and torch.equal(disc[0], CELLS), "cells are not told apart, or not row-major"
+    assert torch.equal(gen[0], CELLS) and torch.equal(disc[0], CELLS), "cells are not distinguished, or not row-major"
     for row, index in enumerate(changed, start=1):
         assert (z[row] - z[0]).norm(dim=0).argmax() == index == (features[row] - features[0]).norm(dim=1).argmax()
         assert (gen[row] != CELLS).nonzero().tolist() == [[index]] == (disc[row] != CELLS).nonzero().tolist()

@@ -145,15 +145,15 @@ def test_receptive_fields_lie_where_the_identity_says(tmp_path, name, layer, kwa
 
 
 @pytest.mark.parametrize(
-    ("model", "arguments", "says"),
+    ("model", "arguments", "message"),
     [
         ("resnet18", {"image_size": 250}, "image_size 250 is no multiple of the stride 32 .* 16x16 cells need 512"),
         ("resnet18", {"layer": -6}, "5 layers: layer -6"),
         ("resnet18", {"kwargs": {"pad_typ": "same"}}, "resnet18 cannot be built"),
     ],
 )
-def test_mistakes_are_named(tmp_path, model, arguments, says):
-    with pytest.raises(WeightsError, match=says):
+def test_mistakes_are_named(tmp_path, model, arguments, message):
+    with pytest.raises(WeightsError, match=message):
         load_features(model, saved(tmp_path, "resnet18"), **arguments)
 
 
@@ -168,7 +168,7 @@ PRESETS = {  # preset -> pixels a side that its teacher sees for 256-pixel image
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_teachers_of_the_presets_have_the_tokenizers_grid(preset):
-    """As docs/tokenizers.md says; the weights of each are on the hub."""
+    """The table of docs/tokenizers.md; the weights of each teacher are on the hub."""
     cfg = resolve(preset, ROOT / "presets")["features"]
     assert timm.models.is_model_pretrained(cfg["model"]) and cfg["image_size"] is None and not cfg["weights"]
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""A tokenizer and a teacher with its codebook, opened together: what fits, and what is refused."""
+"""A tokenizer and a teacher with its codebook, opened together: halves that fit, and halves that are refused."""
 
 from dataclasses import replace
 
@@ -53,14 +53,14 @@ def test_equal_codebooks_at_all_positions_are_one_number(spec, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"image_size": 70}, r"vcq gives 16 cells for images of 32 pixels, .* at 70 pixels gives 5x5: .* to 56, or"),
         ({"image_size": 60}, r"features\.image_size 60 is no multiple of the stride 14 .* 4x4 cells need 56"),
     ],
 )
-def test_a_teacher_of_another_grid_is_refused(spec, change, says):
-    with pytest.raises(WeightsError, match=says):
+def test_a_teacher_of_another_grid_is_refused(spec, change, message):
+    with pytest.raises(WeightsError, match=message):
         replace(spec, features={**spec.features, **change}).open()
 
 

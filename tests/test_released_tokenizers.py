@@ -92,7 +92,7 @@ def test_public_files_have_as_many_parameters(layout, sizes, count):
         assert sum(p.numel() for p in LAYOUTS[layout](sizes).parameters()) == count
 
 
-MISTAKES = {  # what a wrong implementation would do: (file, attribute, other value)
+MISTAKES = {  # mistake -> (file, attribute, wrong value)
     "symmetric padding": ("ibq_tiny.ckpt", "padding", "both"),
     "one-sided padding": ("magvit2_tiny.ckpt", "padding", "after"),
     "range of llamagen": ("llamagen_vq8_tiny.pt", "signed", False),

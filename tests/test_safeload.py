@@ -19,7 +19,7 @@ from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.safeload import load_array, load_checkpoint, load_tensors
 
 
-class Bomb:
+class TouchPayload:
     """Unpickled carelessly, it creates a file."""
 
     def __init__(self, mark: Path) -> None:
@@ -29,34 +29,34 @@ class Bomb:
         return (Path.touch, (self.mark,))
 
 
-class EvalBomb(Bomb):
+class EvalPayload(TouchPayload):
     def __reduce__(self):
         return (eval, (f"open({str(self.mark)!r}, 'w')",))
 
 
-@pytest.mark.parametrize("bomb", [Bomb, EvalBomb])
+@pytest.mark.parametrize("kind", [TouchPayload, EvalPayload])
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "inside namespace", "beside tensors"])
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, form, bomb):
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, form, kind):
     mark, path = tmp_path / "executed", tmp_path / "x.pth"
-    evil = bomb(mark)
+    payload = kind(mark)
     if form == "plain pickle":
-        path.write_bytes(pickle.dumps({"model": evil}))
+        path.write_bytes(pickle.dumps({"model": payload}))
     else:
-        value = {"model": evil}
+        value = {"model": payload}
         if form == "inside namespace":
-            value = {"model": {"w": torch.zeros(1)}, "args": argparse.Namespace(out=evil)}
+            value = {"model": {"w": torch.zeros(1)}, "args": argparse.Namespace(out=payload)}
         if form == "beside tensors":
-            value = {"model": {"w": torch.zeros(1)}, "extra": [evil]}
+            value = {"model": {"w": torch.zeros(1)}, "extra": [payload]}
         torch.save(value, path, _use_new_zipfile_serialization=form != "legacy")
     with pytest.raises(WeightsError, match=r"x\.pth"):
         load_checkpoint(path)
     assert not mark.exists(), "code in the file was executed"
-    pickle.loads(pickle.dumps(evil))
-    assert mark.exists(), "the bomb does not go off at all"
+    pickle.loads(pickle.dumps(payload))
+    assert mark.exists(), "the payload does nothing at all"
 
 
 def test_a_refusal_names_what_it_is_and_the_command_that_converts(tmp_path):
-    torch.save({"model": EvalBomb(tmp_path / "executed")}, tmp_path / "x.pt")
+    torch.save({"model": EvalPayload(tmp_path / "executed")}, tmp_path / "x.pt")
     with pytest.raises(
         WeightsError, match=r"nothing in it was executed.*eval.*state dict alone.*torch\.load\(.*x\.pt.*x-tensors\.pt"
     ):
@@ -160,7 +160,7 @@ def test_tensors_are_read_past_leftovers_of_training(tmp_path, name, form):
 
 def test_a_leftover_that_hides_a_call_is_refused(tmp_path):
     mark = tmp_path / "executed"
-    value = {"w": torch.zeros(1), "rng": np.array([EvalBomb(mark)], dtype=object), "numpy": np.random.get_state()}
+    value = {"w": torch.zeros(1), "rng": np.array([EvalPayload(mark)], dtype=object), "numpy": np.random.get_state()}
     torch.save(value, tmp_path / "x.pt")
     with pytest.raises(WeightsError, match="eval"):
         load_tensors(tmp_path / "x.pt")
@@ -238,8 +238,8 @@ def test_arrays(tmp_path):
     assert load_array(tmp_path / "a.npy").shape == (2, 3)
     assert isinstance(load_array(tmp_path / "a.npy", mmap=True), np.memmap)
     mark = tmp_path / "executed"
-    np.save(tmp_path / "o.npy", np.array([EvalBomb(mark)], dtype=object), allow_pickle=True)
-    (tmp_path / "p.npy").write_bytes(pickle.dumps(EvalBomb(mark)))
+    np.save(tmp_path / "o.npy", np.array([EvalPayload(mark)], dtype=object), allow_pickle=True)
+    (tmp_path / "p.npy").write_bytes(pickle.dumps(EvalPayload(mark)))
     np.savez(tmp_path / "z.npz", a=np.zeros(2))
     for name in ("o.npy", "p.npy", "z.npz"):
         for mmap in (False, True):

@@ -66,11 +66,11 @@ def by_hook(vit: torch.nn.Module, images: torch.Tensor, block: int, size: int = 
 def test_features_are_the_normed_patch_tokens_of_the_layer(tmp_path, images, kwargs, layer):
     vit = randomise(vit_of(kwargs))
     model = load_features(MODEL, saved(tmp_path, vit), layer=layer, kwargs=kwargs)
-    got = model(images)
-    assert got.shape == (2, 256, 24) and got.dtype == torch.float32
-    assert torch.allclose(got, by_hook(vit, images, 3 + layer), atol=1e-4)
+    features = model(images)
+    assert features.shape == (2, 256, 24) and features.dtype == torch.float32
+    assert torch.allclose(features, by_hook(vit, images, 3 + layer), atol=1e-4)
     for other in {0, 1, 2} - {3 + layer}:
-        assert not torch.allclose(got, by_hook(vit, images, other), atol=0.1), "another layer would pass"
+        assert not torch.allclose(features, by_hook(vit, images, other), atol=0.1), "another layer would pass"
     assert (model.grid, model.dim) == ((16, 16), 24)
 
 
@@ -345,7 +345,7 @@ def test_autocast_still_gives_float32(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    ("model", "kwargs", "says"),
+    ("model", "kwargs", "message"),
     [
         ("vit_smal_patch16_224", {}, ["vit_smal_patch16_224", "vit_small_patch16_224"]),
         ("timm:resnet19", {}, ["resnet19", "resnet18"]),
@@ -355,10 +355,10 @@ def test_autocast_still_gives_float32(tmp_path, images):
         (MODEL, {"pretrained_cfg_overlay": {"file": "x.pth"}}, ["mean and std", "file"]),
     ],
 )
-def test_wrong_names_and_arguments_are_refused(tmp_path, model, kwargs, says):
+def test_wrong_names_and_arguments_are_refused(tmp_path, model, kwargs, message):
     with pytest.raises(WeightsError) as caught:
         load_features(model, tmp_path / "none.pth", kwargs=kwargs)
-    assert all(part in str(caught.value) for part in says), caught.value
+    assert all(part in str(caught.value) for part in message), caught.value
 
 
 def test_files_of_another_size_show_both_sides(tmp_path):

@@ -1,4 +1,4 @@
-"""The tokenizer against the published code's numbers, against plain re-implementations, and against fakes."""
+"""MAGE's and taming's tokenizers: published numbers, plain re-implementations, and mistakes that must show."""
 
 import json
 
@@ -116,21 +116,21 @@ def block_with_shortcut_conv_replacing_h(self, x):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("fake", ["range", "max pool", "shortcut of input", "shortcut instead of sum", "transposed"])
-def test_wrong_tokenizers_are_told_apart(released, fake):
+@pytest.mark.parametrize("mistake", ["range", "max pool", "shortcut of input", "shortcut instead of sum", "transposed"])
+def test_a_wrong_tokenizer_gives_other_tokens(released, mistake):
     model, images, io = released
-    images, want = images[:2], io["tokens"][:2]
-    if fake == "range":
-        got = model.encode(images * 2 - 1)
-    elif fake == "max pool":
-        got = swap(model, nn.AvgPool2d, lambda self, x: F.max_pool2d(x, 2)).encode(images)
-    elif fake == "shortcut of input":
-        got = swap(model, ResidualBlock, block_with_shortcut_of_input).encode(images)
-    elif fake == "shortcut instead of sum":
-        got = swap(model, ResidualBlock, block_with_shortcut_conv_replacing_h).encode(images)
+    images, expected = images[:2], io["tokens"][:2]
+    if mistake == "range":
+        tokens = model.encode(images * 2 - 1)
+    elif mistake == "max pool":
+        tokens = swap(model, nn.AvgPool2d, lambda self, x: F.max_pool2d(x, 2)).encode(images)
+    elif mistake == "shortcut of input":
+        tokens = swap(model, ResidualBlock, block_with_shortcut_of_input).encode(images)
+    elif mistake == "shortcut instead of sum":
+        tokens = swap(model, ResidualBlock, block_with_shortcut_conv_replacing_h).encode(images)
     else:
-        got = model.encode(images).unflatten(1, (16, 16)).mT.flatten(1)
-    assert (got.numpy() == want).mean() < 0.9, "the golden tokens do not notice this mistake"
+        tokens = model.encode(images).unflatten(1, (16, 16)).mT.flatten(1)
+    assert (tokens.numpy() == expected).mean() < 0.9, "the golden tokens do not notice this mistake"
 
 
 def plain_mage(state: dict, sizes: Sizes, x: torch.Tensor) -> torch.Tensor:
@@ -162,9 +162,9 @@ def plain_mage(state: dict, sizes: Sizes, x: torch.Tensor) -> torch.Tensor:
 
 def test_mage_encoder_against_its_definition_in_float64():
     model, images = build(), pictures()
-    want = plain_mage(model.state_dict(), TINY, images)
-    assert torch.allclose(model.encode_features(images).double(), want, atol=1e-4)
-    distances = (want.permute(0, 2, 3, 1).reshape(-1, 1, 16) - model.codebook.double()).square().sum(-1)
+    expected = plain_mage(model.state_dict(), TINY, images)
+    assert torch.allclose(model.encode_features(images).double(), expected, atol=1e-4)
+    distances = (expected.permute(0, 2, 3, 1).reshape(-1, 1, 16) - model.codebook.double()).square().sum(-1)
     assert torch.equal(model.encode(images).flatten(), distances.argmin(1))
 
 
@@ -185,14 +185,14 @@ def test_taming_downsampling_looks_right_and_down():
     layer.conv.weight.data = torch.arange(1.0, 10.0).reshape(1, 1, 3, 3)
     layer.conv.bias.data.fill_(0.5)
     x = torch.randn(1, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-    want = torch.zeros(1, 1, 3, 3)
+    expected = torch.zeros(1, 1, 3, 3)
     for row in range(3):
         for column in range(3):
             for i in range(3):
                 for j in range(3):
                     if 2 * row + i < 6 and 2 * column + j < 6:
-                        want[0, 0, row, column] += x[0, 0, 2 * row + i, 2 * column + j] * (3 * i + j + 1)
-    assert torch.allclose(layer(x), want + 0.5, atol=1e-5)
+                        expected[0, 0, row, column] += x[0, 0, 2 * row + i, 2 * column + j] * (3 * i + j + 1)
+    assert torch.allclose(layer(x), expected + 0.5, atol=1e-5)
 
 
 def test_taming_shortcut_carries_the_input():
@@ -270,29 +270,32 @@ def test_embed_is_row_major():
 @pytest.mark.parametrize("damage", ["other family", "gumbel", "no codebook", "width", "extra", "missing"])
 def test_other_files_are_refused(tmp_path, damage):
     state = {name: tensor.clone() for name, tensor in build().state_dict().items()}
-    says = []
+    messages = []
     if damage == "other family":
-        state, says = {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, ["encoder.conv_in.weight", "blocks.0.attn.qkv"]
+        state, messages = (
+            {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)},
+            ["encoder.conv_in.weight", "blocks.0.attn.qkv"],
+        )
     elif damage == "gumbel":
         state["quantize.embed.weight"] = state.pop("quantize.embedding.weight")
-        says = ["Gumbel"]
+        messages = ["Gumbel"]
     elif damage == "no codebook":
         del state["quantize.embedding.weight"]
-        says = ["quantize.embedding.weight"]
+        messages = ["quantize.embedding.weight"]
     elif damage == "width":
         state["quantize.embedding.weight"] = torch.zeros(50, 16)
         state["decoder.conv_in.weight"] = torch.zeros(64, 20, 3, 3)
-        says = ["decoder.conv_in.weight", "(64, 20, 3, 3)", "(64, 16, 3, 3)"]
+        messages = ["decoder.conv_in.weight", "(64, 20, 3, 3)", "(64, 16, 3, 3)"]
     elif damage == "extra":
         state["encoder.spare"] = torch.zeros(2)
-        says = ["encoder.spare", "nothing"]
+        messages = ["encoder.spare", "nothing"]
     else:
         del state["decoder.norm_out.weight"]
-        says = ["decoder.norm_out.weight", "nothing"]
+        messages = ["decoder.norm_out.weight", "nothing"]
     torch.save({"state_dict": state}, tmp_path / "x.ckpt")
     with pytest.raises(WeightsError) as caught:
         load_tokenizer(tmp_path / "x.ckpt")
-    assert all(part in str(caught.value) for part in ["x.ckpt", *says]), str(caught.value)
+    assert all(part in str(caught.value) for part in ["x.ckpt", *messages]), str(caught.value)
 
 
 def test_odd_shapes_are_refused():

@@ -1,4 +1,4 @@
-"""Where the models run and how exactly: device names, precision, and bytes on their way to the device."""
+"""Device names, precision of the models, and images on their way to the device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str) -> str:
-    """ "auto" is the first GPU where there is one, else the CPU."""
+    """The device that a name stands for: "auto" is the first GPU where there is one, else the CPU."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {name} was asked for, but torch sees no GPU; use device: auto or cpu")
+        raise UsageError(f"runtime.device is {name}, but torch sees no GPU; set it to auto or cpu")
     return name
 
 

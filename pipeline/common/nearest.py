@@ -1,4 +1,4 @@
-"""Nearest code by squared Euclidean distance: the one search behind both dictionaries."""
+"""Nearest code by squared Euclidean distance, the search of tokenizers and of k-means; exact float32 products."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import SemdictError
 
-# Distances held at once, (rows, K) float32: 64 MiB on a CPU, 1 GiB on a GPU.
+# Elements of the largest (rows, K) float32 matrix of distances: 64 MiB on a CPU, 1 GiB on a GPU.
 CPU_CELLS, GPU_CELLS = 1 << 24, 1 << 28
 
 
@@ -31,20 +31,21 @@ def nearest(points_ND: Tensor, codes_KD: Tensor, first_row: int = 0) -> Tensor:
     """(N,) int64: for each point the code of least squared distance, lowest id on a tie.
 
     Any float dtype, computed in float32 on the points' device as |c|^2 - 2 x.c (|x|^2 changes no order), in chunks
-    of rows: no (N, K, D) tensor, no (N, K) either. SemdictError names the first row that holds NaN or Inf,
+    of rows: no (N, K, D) tensor, no (N, K) either. SemdictError names the first row that holds NaN or Inf in float32,
     counted from `first_row`.
     """
     if points_ND.ndim != 2 or codes_KD.ndim != 2 or points_ND.shape[1] != codes_KD.shape[1]:
         raise SemdictError(
-            f"points are {tuple(points_ND.shape)}, the dictionary is {tuple(codes_KD.shape)}: "
+            f"points are {tuple(points_ND.shape)}, the codebook is {tuple(codes_KD.shape)}: "
             "both must be two-dimensional and of equal width"
         )
-    refuse_non_finite(points_ND, first_row)
     codes_KD = codes_KD.to(device=points_ND.device, dtype=torch.float32)
     ids_N = torch.empty(points_ND.shape[0], dtype=torch.int64, device=points_ND.device)
     rows, norms_K = rows_per_chunk(codes_KD), codes_KD.square().sum(1)
     for start in range(0, points_ND.shape[0], rows):
-        ids_N[start : start + rows] = search_chunk(points_ND[start : start + rows].float(), codes_KD, norms_K)[0]
+        chunk_ND = points_ND[start : start + rows].float()
+        refuse_non_finite(chunk_ND, first_row + start)
+        ids_N[start : start + rows] = search_chunk(chunk_ND, codes_KD, norms_K)[0]
     return ids_N
 
 

@@ -60,7 +60,7 @@ LEFTOVERS = re.compile(
     r"|typing\.\w+|collections\.deque|datetime\.\w+|builtins\.(dict|list|tuple|int|float|str|bool|bytes|object)"
     r"|torch\.torch_version\.TorchVersion|torch\.optim\..+|__main__\.\w+"
 )
-# Entries that hold a state dict, by precedence; those of averaged weights are asked first unless told otherwise.
+# Entries that hold a state dict, by precedence; averaged weights come first unless ema=False.
 AVERAGED = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")
 PLAIN = ("state_dict", "model", "model_state_dict", "module", "teacher", "student")
 WRAPPERS = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module")  # DDP, compile, Fabric, FSDP
@@ -218,7 +218,7 @@ def _globals_of_legacy(path: Path) -> set[str]:
         try:
             for _ in range(4):
                 names |= _globals(stream)
-        except Exception:  # not a pickle any more: torch says what is wrong with the file
+        except Exception:  # not a pickle: torch.load explains what is wrong with the file
             return names
     return names
 
@@ -253,7 +253,7 @@ def _explain(path: Path, error: Exception) -> str:
 
 
 def _unsafe_part(text: str) -> str:
-    """The sentence in torch's message that names what was not allowed."""
+    """The sentence in torch's message that names the object that was refused."""
     lines = [line.strip() for line in text.splitlines()]
     named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
     return (named or lines)[0].split(". Please use")[0][:200]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.files import write_aside
-from semdict.pipeline.common.nearest import nearest
+from semdict.pipeline.common.nearest import exact_float32, nearest
 from semdict.pipeline.common.safeload import refuse_misfit
 from semdict.pipeline.tokenizers.networks import GROUPS, Decoder, Encoder, Sizes, Variant
 
@@ -21,7 +21,7 @@ AVERAGED = "model_ema."  # averaged copies stand beside the plain tensors, their
 
 
 class Tokenizer(Protocol):
-    """Images <-> token ids; what `load_tokenizer` returns, a frozen module in evaluation mode."""
+    """Images <-> token ids; `load_tokenizer` returns one, a frozen module in evaluation mode."""
 
     codebook_size: int  # K; ids are 0 .. K - 1
     stride: int  # pixels per grid cell and side; image sides are multiples of it
@@ -47,7 +47,7 @@ class Codebook(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        """(K, D) float: row i is what token i decodes from."""
+        """(K, D) float: token i decodes from row i."""
         return self.embedding.weight
 
     def lookup(self, tokens: Tensor) -> Tensor:
@@ -142,8 +142,12 @@ class ConvTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> token ids (B, L) int64, L = (H / stride) * (W / stride), row-major."""
-        return self.quantize(self.encode_features(images))
+        """(B, 3, H, W) in [0, 1] -> token ids (B, L) int64, L = (H / stride) * (W / stride), row-major.
+
+        Float32 products keep all their bits unless autocast is on: TF32 changes which code is nearest.
+        """
+        with exact_float32():
+            return self.quantize(self.encode_features(images))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

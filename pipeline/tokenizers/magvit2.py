@@ -23,7 +23,7 @@ class BinaryCodebook(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        """(K, D) float: row i is what token i decodes from."""
+        """(K, D) float: token i decodes from row i."""
         return self.lookup(torch.arange(self.codes))
 
     def lookup(self, tokens: Tensor) -> Tensor:

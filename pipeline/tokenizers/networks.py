@@ -206,7 +206,7 @@ class Decoder(nn.Module):
         coarse = sizes.widths[-1]
         self.conv_in = nn.Conv2d(sizes.z_channels, coarse, 3, padding=1)
         self.mid = Middle(variant, coarse, sizes.mid_blocks)
-        inputs = (*sizes.widths[1:], coarse)  # level i takes what level i + 1 gives
+        inputs = (*sizes.widths[1:], coarse)  # level i takes the output of level i + 1
         self.up = nn.ModuleList(
             Level(variant, width_in, width, sizes.decoder_blocks, index in sizes.attention)
             for index, (width_in, width) in enumerate(zip(inputs, sizes.widths, strict=True))

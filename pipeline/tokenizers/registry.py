@@ -30,9 +30,9 @@ LAYOUTS: dict[str, type[ConvTokenizer]] = {
 # Tokenizers that state their kind in the file: kind -> "module:loader", imported by name when such a file is read.
 # That keeps the pipeline free of imports from semdict.train, where the VCQ tokenizer lives.
 KINDS = {"semdict-vcq-tokenizer": "semdict.train.vcq.tokenizer:load_vcq_tokenizer"}
-RUN_FILE = "tokenizer.pt"  # what a tokenizer's training run leaves in its folder
-STEM = "encoder.conv_in.weight"  # every layout has it; what stands before it is the prefix of a larger model
-HINTS = {  # tensor name -> what a file is that has it and fits no layout
+RUN_FILE = "tokenizer.pt"  # the tokenizer in the folder of its training run
+STEM = "encoder.conv_in.weight"  # every layout has it; a longer name ends in it inside a larger model
+HINTS = {  # tensor name -> explanation for a file that has it and fits no layout
     "quantize.embed.weight": "it is a Gumbel VQGAN; only nearest-code models are supported",
     "encoder.down.0.block.3.conv1.weight": (
         "with four residual blocks per level it is an IBQ tokenizer without its averaged weights, or an unusual one of "
@@ -60,8 +60,8 @@ def load_tokenizer(
     if isinstance(checkpoint.get("kind"), str) and checkpoint["kind"] in KINDS:
         module, _, loader = KINDS[checkpoint["kind"]].partition(":")
         return getattr(importlib.import_module(module), loader)(file, device)
-    found, tensors = recognise(state_dict_of(checkpoint, file, ema), path, layout)
-    model = found.from_tensors(tensors, path, ema)
+    cls, tensors = recognise(state_dict_of(checkpoint, file, ema), path, layout)
+    model = cls.from_tensors(tensors, path, ema)
     model.identity["sha256"] = sha256_file(file)
     if not ema:
         model.identity["ema"] = False
@@ -99,6 +99,6 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _differences(layout: type[ConvTokenizer], tensors: dict[str, Tensor]) -> list[str]:
-    """In what the tensors' names are not those of the layout."""
+    """Differences between the tensors' names and those of the layout, one phrase each."""
     missing = [f"{name} is missing" for name in layout.present if name not in tensors]
     return missing + [f"{name} does not belong to it" for name in layout.absent if name in tensors]

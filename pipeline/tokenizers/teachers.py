@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.tokenizers.timm_backbone import TimmBackbone
 
-GRID = 16  # cells a side where neither a grid nor an image size is given: 256-pixel images at stride 16
+GRID = 16  # default cells a side: 256-pixel images at stride 16
 
 
 class Backbone(Protocol):

@@ -18,7 +18,7 @@ from semdict.pipeline.common.safeload import existing_file, load_tensors, refuse
 from semdict.pipeline.tokenizers.dino_names import published_names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RESERVED = {  # arguments of timm that are decided elsewhere, and by what
+RESERVED = {  # arguments of timm that another parameter decides -> that parameter
     "pretrained": "features.weights",
     "checkpoint_path": "features.weights",
     "pretrained_cfg": "features.weights",
@@ -26,7 +26,7 @@ RESERVED = {  # arguments of timm that are decided elsewhere, and by what
     "num_classes": "features.layer",
     "features_only": "features.layer",
 }
-OVERLAY = {"mean", "std"}  # what pretrained_cfg_overlay may change
+OVERLAY = {"mean", "std"}  # keys that pretrained_cfg_overlay may have
 FINAL_NORMS = ("norm", "fc_norm", "head.norm")  # where families keep the norm behind their last block
 
 
@@ -172,7 +172,7 @@ def build_network(
 def _load_file(
     network: nn.Module, index: int, norm_name: str, norm: nn.Module | None, model: str, path: str | os.PathLike
 ) -> None:
-    """Cut the network behind layer `index`; fill it and the norm from a file, which need not hold what was cut off."""
+    """Cut the network behind layer `index`; fill it and the norm from a file, which may lack the layers cut off."""
     state = fitting_names(load_tensors(path), network, model, path)
     beyond, classifiers = _beyond(network)
     _cut(network, index)
@@ -206,7 +206,7 @@ def fitting_names(
     if convert is None or wide or all(shapes.get(name) == tensor.shape for name, tensor in state.items()):
         return state
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # some filters print what they skip
+        with contextlib.redirect_stdout(io.StringIO()):  # some filters print the names that they skip
             return convert(dict(state), network)
     except Exception as error:
         refuse_misfit(state, network.state_dict(), path, model)
@@ -251,7 +251,7 @@ def _final_norm(network: nn.Module, index: int) -> tuple[str, nn.Module | None]:
 
 
 def _cut(network: nn.Module, index: int) -> None:
-    """Remove what layer `index` does not need; a network that timm cannot cut stays whole."""
+    """Remove the layers behind `index` and the head; a network that timm cannot cut stays whole."""
     if hasattr(network, "prune_intermediate_layers"):
         network.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
 
@@ -268,9 +268,9 @@ def _hint(state: dict[str, Tensor], network: nn.Module, model: str) -> str:
     if any("embeddings." in name for name in state):
         file = f"hf-hub:timm/{model.removeprefix('timm/')}/model.safetensors"
         return f"\n  its names are those of Hugging Face's transformers; timm's file of the same weights is {file}"
-    held = [any(name.startswith(f"{stage['module']}.") for name in state) for stage in network.feature_info]
-    if True in held and not held[-1]:
-        last = held.index(False) - 1 - len(held)
+    present = [any(name.startswith(f"{stage['module']}.") for name in state) for stage in network.feature_info]
+    if True in present and not present[-1]:
+        last = present.index(False) - 1 - len(present)
         return f"\n  the file ends at layer {last}; set features.layer to it or to an inner one"
     return ""
 
