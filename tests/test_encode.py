@@ -64,6 +64,18 @@ def test_tokens_equal_a_plain_loop(world):
     assert verify_shards(world / "shards" / "tiny").ok
 
 
+def test_ids_of_a_codebook_beyond_16_bits_are_kept(copy):
+    """70,000 codes: the chunks and the shards hold 32-bit ids; none wraps around."""
+    tiny.make_vqgan(copy / "vqgan.ckpt", codes=70_000)
+    assert tiny.semdict(copy, "encode") == 0
+    shards = open_shards(copy / "shards" / "tiny")
+    gen, _ = plain_tokens(copy)
+    assert shards.gen.dtype == np.uint32 and shards.disc.dtype == np.uint16
+    assert gen.max() > 65_535
+    assert np.mean(shards.gen[:, 0] != gen) < 5e-3
+    assert verify_shards(copy / "shards" / "tiny").ok
+
+
 def test_rows_labels_and_keys_are_the_manifests(world):
     shards = open_shards(world / "shards" / "tiny")
     manifest = load_manifest(world / "data/tiny/manifest/manifest.parquet")
@@ -104,10 +116,10 @@ def test_assembling_opens_each_chunk_once(copy, monkeypatch):
         assert sorted(opened) == sorted([*range(6)] * times)
 
 
-def test_probe_reports_psnr_and_keeps_the_grid(world):
+def test_the_preflight_reports_psnr_and_keeps_the_grid(world):
     report = json.loads((world / "reports" / "tiny" / "encode.json").read_text())
     assert report["images"] == {"rows": 12, "bad": 0, "status": {"ok": 12}}
-    assert 0 < report["probe"]["psnr_mean"] < 60
+    assert 0 < report["preflight"]["psnr_mean"] < 60
     grid = Image.open(world / "reports" / "tiny" / "reconstructions.png")
     assert min(grid.size) > 200
 
@@ -122,7 +134,7 @@ def test_a_psnr_under_the_floor_stops_before_anything_is_published(copy, capsys)
 def test_lower_precision_is_counted_against_float32(copy):
     tiny.write_params(copy, encode={"precision": "bfloat16"})
     assert tiny.semdict(copy, "encode") == 0
-    unlike = json.loads((copy / "reports" / "tiny" / "encode.json").read_text())["probe"]["tokens_unlike_float32"]
+    unlike = json.loads((copy / "reports" / "tiny" / "encode.json").read_text())["preflight"]["tokens_unlike_float32"]
     assert 0 < unlike["gen"] < 0.5
     assert open_shards(copy / "shards" / "tiny").recipe["precision"] == "bfloat16"
 

@@ -129,7 +129,7 @@ class Summary:
 def _blocks(publication: Publication, chunks: list[Chunk]) -> Iterator[Block]:
     """The finished chunks in row order."""
     for chunk in chunks:
-        yield _block(publication, chunk, publication.store.read(chunk, [*publication.job.streams, "status"]))
+        yield _block(publication, chunk, publication.store.read(chunk, [*publication.spec.sizes, "status"]))
 
 
 def _block(publication: Publication, chunk: Chunk, arrays: Arrays) -> Block:

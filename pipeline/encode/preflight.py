@@ -1,5 +1,6 @@
 """Before the long run: encode a sample, decode it back, and refuse tokens that do not look like the images."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from semdict.pipeline.common.device import to_device
 from semdict.pipeline.common.errors import SemdictError
 from semdict.pipeline.common.files import write_json
-from semdict.pipeline.config.schema import Encode, Vqgan
+from semdict.pipeline.config.schema import Encode
 from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.images.batches import load_crop
 from semdict.pipeline.images.decode import BadImage
@@ -18,52 +19,62 @@ from semdict.pipeline.manifest.table import Manifest
 from semdict.pipeline.tokenizers.pair import StreamTokenizer
 
 
-def probe(
+@dataclass(frozen=True)
+class Floor:
+    """The reconstruction quality below which encoding stops, and what to name then."""
+
+    psnr: float  # dB
+    images: int  # that are encoded and decoded back
+    key: str  # of params.yaml
+    weights: str
+
+
+def preflight(
     job: EncodeJob,
     tokenizer: StreamTokenizer,
     manifest: Manifest,
-    vqgan: Vqgan,
-    encode: Encode,
+    cfg: Encode,
+    floor: Floor,
     reports: Path,
-    words: np.ndarray | None = None,
+    centroids: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Keep the reconstruction grid and its PSNR, count tokens that differ from float32; SemdictError under the floor.
+    """Write the grid of reconstructions and preflight.json: PSNR, and the share of tokens that differ from float32.
 
-    A wrong input range is the field's most common silent error and shows here, before the long run.
+    SemdictError below the floor. A wrong input range is the field's most common silent error and shows here.
     """
-    pixels = sample_crops(job, manifest, max(vqgan.psnr_images, encode.precision_images))
+    pixels = sample_crops(job, manifest, max(floor.images, cfg.precision_images))
     images = to_device(pixels, tokenizer.device)
-    exact = _tokens(tokenizer, images, "float32", encode.batch)
-    used = exact if job.precision == "float32" else _tokens(tokenizer, images, job.precision, encode.batch)
-    shown = min(vqgan.psnr_images, len(pixels))
-    copies = reconstruct(tokenizer, used["gen"][:shown], encode.batch)
+    exact = _tokens(tokenizer, images, "float32", cfg.batch)
+    tokens = exact if job.precision == "float32" else _tokens(tokenizer, images, job.precision, cfg.batch)
+    shown = min(floor.images, len(pixels))
+    copies = reconstruct(tokenizer, tokens["gen"][:shown], cfg.batch)
     decibels = psnr(pixels[:shown], copies)
     rows, labels = [pixels[:shown], copies], ["original", "generative\nback to pixels"]
-    if words is not None:
-        rows.append(word_maps(used["disc"][:shown], word_colours(words)))
-        labels.append("discriminative\nwords as colours")
+    if centroids is not None:
+        rows.append(word_maps(tokens["disc"][:shown], word_colours(centroids)))
+        labels.append("discriminative\nas colours")
     save_grid(reports / "reconstructions.png", rows, labels)
     report = {
         "images": len(pixels),
         "psnr_mean": round(float(decibels.mean()), 3),
         "psnr_min": round(float(decibels.min()), 3),
         "precision": job.precision,
-        "tokens_unlike_float32": {name: float(np.mean(used[name] != exact[name])) for name in job.streams},
+        "tokens_unlike_float32": {name: float(np.mean(tokens[name] != exact[name])) for name, _ in job.dtypes},
     }
-    write_json(reports / "probe.json", report)
-    if report["psnr_mean"] < vqgan.psnr_floor:
+    write_json(reports / "preflight.json", report)
+    if report["psnr_mean"] < floor.psnr:
         raise SemdictError(
-            f"tokens decode back at {report['psnr_mean']:.2f} dB, under vqgan.psnr_floor {vqgan.psnr_floor}: "
-            f"look at {reports / 'reconstructions.png'}; {vqgan.weights} is likely trained for other images or for "
-            "another input range"
+            f"tokens decode back at {report['psnr_mean']:.2f} dB, under {floor.key} {floor.psnr}: look at "
+            f"{reports / 'reconstructions.png'}; {floor.weights} is likely trained for other images or for another "
+            "input range"
         )
     return report
 
 
-def sample_crops(job: EncodeJob, manifest: Manifest, wanted: int) -> np.ndarray:
-    """(n, 256, 256, 3) uint8: the first view of up to `wanted` good rows, evenly spread over the manifest."""
+def sample_crops(job: EncodeJob, manifest: Manifest, count: int) -> np.ndarray:
+    """(n, 256, 256, 3) uint8: the first view of up to `count` good rows, evenly spread over the manifest."""
     good = np.flatnonzero(manifest.status == 0)
-    picks = np.unique(np.linspace(0, len(good) - 1, min(wanted, len(good))).astype(np.int64)) if len(good) else []
+    picks = np.unique(np.linspace(0, len(good) - 1, min(count, len(good))).astype(np.int64)) if len(good) else []
     reader = manifest.reader(dict(job.images))
     crops = []
     for row in good[picks]:

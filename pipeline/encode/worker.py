@@ -1,4 +1,4 @@
-"""What one worker does with a chunk of rows: decode, crop, tokenise, and hand back arrays of fixed shape."""
+"""One worker's part of encoding: a chunk of rows is decoded, cropped and tokenised into arrays of fixed shape."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,13 +9,11 @@ from torch import Tensor
 
 from semdict.pipeline.common.device import to_device
 from semdict.pipeline.common.memory import keep_freed_memory
-from semdict.pipeline.execute.store import Advance, Chunk
-from semdict.pipeline.images.batches import CropBatch, CropRecipe, stream_batches
-from semdict.pipeline.manifest.reader import Reader
+from semdict.pipeline.execute.store import Advance, Arrays, Chunk
+from semdict.pipeline.images.batches import CropBatch, CropRecipe, Source, stream_batches
 from semdict.pipeline.manifest.table import Manifest, load_manifest
+from semdict.pipeline.shards.ids import filler
 from semdict.pipeline.tokenizers.pair import StreamTokenizer, StreamTokenizerSpec
-
-FILL = 65535  # stands where a row has no tokens; never a word
 
 
 @dataclass(frozen=True)
@@ -24,10 +22,10 @@ class EncodeJob:
 
     fingerprint: str
     manifest: str
-    images: tuple[tuple[str, str], ...]  # (split, where its images are)
+    images: tuple[tuple[str, str], ...]  # (split, folder or pattern of its images)
     recipe: CropRecipe
     spec: StreamTokenizerSpec
-    streams: tuple[str, ...]  # ("gen", "disc") or ("gen",)
+    dtypes: tuple[tuple[str, str], ...]  # (stream, integer type of its ids): "gen", and "disc" of a pair
     length: int  # L, tokens per view
     batch: int
     workers: int
@@ -42,21 +40,20 @@ class EncodeJob:
 
 @dataclass
 class EncodeWorker:
-    """Holds the models; `process` turns chunks into arrays, decoding ahead while the models run."""
+    """A loaded tokenizer and the images; `process` turns chunks into arrays, decoding ahead while the models run."""
 
     job: EncodeJob
     manifest: Manifest
-    reader: Reader
+    reader: Source
     tokenizer: StreamTokenizer
 
-    def process(self, chunks: Iterable[Chunk], advance: Advance) -> Iterator[tuple[Chunk, dict[str, np.ndarray]]]:
-        """Yield (chunk, {gen, disc: (n, V, L) uint16; status (n,) uint8; boxes (n, V, 5); reasons: JSON})."""
+    def process(self, chunks: Iterable[Chunk], advance: Advance) -> Iterator[tuple[Chunk, Arrays]]:
+        """Yield (chunk, {gen, disc: (n, V, L) ids; status (n,) uint8; boxes (n, V, 5); reasons: JSON})."""
         job = self.job
-        arrays: dict[str, np.ndarray] = {}
+        arrays: Arrays = {}
         reasons: dict[int, str] = {}
-        for batch, tokens in self._launched(
-            stream_batches(self.reader, self.manifest, chunks, job.recipe, job.batch, job.workers)
-        ):
+        batches = stream_batches(self.reader, self.manifest, chunks, job.recipe, job.batch, job.workers)
+        for batch, tokens in self._tokenised(batches):
             if not arrays:
                 arrays, reasons = self._blank(batch.chunk), {}
             self._fill(arrays, reasons, batch, tokens)
@@ -66,7 +63,7 @@ class EncodeWorker:
                 yield batch.chunk, {**arrays, "reasons": np.frombuffer(text, dtype=np.uint8)}
                 arrays = {}
 
-    def _launched(self, batches: Iterable[CropBatch]) -> Iterator[tuple[CropBatch, dict[str, Tensor]]]:
+    def _tokenised(self, batches: Iterable[CropBatch]) -> Iterator[tuple[CropBatch, dict[str, Tensor]]]:
         """Pair each batch with its tokens, one batch late: a GPU has the next queued before this one is read back."""
         waiting: tuple[CropBatch, dict[str, Tensor]] | None = None
         for batch in batches:
@@ -80,17 +77,15 @@ class EncodeWorker:
         if waiting:
             yield waiting
 
-    def _blank(self, chunk: Chunk) -> dict[str, np.ndarray]:
-        """A chunk in which every row is still without tokens, with the manifest's statuses."""
+    def _blank(self, chunk: Chunk) -> Arrays:
+        """A chunk in which no row has tokens yet, with the manifest's statuses."""
         shape = (len(chunk), len(self.job.recipe.views), self.job.length)
-        tokens = {name: np.full(shape, FILL, np.uint16) for name in self.job.streams}
+        tokens = {name: np.full(shape, filler(np.dtype(dtype)), dtype) for name, dtype in self.job.dtypes}
         status = self.manifest.status[chunk.start : chunk.stop].astype(np.uint8)
         return {**tokens, "status": status, "boxes": np.zeros((*shape[:2], 5), np.float32)}
 
-    def _fill(
-        self, arrays: dict[str, np.ndarray], reasons: dict[int, str], batch: CropBatch, tokens: dict[str, Tensor]
-    ) -> None:
-        """Put one batch's tokens, boxes and faults into the chunk's arrays."""
+    def _fill(self, arrays: Arrays, reasons: dict[int, str], batch: CropBatch, tokens: dict[str, Tensor]) -> None:
+        """Put one batch's tokens, boxes and statuses into the chunk's arrays."""
         start = batch.chunk.start
         for row, (status, reason) in batch.bad.items():
             arrays["status"][row - start] = status
@@ -98,6 +93,6 @@ class EncodeWorker:
         if not len(batch.rows):
             return
         n, V = batch.pixels.shape[:2]
-        for name in self.job.streams:
-            arrays[name][batch.rows - start] = tokens[name].reshape(n, V, -1).cpu().numpy().astype(np.uint16)
+        for name, dtype in self.job.dtypes:
+            arrays[name][batch.rows - start] = tokens[name].reshape(n, V, -1).cpu().numpy().astype(dtype)
         arrays["boxes"][batch.rows - start] = batch.boxes

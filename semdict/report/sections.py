@@ -88,9 +88,9 @@ def tokens(results: Results) -> Section:
     if kmeans := results.read("kmeans.json"):
         rows += [[f"k-means, {name.replace('_', ' ')}", number(value)] for name, value in scalars(kmeans).items()]
     if encode := results.read("encode.json"):
-        probe = scalars(encode["probe"])
-        rows += [[f"decoded back, {name.replace('_', ' ')}", number(value)] for name, value in probe.items()]
-        differing = encode["probe"].get("tokens_unlike_float32", {})
+        preflight = scalars(encode["preflight"])
+        rows += [[f"decoded back, {name.replace('_', ' ')}", number(value)] for name, value in preflight.items()]
+        differing = encode["preflight"].get("tokens_unlike_float32", {})
         rows += [[f"tokens unlike float32, {name}", f"{share:.3%}"] for name, share in differing.items()]
     if rows:
         part.tables.append(Table(["", ""], rows))

@@ -1,16 +1,16 @@
-"""Encode images with a trained 1-D tokenizer into token shards, by the same machinery as the paired dictionaries."""
+"""`semdict vcq encode`: every manifest row to the tokens of a trained 1-D tokenizer, as `semdict encode` does."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from semdict.pipeline.common.device import reduced_precision, resolve_device
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.publish import check_output
-from semdict.pipeline.config import paths as places
-from semdict.train.engine.loop import DTYPES
+from semdict.pipeline.config import paths
 from semdict.train.vcq.tokenizer import Tokenizer1d, load_vcq_tokenizer
 
 EXAMPLE = """examples:
@@ -20,32 +20,39 @@ EXAMPLE = """examples:
 
 @dataclass(frozen=True)
 class VcqSpec:
-    """A tokenizer file and the device to open it on; picklable, for worker processes."""
+    """A tokenizer file, the device to open it on and the side of the crops; picklable, for worker processes."""
 
     path: str
     device: str
+    image_size: int
 
     def open(self) -> "VcqTokenizer":
-        """Read the weights; WeightsError says what is wrong with them."""
-        return VcqTokenizer(load_vcq_tokenizer(self.path, self.device), torch.device(self.device))
+        """Read the weights; WeightsError if they are no tokenizer, UsageError if it works on images of another size."""
+        model = load_vcq_tokenizer(self.path, self.device)
+        if model.config.image_size != self.image_size:
+            raise UsageError(
+                f"{self.path} works on images of {model.config.image_size} pixels, crops have {self.image_size}: "
+                f"set pixels.size: {model.config.image_size}"
+            )
+        return VcqTokenizer(model, torch.device(self.device))
 
 
 @dataclass
 class VcqTokenizer:
-    """A loaded tokenizer as the encode machinery wants it: one stream, `gen`."""
+    """A loaded tokenizer with one token stream, `gen`."""
 
     model: Tokenizer1d
     device: torch.device
 
     @torch.inference_mode()
     def tokens(self, images: Tensor, precision: str = "float32") -> dict[str, Tensor]:
-        """(B, 3, 256, 256) in [0, 1] -> {"gen": (B, L) int64}; the code search is float32 at any precision."""
-        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "float32"):
+        """(B, 3, H, W) in [0, 1] -> {"gen": (B, L) int64}; the code search is float32 at any precision."""
+        with reduced_precision(self.device, precision):
             return {"gen": self.model.encode(images)}
 
     @torch.inference_mode()
     def decode(self, gen: Tensor) -> Tensor:
-        """(B, L) ids -> (B, 3, 256, 256) in [0, 1]."""
+        """(B, L) ids -> (B, 3, H, W) in [0, 1]."""
         return self.model.decode(gen)
 
 
@@ -62,93 +69,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encode what is missing, publish, report; 0 when the shard directory stands whole."""
+    """Compute the missing chunks, publish the shards and report; 0 when the shard directory is complete."""
     from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.encode.plan import EncodePaths, EncodeStage, Streams
+    from semdict.pipeline.encode.preflight import Floor
     from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 
     params = load_params(args.params, args.set)
-    args.out = args.out or Path("shards") / f"{params.preset}-vcq"
-    check_output(args.out, "shards")
-    path = args.tokenizer or Path("runs") / params.preset / "vcq"
-    with lock(f"vcq-encode-{params.preset}", args.work), interrupt_on_signals():
-        _encode(params, args, path)
+    preset, cfg = params.preset, params.vcq_encode
+    files = EncodePaths(
+        manifest=args.manifest or paths.manifest(preset),
+        out=args.out or Path("shards") / f"{preset}-vcq",
+        reports=args.reports or Path("reports") / preset / "vcq-encode",
+        work=args.work,
+    )
+    check_output(files.out, "shards")
+    weights, name = args.tokenizer or Path("runs") / preset / "vcq", f"vcq-encode-{preset}"
+    floor = Floor(cfg.psnr_floor, cfg.psnr_images, "vcq_encode.psnr_floor", str(weights))
+    stage = EncodeStage(name, __name__, params, cfg, floor, files)
+    with lock(name, args.work), interrupt_on_signals():
+        spec = VcqSpec(str(weights.resolve()), resolve_device(params.runtime.device), params.pixels.size)
+        tokenizer = spec.open()
+        model = tokenizer.model
+        streams = Streams({"gen": model.identity}, (model.config.tokens,), list(model.quantizer.sizes), title=" (VCQ)")
+        stage.run(spec, tokenizer, streams, args.scheduler or params.runtime.scheduler)
     return 0
-
-
-def _encode(params, args: argparse.Namespace, path: Path) -> None:
-    from semdict.pipeline.common.files import write_json
-    from semdict.pipeline.config.schema import Vqgan
-    from semdict.pipeline.encode.assemble import Publication, encode_and_publish
-    from semdict.pipeline.encode.preflight import probe
-    from semdict.pipeline.execute.store import ChunkStore
-    from semdict.pipeline.manifest.table import load_manifest
-    from semdict.train.engine.dist import pick_device
-
-    chosen, preset = params.vcq_encode, params.preset
-    manifest_path = args.manifest or places.manifest(preset)
-    manifest = load_manifest(manifest_path)
-    spec = VcqSpec(str(path.resolve()), str(pick_device(params.runtime.device)))
-    tokenizer = spec.open()
-    job, shards = _job(params, manifest, manifest_path, spec, tokenizer.model)
-    reports = args.reports or Path("reports") / preset / "vcq-encode"
-    store = ChunkStore(args.work, f"vcq-encode-{preset}", job.fingerprint)
-    floor = Vqgan(
-        weights=str(path), layout=None, ema=True, psnr_floor=chosen.psnr_floor, psnr_images=chosen.psnr_images
-    )
-    metrics = {"probe": probe(job, tokenizer, manifest, floor, chosen, reports)}
-    publication = Publication(
-        job=job,
-        manifest=manifest,
-        store=store,
-        spec=shards,
-        out=args.out,
-        chunk=chosen.chunk,
-        max_bad_fraction=params.manifest.max_bad_fraction,
-        storage=params.shards,
-    )
-    metrics["images"] = encode_and_publish(publication, args.scheduler or params.runtime.scheduler)
-    write_json(reports / "encode.json", metrics)
-    store.sweep()
-
-
-def _job(params, manifest, manifest_path: Path, spec: VcqSpec, model: Tokenizer1d):
-    """The picklable job and the description of its shards."""
-    from semdict.pipeline.encode.worker import EncodeJob
-    from semdict.pipeline.execute.code_identity import code_identity
-    from semdict.pipeline.execute.store import fingerprint
-    from semdict.pipeline.images.batches import CropRecipe
-    from semdict.pipeline.shards import ShardSpec
-
-    chosen, pixels = params.vcq_encode, params.pixels
-    crops = CropRecipe.of(pixels, chosen.views, chosen.seed)
-    if model.config.image_size != crops.crop.size:
-        raise UsageError(f"{spec.path} works on {model.config.image_size} pixels, crops have {crops.crop.size}")
-    recipe = {
-        **crops.identity(),
-        "input_range": [0, 1],
-        "precision": chosen.precision,
-        "gen": model.identity,
-    }
-    name = fingerprint(
-        manifest=manifest.sha256, recipe=recipe, batch=chosen.batch, chunk=chosen.chunk,
-        limits=[pixels.max_pixels, pixels.decode_memory],
-        device=spec.device, code=code_identity(__name__),
-    )  # fmt: skip
-    where = tuple((split, str(Path(pattern).absolute())) for split, pattern in params.manifest.images.items())
-    job = EncodeJob(
-        name, str(Path(manifest_path).resolve()), where, crops, spec, ("gen",), model.config.tokens, chosen.batch,
-        params.runtime.workers, chosen.precision,
-    )  # fmt: skip
-    shards = ShardSpec(
-        rows=len(manifest),
-        views=[{**asdict(view), "name": view.name} for view in crops.views],
-        grid=(model.config.tokens,),
-        gen_sizes=list(model.quantizer.sizes),
-        disc_size=None,
-        recipe=recipe,
-        fingerprint=name,
-        title=f"{params.shards.title} (VCQ)",
-        licence=params.shards.licence,
-        source=params.shards.source,
-    )
-    return job, shards
