@@ -1,8 +1,8 @@
-"""Checkpoints: whole files of plain tensors, numbers and text; the newest is named by a `last` pointer, old ones go.
+"""Checkpoints: complete files of plain tensors, numbers and text; the pointer `last` names the newest and its SHA-256.
 
-A file holds everything that a run needs to continue bit-exactly: step, modules, optimisers, gradient scaler, loader
-position, settings and their fingerprint. There is no generator state to keep: every draw of a run is a function of its
-seed and step (train.draws).
+A file holds everything that a run needs to continue bit-exactly: step, modules, optimisers, gradient scaler, position
+of the dataloader, settings and their fingerprint. There is no generator state: every random number of a run is a
+function of its seed and step (engine/rng.py).
 """
 
 from pathlib import Path
@@ -11,29 +11,34 @@ from typing import Any
 import torch
 
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.common.files import remove, write_aside
+from semdict.pipeline.common.files import remove, sha256_file, write_aside
 from semdict.pipeline.common.safeload import load_checkpoint
 
 FORMAT = 1
-LAST = "last"
+LAST = "last"  # one line as `sha256sum` writes it: digest, two spaces, file name
 PARTS = ("format", "step", "modules", "optimisers", "scaler", "loader", "settings", "fingerprint")
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `step-00000123.pt`, point `last` at it, and delete all but the `keep` newest; returns the file.
 
-    Killed at any moment, `last` names a whole file: the file is complete before the pointer moves, and the pointer is
-    moved before anything is deleted.
+    If killed at any moment, `last` names a complete file: the file is complete before the pointer moves, and the
+    pointer is moved before anything is deleted.
     """
     path = Path(folder) / f"step-{step:08d}.pt"
-    with write_aside(path) as aside:
-        torch.save({"format": FORMAT, "step": step, **state}, aside)
-    with write_aside(path.with_name(LAST)) as aside:
-        aside.write_text(path.name + "\n")
+    with write_aside(path) as staged:
+        torch.save({"format": FORMAT, "step": step, **state}, staged)
+    point_to(path)
     for old in stored(folder)[: -max(1, keep)]:
         if old != path:
             remove(old)
     return path
+
+
+def point_to(path: Path) -> None:
+    """Make `path` the checkpoint that `last` names."""
+    with write_aside(path.with_name(LAST)) as staged:
+        staged.write_text(f"{sha256_file(path)}  {path.name}\n")
 
 
 def stored(folder: Path) -> list[Path]:
@@ -42,23 +47,34 @@ def stored(folder: Path) -> list[Path]:
 
 
 def last(folder: Path) -> Path | None:
-    """The file that the `last` pointer names; None where nothing was saved yet.
+    """The checkpoint that `last` names, checked against its SHA-256; None where nothing was saved yet.
 
-    WeightsError when the pointer names a file that is not there, or is not a plain file name.
+    Raises WeightsError if the pointer does not name a file of this folder, or if the file is not the one that was
+    saved; the message names the other checkpoints and the command that points to one of them.
     """
     pointer = Path(folder) / LAST
     if not pointer.exists():
         return None
-    name = pointer.read_text().strip()
+    digest, _, name = pointer.read_text().strip().partition("  ")
     path = Path(folder) / name
     if path.parent != Path(folder) or not path.is_file():
-        left = ", ".join(p.name for p in stored(folder)) or "none"
-        raise WeightsError(f"{pointer} names {name!r}, which is not in {folder}; write one of these into it: {left}")
+        raise WeightsError(f"{pointer} names {name!r}, which is not in {folder}; {_others(path)}")
+    if sha256_file(path) != digest:
+        raise WeightsError(f"{path} is damaged: its SHA-256 is not the one in {pointer}; {_others(path)}")
     return path
 
 
+def _others(path: Path) -> str:
+    """What to do about a checkpoint that cannot be used."""
+    names = [other.name for other in stored(path.parent) if other != path]
+    if not names:
+        return "there is no other checkpoint: start anew without --resume"
+    command = f"cd {path.parent} && sha256sum {names[-1]} > {LAST}"
+    return f"other checkpoints: {', '.join(names)}; to continue from the newest: {command}"
+
+
 def load(path: Path, fingerprint: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Read a checkpoint of this run; WeightsError when it is damaged, unsafe, or of other settings (then named)."""
+    """Read a checkpoint of this run; WeightsError if it is damaged, unsafe, or of other settings (then named)."""
     state = load_checkpoint(path)
     missing = [part for part in PARTS if part not in state]
     if missing or state["format"] != FORMAT:
@@ -73,20 +89,20 @@ def load(path: Path, fingerprint: str, settings: dict[str, Any]) -> dict[str, An
     return state
 
 
-def differences(theirs: dict[str, Any], mine: dict[str, Any], prefix: str = "") -> list[str]:
-    """One `key: theirs -> mine` per leaf in which two nested settings differ."""
-    found = []
-    for key in sorted(theirs.keys() | mine.keys(), key=str):
-        a, b = theirs.get(key, "absent"), mine.get(key, "absent")
+def differences(stored: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """One `key: stored -> current` per leaf in which two nested settings differ."""
+    changed = []
+    for key in sorted(stored.keys() | current.keys(), key=str):
+        a, b = stored.get(key, "absent"), current.get(key, "absent")
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            changed += differences(a, b, f"{prefix}{key}.")
         elif plain(a) != plain(b):
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found
+            changed.append(f"{prefix}{key}: {a} -> {b}")
+    return changed
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON would give it back: tuples become lists, all the way down, so that settings compare and hash."""
+    """A value as JSON would return it: tuples become lists at any depth, so that settings compare and hash."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
