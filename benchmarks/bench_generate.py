@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import alternate
 from semdict.train.masked.model import SIZES, MaskedTokenTransformer, model_config
+from semdict.train.masked.objectives import Lease
 from semdict.train.masked.sampling import Decoding, ImageDraws, decode_iteratively, once_where_equal
 from semdict.train.masked.vocab import LEASE
 
@@ -70,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.small:
         args.size, args.batch, args.steps = "tiny", 4, 4
-    config = model_config("lease", args.size, words=64, vocab=LEASE, decoder_rows=385)
+    config = model_config("lease", args.size, vocab=LEASE, decoder_rows=385, **Lease.architecture(64))
     model = MaskedTokenTransformer(config).to(args.device).eval().requires_grad_(False)
     how = Decoding(args.steps, 6.0, "sampled")  # as many passes as the loop that it is compared with
     with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):

@@ -18,9 +18,10 @@ from benchmarks import memory
 from benchmarks.report import arguments, in_child, machine, publish
 from benchmarks.straight_lease import StraightLease
 from benchmarks.timing import alternate
+from semdict.train.engine.loop import Clock
 from semdict.train.masked.masking import draw_masks
 from semdict.train.masked.model import SIZES, MaskedTokenTransformer, model_config
-from semdict.train.masked.objectives import Lease, Mage, Masking, Sorcen
+from semdict.train.masked.objectives import OBJECTIVES, Lease, Mage, Masking, Sorcen
 from semdict.train.masked.vocab import LEASE
 
 RATIO = 0.695  # about the mean of the truncated normal; constant, so that all steps cost the same
@@ -64,8 +65,8 @@ class Steps:
     def ours(self, version: str) -> Callable[[], float]:
         """The package's objectives; `mage_online_vqgan` encodes images in every step, as published."""
         family = version.partition("_")[0]
-        words = self.words[1] if family == "lease" else 0
-        config = model_config(family, self.size, words=words, dropout=self.dropout)
+        fields = Lease.architecture(self.words[1]) if family == "lease" else OBJECTIVES[family].architecture()
+        config = model_config(family, self.size, dropout=self.dropout, **fields)
         model = MaskedTokenTransformer(config).to(self.device)
         if self.compile:
             model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
@@ -74,15 +75,16 @@ class Steps:
             "sorcen": lambda: Sorcen(model, echo_warmup=0, masking=self.masking),
             "mage": lambda: Mage(masking=self.masking),
         }[family]().to(self.device)
+        clock = Clock(50)
         tokenizer = self.tokenizer() if version.endswith("vqgan") else None
         optimiser = self.optimiser(model, fused=True)
 
         def step() -> float:
             tokens = tokenizer() if tokenizer else self.tokens
             with self.precision():
-                loss, _ = objective(model, {"gen": tokens, "disc": self.disc}, self.rng, epoch=50.0)
+                loss, _ = objective(model, {"gen": tokens, "disc": self.disc}, self.rng, clock)
             self.update(loss, optimiser)
-            objective.after_step(model, 50.0, 400.0)
+            objective.after_step(model, clock, 400.0)
             return loss.item()
 
         return step
@@ -171,7 +173,7 @@ def check_equal() -> None:
     centroids = torch.nn.functional.normalize(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     straight = StraightLease(size, centroids).eval()
     model = MaskedTokenTransformer(
-        model_config("lease", "tiny", vocab=LEASE, decoder_rows=385, words=16, decoder_words=16)
+        model_config("lease", "tiny", vocab=LEASE, decoder_rows=385, **Lease.architecture(16, "both"))
     ).eval()
     state = straight.state_dict()
     names = {n: next(t + n[len(o) :] for o, t in PARTS.items() if n.startswith(o)) for n in model.state_dict()}
@@ -179,7 +181,7 @@ def check_equal() -> None:
     rng = torch.Generator().manual_seed(3)
     tokens, words = (torch.randint(0, high, (2, 256), generator=rng) for high in (1024, 64))
     keep, masked, _ = draw_masks(2, 256, RATIO, rng)
-    ours, _ = Lease(centroids).losses(model, Lease.given_masks(model, tokens, masked, keep), words)
+    ours, _ = Lease(centroids).losses(model, Lease.pass_with(model, tokens, masked, keep), words)
     if abs(ours.item() - straight(tokens, words, masked, keep).item()) > 1e-4:
         raise SystemExit("the straightforward LEASE and the package's compute different losses")
 

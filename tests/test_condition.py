@@ -41,7 +41,7 @@ SHAPE = {"width": 32, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_dept
 
 def base(family: str = "lease", seed: int = 1) -> MaskedTokenTransformer:
     """Untrained, but with the long rows of a trained word table: the frozen head cannot stretch its logits."""
-    model = MaskedTokenTransformer(model_config(family, "tiny", CODES, words=6, **SHAPE), seed)
+    model = MaskedTokenTransformer(model_config(family, "tiny", CODES, **tiny.architecture(family), **SHAPE), seed)
     with torch.no_grad():
         model.token_emb.word.weight.mul_(5)
     return model
@@ -218,7 +218,7 @@ def place(tmp_path, monkeypatch, shards) -> Path:
     runtime = {"device": "cpu", "log_every": 1, "save_every": 3, "tensorboard": False}
     tree = tiny.replaced(tree, condition=condition, runtime=runtime)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
-    about = {"corpus": {"recipe": {"seed": 0}}, "settings": {"epochs": 1}}
+    about = {"token_set": {"recipe": {"seed": 0}}, "cfg": {"epochs": 1}}
     save_model(tmp_path / "runs" / "base" / "model.pt", base(), about)
     return tmp_path
 
@@ -240,7 +240,11 @@ def test_a_run_learns_what_it_is_told_and_leaves_the_rest(place, shards, capsys)
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == TAUGHT
     metrics = json.loads((place / "reports" / "demo" / "base-conditional" / "metrics.json").read_text())
     held = metrics["held_out"]
-    assert held["told"] < 0.1 and 0.98 * np.log(2) < held["class_only"] < 0.85 and held["class_only"] < held["untold"]
+    assert (
+        held["conditional"] < 0.1
+        and 0.98 * np.log(2) < held["class_only"] < 0.85
+        and held["class_only"] < held["unconditional"]
+    )
     assert metrics["classes"] == 4 and held["images"] == 49 and file.about["model"]["name"] == "base"
     assert metrics["chance"] == pytest.approx(np.log(CODES)) and metrics["final"]["loss"] < 0.6 * metrics["chance"]
     assert torch.allclose(model.centroids.norm(dim=1), torch.full((WORDS,), 6**0.5), atol=1e-5)
@@ -364,7 +368,7 @@ def test_a_released_checkpoint_can_be_taught(place, golden, capsys):
     options = ["condition", "--model", file, "--num-heads", "4", "--decoder-num-heads", "6", "--shards", "set"]
     short = ["--set", "condition.batch=4", "--set", "condition.epochs=2"]
     assert main([*options, *short]) == 1
-    assert "holds no words" in capsys.readouterr().err
+    assert "no discriminative tokens" in capsys.readouterr().err
     assert main([*options, *short, "--set", "condition.centroids=false"]) == 0
     model, _ = load_model(place / "runs" / "demo" / "lease_tiny-conditional", ConditionalTransformer)
     before, after = load_released(file, 4, 6).state_dict(), model.base.state_dict()

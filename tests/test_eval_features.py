@@ -27,7 +27,7 @@ def small_model(seed: int = 0, **changes) -> MaskedTokenTransformer:
 
 
 def saved(path, seed: int = 0, recipe: dict | None = None, **changes):
-    about = {"corpus": {"recipe": {"z": 1, "a": 2} if recipe is None else recipe}, "settings": {"epochs": 7}}
+    about = {"token_set": {"recipe": {"z": 1, "a": 2} if recipe is None else recipe}, "cfg": {"epochs": 7}}
     save_model(path / "model.pt", small_model(seed, **changes), about)
     return load_encoder(path)
 

@@ -35,7 +35,7 @@ def write_model(path: Path, codes: int = tiny.CODES) -> None:
     with torch.no_grad():
         model.token_emb.word.weight.mul_(3)
     path.mkdir(parents=True, exist_ok=True)
-    save_model(path / "model.pt", model, {"settings": {"epochs": 1}, "corpus": {"recipe": {"crop": {"name": "a"}}}})
+    save_model(path / "model.pt", model, {"cfg": {"epochs": 1}, "token_set": {"recipe": {"crop": {"name": "a"}}}})
 
 
 def write_conditional(path: Path, words: int, disc: str = "d", **dropouts: float) -> None:
@@ -48,7 +48,7 @@ def write_conditional(path: Path, words: int, disc: str = "d", **dropouts: float
         model.class_embed.weight.mul_(3)
         model.no_class.normal_(generator=rng)
     recipe = {"crop": {"name": "a"}, "disc": {"name": disc}}
-    about = {"settings": {"label_dropout": 0.1, "word_dropout": 0.1, **dropouts}, "corpus": {"recipe": recipe}}
+    about = {"cfg": {"label_dropout": 0.1, "word_dropout": 0.1, **dropouts}, "token_set": {"recipe": recipe}}
     path.mkdir(parents=True, exist_ok=True)
     save_model(path / "model.pt", model, about)
 

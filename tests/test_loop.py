@@ -19,7 +19,6 @@ from semdict.train.engine.logging import read_log
 from semdict.train.engine.loop import Phase, Plan, Run, fit
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
 from semdict.train.engine.optim import adamw, groups
-from semdict.train.engine.run import Place, held
 from tests import toy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +82,7 @@ def test_a_resumed_window_of_the_log_is_whole(tmp_path):
     toy.train(tmp_path / "whole", steps=20, log_every=5, save_every=3)
     folder = tmp_path / "cut"
     toy.train(folder, steps=20, log_every=5, save_every=3)
-    (folder / "checkpoints" / "last").write_text("step-00000018.pt\n")
+    checkpoint.point_to(folder / "checkpoints" / "step-00000018.pt")
     toy.train(folder, steps=20, log_every=5, save_every=3, resume=True)
     assert curve(folder) == curve(tmp_path / "whole")
 
@@ -106,13 +105,13 @@ def test_another_number_of_processes_takes_over(tmp_path):
     toy.train(tmp_path / "one", steps=14, save_every=7)
     folder = tmp_path / "two"
     toy.train(folder, steps=14, save_every=7)
-    (folder / "checkpoints" / "last").write_text("step-00000007.pt\n")
+    checkpoint.point_to(folder / "checkpoints" / "step-00000007.pt")
     process = start(folder, "--steps", "14", "--save-every", "7", "--resume", processes=2)
     assert process.wait(120) == 0, process.stderr.read()
     assert curve(folder) == pytest.approx(curve(tmp_path / "one"), rel=2e-5)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_fails(tmp_path, sent):
     process = start(tmp_path, "--steps", "2000", "--step-seconds", "0.01", "--save-every", "0")
     wait_for(tmp_path / "log.jsonl", process)
@@ -122,6 +121,17 @@ def test_a_signal_saves_and_fails(tmp_path, sent):
     message, state = process.stderr.read(), checkpoint.load_checkpoint(checkpoint.last(tmp_path / "checkpoints"))
     assert 0 < state["step"] < 2000 and f"step {state['step']}" in message and "--resume" in message
     assert len(curve(tmp_path)) == state["step"]
+
+
+def test_an_ignored_hang_up_stays_ignored(tmp_path):
+    """nohup: the process goes on after SIGHUP."""
+    code = "import signal, sys; from pathlib import Path; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    code += "from tests import toy; toy.train(Path(sys.argv[1]), steps=60, step_seconds=0.02)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=ENV, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "log.jsonl", process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0, process.stderr.read()
+    assert len(curve(tmp_path)) == 60
 
 
 def test_not_a_number_stops_before_the_update(tmp_path):
@@ -147,8 +157,8 @@ def test_an_uneven_share_is_refused(tmp_path):
         toy.train(tmp_path, accumulate=3)
 
 
-def test_two_optimisers_take_turns(tmp_path):
-    """A generator and a critic: a turn moves its own parameters only; the critic starts late, sees what was left."""
+def test_two_phases_of_a_step(tmp_path):
+    """A generator and a critic: each phase updates its own parameters, the critic starts late and sees the batch."""
     torch.manual_seed(0)
     maker, critic = nn.Linear(4, 4), nn.Linear(4, 1)
     moved: list[tuple[bool, bool]] = []
@@ -171,33 +181,16 @@ def test_two_optimisers_take_turns(tmp_path):
         Phase("critic", critic, judge, adamw(critic, (0.9, 0.95), 0.0), lambda step: 0.1, start=2),
     ]
     loader = ResidentLoader(toy.table(), 8, 0)
-    kept = {"maker": maker, "critic": critic}
+    state = {"maker": maker, "critic": critic}
     world = dist.World(0, 1, torch.device("cpu"))
-    means = fit(phases, loader, Plan(4, save_every=0), Run(tmp_path, quiet=True), world, kept, [watch])
+    means = fit(phases, loader, Plan(4, save_every=0), Run(tmp_path, quiet=True), world, state, [watch])
     assert moved == [(True, False), (True, False), (True, True), (True, True)]
     assert {"loss", "critic_loss", "critic_lr"} <= means.keys()
 
 
-def test_a_complete_run_is_published_once(tmp_path):
-    place = Place("toy", {"lr": 1}, tmp_path / "out", tmp_path / "work")
-    world = dist.World(0, 1, torch.device("cpu"))
-    assert place.published(resume=True) is None
-    with held(place, world, resume=True):
-        (place.folder / "model.pt").write_text("m")
-        (place.folder / "checkpoints").mkdir()
-        place.complete({"metrics": {}})
-        place.publish()
-    assert sorted(p.name for p in place.out.iterdir()) == ["model.pt", "run.json"] and not place.folder.exists()
-    assert place.published(resume=True)["fingerprint"] == place.fingerprint
-    with pytest.raises(UsageError, match="already complete"):
-        place.published(resume=False)
-    with pytest.raises(UsageError, match="lr: 1 -> 2"):
-        Place("toy", {"lr": 2}, tmp_path / "out", tmp_path / "work").published(resume=True)
-
-
 def test_schedule_is_a_ramp_and_half_a_cosine():
-    rate = warmup_cosine(2.0, 10, 110, floor=0.5)
-    assert [rate(0), rate(5), rate(10), rate(60), rate(110), rate(200)] == pytest.approx([0, 1, 2, 1.25, 0.5, 0.5])
+    lr = warmup_cosine(2.0, 10, 110, floor=0.5)
+    assert [lr(0), lr(5), lr(10), lr(60), lr(110), lr(200)] == pytest.approx([0, 1, 2, 1.25, 0.5, 0.5])
     assert scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)
 
 

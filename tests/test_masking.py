@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semdict.train.engine.rng import batch_generator
-from semdict.train.masked.echo import draw_square, echo_tokens, sample_codes, square_cells
 from semdict.train.masked.masking import draw_masks, draw_ratio
+from semdict.train.masked.objectives.sorcen import draw_square, echo_tokens, sample_codes, square_cells
 
 
 def seeded(seed=0):

@@ -11,12 +11,13 @@ from semdict.train.engine.layers import KERNELS, Recompute, dropout, pos2d, tabl
 from semdict.train.masked.masking import draw_masks
 from semdict.train.masked.model import SIZES, MaskedTokenTransformer, ModelConfig, model_config
 from semdict.train.masked.vocab import LEASE, MAGE, lean
+from tests.tiny import architecture
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "decoder_width": 24, "decoder_depth": 1, "decoder_heads": 3, "grid": 4}
 
 
 def tiny(family="lease", **changes):
-    return model_config(family, "tiny", **{"codes": 20, "words": 6, **TINY, **changes})
+    return model_config(family, "tiny", **{"codes": 20, **architecture(family), **TINY, **changes})
 
 
 def made(config, seed=0):
@@ -95,7 +96,7 @@ def by_hand(model, tokens, masked, keep):
 
 CONFIGS = {
     "lease": tiny("lease"),
-    "mage": tiny("mage", words=0),
+    "mage": tiny("mage"),
     "mage published vocabulary": tiny("mage", vocab=MAGE),
     "lease published vocabulary and rows": tiny("lease", vocab=LEASE, decoder_rows=30),
 }
@@ -274,7 +275,7 @@ def test_one_seed_one_model_whatever_happened_before():
 
 @pytest.mark.parametrize("family", ["lease", "mage", "sorcen"])
 def test_configuration_survives_a_checkpoint(family):
-    config = model_config(family, "tiny", codes=64, words=12 if family == "lease" else 0)
+    config = model_config(family, "tiny", codes=64, **architecture(family, 12))
     assert ModelConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="unknown keys"):
         ModelConfig.from_dict({**config.to_dict(), "heds": 3})
@@ -285,16 +286,13 @@ def test_sizes_are_the_published_ones():
     assert [SIZES["vit_base"][key] for key in order] == [768, 12, 12, 768, 8, 16]
     assert [SIZES["vit_large"][key] for key in order] == [1024, 24, 16, 1024, 8, 16]
     assert (lean(1024).rows, lean(1024).cls, lean(1024).mask) == (1026, 1024, 1025)
-    assert (model_config("sorcen", "vit_base").projector, model_config("mage", "vit_base").projector) == (
-        (4096, 512),
-        None,
-    )
+    assert architecture("sorcen") == {"projector": (4096, 512), "predictor": (2048, 512)}
+    assert model_config("mage", "vit_base").projector is None
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"family": "beit"}, "beit"),
         ({"canvas": "mul"}, "mul"),
         ({"decoder_rows": 16}, "16 is below"),
         ({"heads": 3}, "width 16 is not a multiple of heads 3"),

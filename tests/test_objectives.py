@@ -1,4 +1,4 @@
-"""Objectives: what each adds up, who gets gradients, what the teacher does, ranks, and one batch learnt by heart."""
+"""Objectives: what each adds up, who gets gradients, what the teacher does, ranks, one overfitted batch."""
 
 import math
 
@@ -9,9 +9,11 @@ from torch import nn
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.engine.ema import Ema, beta
+from semdict.train.engine.loop import Clock
 from semdict.train.engine.rng import batch_generator
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
 from semdict.train.masked.objectives import Lease, Mage, Masking, Sorcen
+from tests.tiny import architecture
 
 SHAPE = {"grid": 4, "width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
 CODES, WORDS, DIM = 30, 24, 8
@@ -20,8 +22,8 @@ FLOOR = -(0.9 + 0.1 / CODES) * math.log(0.9 + 0.1 / CODES) - 0.1 * (CODES - 1) /
 
 def made(family, dropout=0.0, seed=0, **changes):
     heads = {"projector": (24, 12), "predictor": (16, 12)} if family == "sorcen" else {}
-    words = DIM if family == "lease" else 0
-    config = model_config(family, "tiny", codes=CODES, words=words, dropout=dropout, **{**SHAPE, **heads, **changes})
+    fields = {**architecture(family, DIM), **SHAPE, **heads, **changes}
+    config = model_config(family, "tiny", codes=CODES, dropout=dropout, **fields)
     return MaskedTokenTransformer(config, seed)
 
 
@@ -31,7 +33,7 @@ def batch(rows=6, seed=0):
     return {"gen": gen, "disc": torch.randint(0, WORDS, (rows, 16), generator=rng).to(torch.uint16)}
 
 
-def dictionary(seed=1):
+def codebook(seed=1):
     return torch.randn(WORDS, DIM, generator=torch.Generator().manual_seed(seed))
 
 
@@ -40,7 +42,7 @@ def seeded(seed=0):
 
 
 def objective(family, model, **settings):
-    return {"mage": Mage, "lease": lambda **k: Lease(dictionary(), **k), "sorcen": lambda **k: Sorcen(model, **k)}[
+    return {"mage": Mage, "lease": lambda **k: Lease(codebook(), **k), "sorcen": lambda **k: Sorcen(model, **k)}[
         family
     ](**settings)
 
@@ -66,11 +68,11 @@ def test_lease_is_its_equation_written_out(side):
     """Reconstruction + lambda times contrast, every logit written out, gradients included."""
     model = made("lease", decoder_words=DIM)
     settings = {"contrast": side, "neighbours": 3, "weight": 0.3, "tau": 0.2, "alpha": 0.15}
-    ours = Lease(dictionary(), **settings)
+    ours = Lease(codebook(), **settings)
     loss, scalars = ours(model, batch(), seeded(3))
     got = gradients(model, loss)
     p, words = ours.masked_pass(model, batch(), seeded(3)), batch()["disc"].long()
-    unit = F.normalize(dictionary(), dim=1)
+    unit = F.normalize(codebook(), dim=1)
     want = ours.reconstruction(model, p)
     if side in ("encoder", "both"):
         total, count = 0.0, 0
@@ -96,22 +98,22 @@ def test_lease_is_its_equation_written_out(side):
 def test_lease_with_everything_masked_has_no_contrast_and_finite_gradients():
     model = made("lease")
     everything = Masking(mode=1.0, std=1e-6, low=1.0, high=1.0)
-    loss, scalars = Lease(dictionary(), masking=everything)(model, batch(), seeded())
+    loss, scalars = Lease(codebook(), masking=everything)(model, batch(), seeded())
     assert scalars["contrast_encoder"] == 0
     assert all(torch.isfinite(g).all() for g in gradients(model, loss).values())
 
 
 def test_lease_refuses_what_does_not_fit():
-    with pytest.raises(UsageError, match="shards hold none"):
-        Lease(dictionary())(made("lease"), {**batch(), "disc": None}, seeded())
-    with pytest.raises(UsageError, match="encoder projects to 8 dimensions, the dictionary has 5"):
-        Lease(dictionary()[:, :5])(made("lease"), batch(), seeded())
+    with pytest.raises(UsageError, match="shards have none"):
+        Lease(codebook())(made("lease"), {**batch(), "disc": None}, seeded())
+    with pytest.raises(UsageError, match="encoder projects to 8 dimensions, the codebook has 5"):
+        Lease(codebook()[:, :5])(made("lease"), batch(), seeded())
     with pytest.raises(UsageError, match="decoder projects to 0"):
-        Lease(dictionary(), contrast="both")(made("lease"), batch(), seeded())
+        Lease(codebook(), contrast="both")(made("lease"), batch(), seeded())
     with pytest.raises(UsageError, match=r"24 neighbours.*24 words"):
-        Lease(dictionary(), neighbours=24)
+        Lease(codebook(), neighbours=24)
     with pytest.raises(UsageError, match="'encodr'"):
-        Lease(dictionary(), contrast="encodr")
+        Lease(codebook(), contrast="encodr")
 
 
 def test_sorcen_adds_up_and_only_the_student_learns():
@@ -139,7 +141,7 @@ def test_sorcen_teacher_is_the_student_at_the_start_and_moves_only_after_a_step(
     moved = {k for k, v in ours.teacher.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {f"parts.projector.1.{k}" for k in ("running_mean", "running_var", "num_batches_tracked")}
     statistics = ours.teacher["projector"][1].running_mean.clone()
-    ours.after_step(model, epoch=10, epochs=40)
+    ours.after_step(model, Clock(10), epochs=40)
     assert torch.equal(ours.teacher["projector"][1].running_mean, statistics)
     keep = 1 - 0.004 * (1 + math.cos(math.pi / 4)) / 2
     for name, value in ours.teacher.named_parameters():
@@ -157,13 +159,13 @@ def test_sorcen_as_released_repeats_the_slips():
     before = {k: v.clone() for k, v in ours.teacher.named_parameters()}
     model.eval()
     with torch.no_grad():
-        ours(model, batch(), seeded(), epoch=400)  # in evaluation too, and on 1600 epochs
+        ours(model, batch(), seeded(), Clock(400))  # in evaluation too, and on 1600 epochs
     for name, value in ours.teacher.named_parameters():
         student = model.get_parameter(name.removeprefix("parts."))
         want = beta(400, 1600) * before[name] + (1 - beta(400, 1600)) * student
         torch.testing.assert_close(value, want, atol=1e-6, rtol=0)
     after = {k: v.clone() for k, v in ours.teacher.named_parameters()}
-    ours.after_step(model, 400, 500)
+    ours.after_step(model, Clock(400), 500)
     assert all(torch.equal(v, after[k]) for k, v in ours.teacher.named_parameters())
     model.train()
     ours(model, batch(), seeded())[0].backward()
@@ -210,45 +212,45 @@ def test_average_has_its_own_storage_and_state():
 @pytest.mark.parametrize("family", ["mage", "lease", "sorcen"])
 def test_the_batch_and_the_global_generator_are_left_alone(family):
     model = made(family).eval()
-    given, state = batch(), torch.get_rng_state()
-    losses = [objective(family, model)(model, given, seeded(4), epoch=50)[0] for _ in range(2)]
-    assert losses[0] == losses[1] != objective(family, model)(model, given, seeded(5), epoch=50)[0]
+    inputs, state = batch(), torch.get_rng_state()
+    losses = [objective(family, model)(model, inputs, seeded(4), Clock(50))[0] for _ in range(2)]
+    assert losses[0] == losses[1] != objective(family, model)(model, inputs, seeded(5), Clock(50))[0]
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(given["gen"], batch()["gen"]) and torch.equal(given["disc"], batch()["disc"])
+    assert torch.equal(inputs["gen"], batch()["gen"]) and torch.equal(inputs["disc"], batch()["disc"])
 
 
 class Halves(nn.Module):
     """Two ranks in one process: an objective on each half of the batch, rows shared as a gather with gradient does."""
 
-    def run(self, family, given, epoch):
+    def run(self, family, inputs, clock):
         model = made(family)
         losses, pooled = [], {}
         for final in (False, True):  # first pass records every rank's rows, second one sees them all
             losses = []
             for rank in (0, 1):
-                asked = iter(range(99))
+                calls = iter(range(99))
 
-                def gather(rows, rank=rank, asked=asked, final=final):
-                    place = next(asked)
+                def gather(rows, rank=rank, calls=calls, final=final):
+                    call = next(calls)
                     if not final:
-                        pooled[rank, place] = rows.detach()
+                        pooled[rank, call] = rows.detach()
                         return torch.cat([rows, rows])
-                    other = pooled[1 - rank, place]
+                    other = pooled[1 - rank, call]
                     return torch.cat([rows, other] if rank == 0 else [other, rows])
 
                 settings = {"gather": gather} if family == "sorcen" else {}
-                half = {k: v[3 * rank : 3 * rank + 3] for k, v in given.items()}
+                half = {k: v[3 * rank : 3 * rank + 3] for k, v in inputs.items()}
                 ours = objective(family, model, **settings)
-                losses.append(ours(model, half, batch_generator(7, 3 * rank, 6), epoch)[0])
+                losses.append(ours(model, half, batch_generator(7, 3 * rank, 6), clock)[0])
         return model, losses
 
 
 @pytest.mark.parametrize("family", ["mage", "lease", "sorcen"])
 def test_two_ranks_have_the_loss_of_one(family):
-    given, epoch = batch(), 50.0
-    model, halves = Halves().run(family, given, epoch)
+    inputs, clock = batch(), Clock(50)
+    model, halves = Halves().run(family, inputs, clock)
     whole = made(family)
-    want, _ = objective(family, whole)(whole, given, batch_generator(7, 0, 6), epoch)
+    want, _ = objective(family, whole)(whole, inputs, batch_generator(7, 0, 6), clock)
     assert (sum(halves) / 2).item() == pytest.approx(want.item(), rel=2e-6)
     # a gather whose backward sums over ranks gives each rank twice the part that it gets here
     if family != "sorcen":
@@ -259,21 +261,21 @@ def test_two_ranks_have_the_loss_of_one(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mage", "lease", "sorcen"])
-def test_one_batch_is_learnt_by_heart(family):
+def test_one_batch_is_overfitted(family):
     """Reconstruction falls from ln K to near the label-smoothing floor; the contrast falls well below ln K too."""
     model = made(family, width=48, decoder_width=48)
     ours = objective(family, model)
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
     rate = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, total_iters=300)  # settles whatever way it came
-    given, first = batch(), None
+    inputs, first = batch(), None
     for step in range(300):
-        loss, scalars = ours(model, given, seeded(1), epoch=step / 10)
+        loss, scalars = ours(model, inputs, seeded(1), Clock(step, 10))
         first = first or {k: v.item() for k, v in scalars.items()}
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         rate.step()
-        ours.after_step(model, step / 10, 30)
+        ours.after_step(model, Clock(step, 10), 30)
     last = {k: v.item() for k, v in scalars.items()}
     assert first["reconstruction"] > 0.9 * math.log(CODES)
     assert last["reconstruction"] < FLOOR + 0.05, (last, FLOOR)

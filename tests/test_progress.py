@@ -1,9 +1,12 @@
 """Progress: redrawn in place on a terminal, whole lines in a file, silent where asked."""
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -44,6 +47,7 @@ def test_a_terminal_gets_one_line_that_is_redrawn():
         "with progress(3, 'encode') as bar:\n    for _ in range(3):\n        time.sleep(0.15)\n        bar.update(1)\n"
     )
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     subprocess.run([sys.executable, "-c", code], stderr=follower, check=True)
     os.close(follower)
     shown = os.read(leader, 1 << 16).decode()

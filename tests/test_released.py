@@ -13,6 +13,7 @@ from semdict.train.masked.model import MaskedTokenTransformer, model_config
 from semdict.train.masked.objectives import Lease, Mage, Sorcen
 from semdict.train.masked.released import load_released, released_teacher, save_released
 from semdict.train.masked.vocab import LEASE, MAGE
+from tests.tiny import architecture
 
 LATENT, LOGITS, LOSS, FEATURE, HEAD = 5e-5, 1e-4, 1e-5, 2e-5, 1e-4
 HEADS = {"num_heads": 4, "decoder_num_heads": 6}
@@ -47,7 +48,7 @@ def masks(family, io):
 def run(model, family, io):
     tokens = io["tokens"].long()
     before = tokens.clone()
-    p = Mage.given_masks(model, tokens, *masks(family, io))
+    p = Mage.pass_with(model, tokens, *masks(family, io))
     assert torch.equal(tokens, before)
     return p
 
@@ -263,7 +264,7 @@ def grown(family, **changes):
     base = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 24, "decoder_depth": 1, "decoder_heads": 3}
     if family == "sorcen":
         base |= {"projector": (8, 4), "predictor": (6, 4)}
-    return MaskedTokenTransformer(model_config(family, "tiny", words=5 * (family == "lease"), **{**base, **changes}), 3)
+    return MaskedTokenTransformer(model_config(family, "tiny", **{**architecture(family, 5), **base, **changes}), 3)
 
 
 @pytest.mark.parametrize("family", ["lease", "mage", "sorcen"])

@@ -23,6 +23,7 @@ from semdict.train.masked.sampling import (
     least_confident,
     once_where_equal,
 )
+from tests import tiny
 
 CODES, MASK = 7, 7
 
@@ -30,7 +31,9 @@ CODES, MASK = 7, 7
 @pytest.fixture(scope="module")
 def model() -> MaskedTokenTransformer:
     """A small LEASE with a head that is not flat."""
-    model = MaskedTokenTransformer(model_config("lease", "tiny", 32, words=8, grid=4), seed=1).eval()
+    model = MaskedTokenTransformer(
+        model_config("lease", "tiny", 32, **tiny.architecture("lease", 8), grid=4), seed=1
+    ).eval()
     with torch.no_grad():
         model.token_emb.word.weight.mul_(3)
     return model.requires_grad_(False)

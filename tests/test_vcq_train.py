@@ -100,7 +100,7 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
     assert model.config.sizes == tokenizer.quantizer.sizes
     assert model.null_class == 3
     assert file.about["classes"] == ["c0", "c1", "c2"]
-    assert file.about["tokens"]["gen"]["sha256"] == tokenizer.identity["sha256"]
+    assert file.about["token_set"]["recipe"]["gen"]["sha256"] == tokenizer.identity["sha256"]
     nll = json.loads((world / "runs/tiny/ar/nll.json").read_text())
     assert len(nll["bits"]["train"]) == 16
     assert sum(nll["bits"]["train"]) < sum(np.log2(nll["sizes"])) + 1

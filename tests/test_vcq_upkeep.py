@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from semdict.train.engine.loop import Clock
 from semdict.train.engine.optim import adamw
 from semdict.train.vcq.discriminator import LeCam, PatchGan
 from semdict.train.vcq.objective import LossWeights, TokenizerObjective
 from semdict.train.vcq.quantizer import VariableQuantizer
 from semdict.train.vcq.schedule import codebook_sizes
-from semdict.train.vcq.usage import CodeReset, Revival
+from semdict.train.vcq.usage import CodeReset, CodeResetStep
 
 L, D, K = 8, 4, 64
 
@@ -32,20 +33,20 @@ def one_step(net, optimiser, z_BLD):
     return out.ids
 
 
-def test_revival_reseeds_the_code_its_average_and_its_moments():
+def test_reset_reseeds_the_code_its_average_and_its_moments():
     net, average = quantizer(0), quantizer(1)
     optimiser = adamw(nn.ModuleList([net]), (0.9, 0.95), 0.0)
-    revival = Revival(CodeReset(net.sizes_L, protected=2, patience=0.5), net, average, optimiser, seed=5)
+    reset = CodeResetStep(CodeReset(net.sizes_L, protected=2, patience=0.5), net, average, optimiser, seed=5)
     positions = torch.arange(L, dtype=torch.float32)[None, :, None].expand(16, L, D).clone()
     ids = one_step(net, optimiser, positions)
     before, average_before = net.codebook.detach().clone(), average.codebook.detach().clone()
     moments = optimiser.state[net.codebook]["exp_avg"]
     moments.fill_(1)
-    revival.see(positions[:8], ids[:8])
-    revival.see(positions[8:], ids[8:])
-    revival.after_step(3)
+    reset.add(positions[:8], ids[:8])
+    reset.add(positions[8:], ids[8:])
+    reset(Clock(3))
     changed = (net.codebook.detach() != before).any(1)
-    assert int(changed.sum()) == revival.reset.done > 10
+    assert int(changed.sum()) == reset.reset.done > 10
     assert not changed[:2].any()
     assert not changed[ids.unique()].any(), "a code that was used stays"
     codes = torch.nonzero(changed).flatten()
@@ -54,7 +55,7 @@ def test_revival_reseeds_the_code_its_average_and_its_moments():
     assert torch.equal(average.codebook[~changed], average_before[~changed])
     assert not moments[codes].any()
     assert bool((moments[~changed] == 1).all())
-    assert not revival.seen
+    assert not reset.outputs
 
 
 def test_reset_continues_from_its_state():

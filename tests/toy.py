@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from semdict.pipeline.common.errors import SemdictError
 from semdict.train.data.tokens import ResidentLoader, TokenTable
 from semdict.train.engine import dist
-from semdict.train.engine.batch import Batch
-from semdict.train.engine.loop import Clock, Phase, Plan, Run, fit
+from semdict.train.engine.loop import Batch, Clock, Phase, Plan, Run, fit
 from semdict.train.engine.lr_schedule import warmup_cosine
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.rng import rand_rows
@@ -56,17 +55,17 @@ def table(views: int = 2) -> TokenTable:
 def train(folder: Path, steps: int = 30, resume: bool = False, device: str = "cpu", **options) -> dict[str, float]:
     """One run; options: dropout, accumulate, save_every, log_every, lr, step_seconds, poison (step), settings."""
     o = {"dropout": 0.0, "accumulate": 1, "save_every": 7, "log_every": 1, "lr": 5e-2, "step_seconds": 0.0} | options
-    with dist.joined(device) as world:
+    with dist.process_group(device) as world:
         model = Toy(o["dropout"])
         loader = ResidentLoader(table(), 8, 3, world.rank, world.size)
         optimiser = adamw(model, (0.9, 0.95), 0.05)
 
-        def watched(m: Toy, batch: Batch, rng: torch.Generator, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
+        def slow(m: Toy, batch: Batch, rng: torch.Generator, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
             time.sleep(o["step_seconds"])
             loss, scalars = objective(m, batch, rng, clock)
             return (loss * float("nan") if clock.step == o.get("poison") else loss), scalars
 
-        phase = Phase("model", model, watched, optimiser, warmup_cosine(o["lr"], 3, steps), clip=1.0)
+        phase = Phase("model", model, slow, optimiser, warmup_cosine(o["lr"], 3, steps), clip=1.0)
         plan = Plan(steps, 1, o["accumulate"], save_every=o["save_every"], log_every=o["log_every"])
         settings = {"lr": o["lr"], "steps": steps}
         run = Run(folder, settings, str(settings), folder / "reports", quiet=True)
@@ -85,9 +84,9 @@ if __name__ == "__main__":
         "step_seconds": float,
     }.items():
         parser.add_argument("--" + name.replace("_", "-"), type=kind)
-    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    options = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     try:
-        train(**given)
+        train(**options)
     except SemdictError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)

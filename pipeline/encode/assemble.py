@@ -1,7 +1,6 @@
 """From an encode job to published token shards, for any tokenizer: compute the chunks, assemble, publish."""
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from semdict.pipeline.common.errors import SemdictError
+from semdict.pipeline.common.progress import progress
 from semdict.pipeline.config.schema import Shards
 from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.execute.executor import run_chunks
@@ -46,7 +45,7 @@ def encode_and_publish(publication: Publication, scheduler: str) -> dict[str, An
     """
     chunks = split_rows(len(publication.manifest), publication.chunk)
     summary = Summary(publication)
-    with tqdm(total=len(publication.manifest), unit="img", desc="encode", smoothing=0.05, file=sys.stderr) as bar:
+    with progress(len(publication.manifest), "encode") as bar:
 
         def advance(done: int, _bad: int) -> None:
             bar.set_postfix(bad=summary.bad, refresh=False)

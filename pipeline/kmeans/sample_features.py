@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from semdict.pipeline.common.device import reduced_precision, resolve_device, to_device
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.common.files import sha256_file, write_json
 from semdict.pipeline.common.hub import absolute, local_file
 from semdict.pipeline.common.memory import keep_freed_memory
+from semdict.pipeline.common.progress import progress
 from semdict.pipeline.common.publish import check_output, publish_folder
 from semdict.pipeline.config import paths as places
 from semdict.pipeline.config.params import add_params_arguments, params_of
@@ -166,7 +166,7 @@ def sample(settings: Params, manifest_path: Path, out: Path, root: Path, schedul
     def finished(chunk: Chunk, arrays: Arrays) -> None:
         shapes[chunk] = arrays["features"].shape
 
-    with tqdm(total=sum(map(len, chunks)), unit="img", desc="sample_features", file=sys.stderr) as bar:
+    with progress(sum(map(len, chunks)), "sample-features") as bar:
         run_chunks(job, store, chunks, scheduler, lambda done, bad: bar.update(done), finished)
     _publish(store, [(chunk, shapes[chunk]) for chunk in chunks], out)
     store.sweep()

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from semdict.pipeline.common.errors import ManifestError
+from semdict.pipeline.common.progress import progress
 from semdict.pipeline.images.decode import BadImage, DecodeSpec, Status, probe
 from semdict.pipeline.manifest.cache import RESULTS, SCHEMA, STAMP, ScanCache, open_cache
 from semdict.pipeline.manifest.reader import ByteReader
@@ -78,8 +78,6 @@ def _scan_rows(
 
     Files that could not be read are returned, not remembered: a mended permission does not show in a stamp.
     """
-    from tqdm import tqdm
-
     tables = [SCHEMA.empty_table()]
     waiting: list[tuple[int, Result]] = []
     saved = time.monotonic()
@@ -90,8 +88,7 @@ def _scan_rows(
         waiting.clear()
         cache.add(_readable(table))
 
-    total = len(missing)
-    with tqdm(total=total, unit="img", desc="manifest", mininterval=0.5, smoothing=0.05, file=sys.stderr) as bar:
+    with progress(len(missing), "manifest") as bar:
         try:
             for batch in _examined(listing, missing, reader, limits, workers):
                 waiting += batch

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     model, file = load_model(args.model or runs / "ar", ArModel, device)
     path = args.tokenizer or runs / "vcq"
     tokenizer = load_vcq_tokenizer(path, device)
-    check_tokenizer(file.about["tokens"], tokenizer.identity, path)
+    check_tokenizer(file.about["token_set"], tokenizer.identity, path)
     if tokenizer.quantizer.sizes != model.config.sizes:
         raise UsageError(f"{path} has other codebook sizes than the model was trained with")
     names = file.about.get("classes") or []

@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from semdict.pipeline.common.device import DTYPES
 from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.files import write_json
 from semdict.train.ar.model import SHAPES, ArConfig, ArModel, drop_labels, nll_bits
 from semdict.train.data.tokens import ResidentLoader, class_names, recipe_of, table_from_shards
 from semdict.train.engine import dist
-from semdict.train.engine.batch import Batch
-from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit, make_plan
+from semdict.train.engine.loop import Batch, Clock, Phase
 from semdict.train.engine.lr_schedule import warmup_hold_linear
 from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.optim import adamw
-from semdict.train.engine.run import Place
-from semdict.train.engine.stage import add_run_arguments, run_stage
+from semdict.train.engine.trainer import Components, Trainer, add_run_arguments
 
 if TYPE_CHECKING:
-    from semdict.pipeline.config.schema import Ar, Params
+    from semdict.pipeline.config.schema import Ar
 
 EXAMPLE = """examples:
   semdict ar train --shards shards/demo-vcq --out runs/demo/ar
@@ -30,30 +29,27 @@ EXAMPLE = """examples:
   torchrun --nproc-per-node 8 -m semdict.train.ar.train --shards shards/in1k-vcq-base
 
 Writes model.pt, and nll.json: bits per position on training and held-out images."""
-VERSION = 1  # raised when the same settings would train something else
-FREE = {"device", "compile", "save_every", "keep", "log_every", "tensorboard", "nll_images"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which tokens, and where the run goes; everything else stands in params.yaml, section ar."""
+    """Which tokens, and where the run goes; everything else is in params.yaml, section ar."""
     parser.add_argument("--shards", type=Path, help="token shards (default shards/<preset>-vcq)")
     add_run_arguments(parser, "ar")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, or say that there is nothing to do."""
-    from semdict.pipeline.config.params import load_params
+    """Train, or say that the run is complete."""
+    from semdict.pipeline.config.params import params_of
 
-    params = load_params(args.params, args.set)
-    with dist.joined(params.runtime.device) as world:
-        shards = args.shards or Path("shards") / f"{params.preset}-vcq"
-        session = Session(params, shards, world, args)
-        run_stage(session.place, world, args.resume, session.reports, session.train)
+    params = params_of(args)
+    with dist.process_group(params.runtime.device) as world:
+        recipe = ArTraining(params.ar, args.shards or Path("shards") / f"{params.preset}-vcq")
+        Trainer.for_command(recipe, args, params, world, "ar").run()
     return 0
 
 
 class NextToken:
-    """Mean nats per token with class labels dropped now and then; label -1 counts as no class."""
+    """Mean nats per token; some labels are dropped, and label -1 counts as no class."""
 
     def __init__(self, label_dropout: float) -> None:
         self.label_dropout = label_dropout
@@ -61,107 +57,95 @@ class NextToken:
     def __call__(
         self, model: nn.Module, batch: Batch, rng: torch.Generator, clock: Clock
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        labels_B = drop_labels(classes(batch, model), self.label_dropout, model.null_class, rng)
+        labels_B = drop_labels(labels_of(batch, model), self.label_dropout, model.null_class, rng)
         return model.loss(batch["gen"], labels_B), {}
 
 
-def classes(batch: Batch, model: ArModel) -> Tensor:
+def labels_of(batch: Batch, model: ArModel) -> Tensor:
     """(B,) labels of a batch, the null class where there is none."""
     if batch["label"] is None:
         return torch.full((len(batch["gen"]),), model.null_class, device=batch["gen"].device)
     return torch.where(batch["label"] < 0, model.null_class, batch["label"])
 
 
-class Session:
-    """One call of the command."""
+class ArTraining:
+    """Recipe of `semdict ar train`."""
 
-    def __init__(self, params: "Params", path: Path, world: dist.World, args: argparse.Namespace) -> None:
+    name = "ar-train"
+
+    def __init__(self, cfg: "Ar", path: Path) -> None:
         from semdict.pipeline.shards import open_shards
 
-        self.params, self.given, self.path, self.world = params, params.ar, path, world
+        self.cfg, self.path = cfg, path
         shards = open_shards(path)
         self.meta, self.sizes = shards.meta, tuple(int(k) for k in shards.gen_sizes)
+        self.identity = {"recipe": recipe_of(shards.meta), "content": shards.content_sha256}
         self.names = class_names(shards.label[:], shards.index["label_name"].to_pylist())
-        self.reports = args.reports or Path("reports") / params.preset / "ar"
-        settings = identity(params.ar, recipe_of(self.meta))
-        self.place = Place("ar-train", settings, args.out or Path("runs") / params.preset / "ar", args.work)
 
-    def train(self) -> dict[str, Any]:
-        """Fit, write the model, and measure the likelihood per position on what was and was not trained on."""
-        given, world = self.given, self.world
-        loader = self.loader(given.splits, given.batch)
-        table = loader.table
-        labels = 0 if table.label is None else int(table.label.max()) + 1
-        model = ArModel(self.config(max(1, labels)), given.seed).to(world.device)
-        rate = warmup_hold_linear(given.lr, given.final_lr, given.warmup, given.hold, given.steps)
-        optimiser = adamw(model, tuple(given.betas), given.weight_decay)
-        phase = Phase("model", model, NextToken(given.label_dropout), optimiser, rate, given.clip)
-        place = self.place
-        run = Run(place.folder, place.settings, place.fingerprint, self.reports, self.params.runtime.tensorboard)
-        means = fit([phase], loader, self.plan(), run, world, {"model": model}, resume=True)
-        metrics = {"final": means, "steps": given.steps, "images_left_out": table.left_out}
-        metrics |= {"parameters": sum(p.numel() for p in model.parameters())}
-        if world.first:
-            metrics["bits_per_image"] = self.likelihood(model)
-            about = {"settings": place.settings, "tokens": self.meta["recipe"], "classes": self.names}
-            save_model(place.folder / MODEL, model, about)
-        return metrics
+    def settings(self) -> dict[str, Any]:
+        """Section ar and the tokens."""
+        return {"ar": self.cfg.model_dump(), "data": self.identity}
+
+    def loader(self, trainer: Trainer) -> ResidentLoader:
+        """Tokens in memory."""
+        cfg, world = self.cfg, trainer.world
+        table = table_from_shards(self.path, cfg.splits)
+        return ResidentLoader(table, cfg.batch, cfg.seed, world.rank, world.size, world.device)
+
+    def build(self, loader: ResidentLoader, trainer: Trainer) -> Components:
+        cfg = self.cfg
+        model = ArModel(self.config(max(1, loader.classes)), cfg.seed).to(trainer.world.device)
+        lr_schedule = warmup_hold_linear(cfg.lr, cfg.final_lr, cfg.warmup, cfg.hold, cfg.steps)
+        optimiser = adamw(model, tuple(cfg.betas), cfg.weight_decay)
+        phase = Phase("model", model, NextToken(cfg.label_dropout), optimiser, lr_schedule, cfg.clip)
+        return Components([phase], cfg.steps, {"model": model})
 
     def config(self, classes: int) -> ArConfig:
-        """The size's shape, or the given one, for these tokens."""
-        given = self.given
-        depth, width, heads = SHAPES[given.size]
+        """The shape of the size, or the one in section ar, for these tokens."""
+        cfg = self.cfg
+        depth, width, heads = SHAPES[cfg.size]
         return ArConfig(
-            given.depth or depth, given.width or width, given.heads or heads, self.sizes, classes, given.mask_vocab,
-            given.dropout, given.token_dropout, given.attention_dropout,
+            cfg.depth or depth, cfg.width or width, cfg.heads or heads, self.sizes, classes, cfg.mask_vocab,
+            cfg.dropout, cfg.token_dropout, cfg.attention_dropout,
         )  # fmt: skip
 
-    def plan(self) -> Plan:
-        """The loop's part of the settings."""
-        return make_plan("ar", self.given, self.params.runtime, self.given.steps)
+    def finish(self, components: Components, loader: ResidentLoader, trainer: Trainer) -> dict[str, Any]:
+        """Write the model and nll.json; bits per image by kind of split."""
+        model = components.state["model"]
+        metrics = {"images_left_out": loader.left_out, "parameters": sum(p.numel() for p in model.parameters())}
+        if trainer.world.first:
+            metrics["bits_per_image"] = self.likelihood(model, trainer)
+            about = {"cfg": trainer.settings["ar"], "token_set": self.meta, "classes": self.names}
+            save_model(trainer.folder / MODEL, model, about)
+        return metrics
 
-    def loader(self, splits: list[str], batch: int) -> ResidentLoader:
-        """Tokens of some splits in memory."""
-        world = self.world
-        table = table_from_shards(self.path, splits)
-        return ResidentLoader(table, batch, self.given.seed, world.rank, world.size, world.device)
-
-    def likelihood(self, model: ArModel) -> dict[str, float]:
-        """Bits per image by kind of split; nll.json gets them per position, beside the codebook's log2 K_t."""
-        given = self.given
-        found = {}
-        for kind, splits in {"train": given.splits, "held_out": given.held_out}.items():
-            if splits:
-                found[kind] = self._bits(model, splits)
-        curves = {kind: bits_L.tolist() for kind, (bits_L, _) in found.items()}
-        images = {f"{kind}_images": n for kind, (_, n) in found.items()}
-        write_json(self.place.folder / "nll.json", {"bits": curves, "sizes": list(self.sizes), **images})
+    def likelihood(self, model: ArModel, trainer: Trainer) -> dict[str, float]:
+        """Bits per image of training and held-out splits; nll.json gets them per position, beside the sizes K_t."""
+        kinds = {"train": self.cfg.splits, "held_out": self.cfg.held_out}
+        bits = {kind: self.bits(model, splits, trainer.world.device) for kind, splits in kinds.items() if splits}
+        curves = {kind: bits_L.tolist() for kind, (bits_L, _) in bits.items()}
+        images = {f"{kind}_images": n for kind, (_, n) in bits.items()}
+        write_json(trainer.folder / "nll.json", {"bits": curves, "sizes": list(self.sizes), **images})
         return {kind: sum(curve) for kind, curve in curves.items()}
 
-    def _bits(self, model: ArModel, splits: list[str]) -> tuple[Tensor, int]:
-        """(L,) bits and the images they stand for: at most `nll_images`, spread evenly over the splits."""
+    def bits(self, model: ArModel, splits: list[str], device: torch.device) -> tuple[Tensor, int]:
+        """(L,) bits and the number of images they are the mean of: at most `nll_images`, spread over the splits."""
         table = table_from_shards(self.path, splits)
-        n = min(self.given.nll_images, len(table.at))
-        loader = ResidentLoader(table, 1, 0, device=self.world.device)
-        at = torch.linspace(0, len(table.at) - 1, n, dtype=torch.float64).round().long().unique().numpy()
+        n = min(self.cfg.nll_images, len(table.at))
+        loader = ResidentLoader(table, 1, 0, device=device)
+        indices = torch.linspace(0, len(table.at) - 1, n, dtype=torch.float64).round().long().unique().numpy()
         size = min(n, 64)
-        batches = (loader.take(at[start : start + size]) for start in range(0, len(at), size))
-        kind, precision = self.world.device.type, self.given.precision
-        with torch.autocast(kind, DTYPES[precision], enabled=precision != "float32"):
-            return nll_bits(model, ((batch["gen"], classes(batch, model)) for batch in batches))
+        batches = (loader.take(indices[start : start + size]) for start in range(0, len(indices), size))
+        precision = self.cfg.precision
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32"):
+            return nll_bits(model, ((batch["gen"], labels_of(batch, model)) for batch in batches))
 
 
-def identity(given: "Ar", recipe: str) -> dict[str, Any]:
-    """All that shapes the result: the section without what only concerns watching, and the tokens."""
-    chosen = {name: value for name, value in given.model_dump().items() if name not in FREE}
-    return {"version": VERSION, "recipe": recipe, **chosen}
-
-
-def check_tokenizer(tokens: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
-    """ShardError when the tokens that a model was trained on came from another tokenizer than `path`."""
-    trained, given = tokens.get("gen", {}).get("sha256"), identity.get("sha256")
-    if trained and trained != given:
-        raise ShardError(f"the model was trained on tokens of the tokenizer {trained[:12]}, {path} is {given[:12]}")
+def check_tokenizer(token_set: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
+    """ShardError if the tokens that a model was trained on (their metadata) are of another tokenizer than `path`."""
+    trained, sha256 = token_set["recipe"].get("gen", {}).get("sha256"), identity.get("sha256")
+    if trained and trained != sha256:
+        raise ShardError(f"the model was trained on tokens of the tokenizer {trained[:12]}, {path} is {sha256[:12]}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import ManifestError, UsageError
 from semdict.train.data.loader import Resumable, epoch_order, share_of
-from semdict.train.engine.batch import Batch
+from semdict.train.engine.loop import Batch
 from semdict.train.engine.rng import Stream, stream_key
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from semdict.pipeline.common.errors import SemdictError, ShardError, UsageError
-from semdict.train.engine.batch import Batch
+from semdict.train.engine.loop import Batch
 from semdict.train.engine.rng import Stream, permutation
 
 
@@ -34,6 +34,8 @@ class Resumable:
     batch: int  # rows of the global batch
     steps_per_epoch: int
     recipe: str  # fingerprint of the data
+    left_out = 0  # rows that are never used, for their bad status
+    classes = 0  # labels are below it; 0 where the data has none
     error: type[SemdictError] = ShardError
     advice = ""  # appended to the message when a position does not fit
     _step = 0  # batches handed out since the start of the run
@@ -48,6 +50,9 @@ class Resumable:
 
     def __next__(self) -> Batch:
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Release threads or processes; there are none by default."""
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the batches at a position."""

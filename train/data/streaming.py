@@ -21,7 +21,7 @@ from torch import Tensor
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.train.data.loader import Resumable, share_of
 from semdict.train.data.tokens import recipe_of
-from semdict.train.engine.batch import Batch
+from semdict.train.engine.loop import Batch
 from semdict.train.engine.rng import Stream, choice_per_row, permutation
 
 WINDOW = 64  # blocks shuffled together: 65,536 rows of 1 KiB by default
@@ -104,7 +104,6 @@ class StreamingLoader(Resumable):
     the order of the export.
     """
 
-    left_out = 0  # rows with a bad status: the export has none
     advice = ": streamed rows come in another order then; go back to it, or start anew"
 
     def __init__(

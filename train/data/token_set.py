@@ -10,18 +10,21 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.safeload import load_array
+from semdict.train.data.tokens import recipe_of
 
 
 @dataclass(frozen=True)
 class TokenSet:
     """Metadata of a shard directory or of a folder of exported tars, as the masked-token trainers need it.
 
-    meta: as stored in the set. grid: cells along one side. codebook_size: generative ids are below it.
-    centroids: (K, D), entry k is what discriminative id k stands for; None where the set has none.
+    meta: as stored in the set. content_sha256: names the whole content (the SHA-256 of its SHA256SUMS). grid: cells
+    along one side. codebook_size: generative ids are below it. centroids: (K, D), entry k is what discriminative id k
+    stands for; None where the set has none.
     """
 
     path: Path
     meta: dict[str, Any]
+    content_sha256: str
     grid: int
     codebook_size: int
     centroids: np.ndarray | None
@@ -36,12 +39,13 @@ class TokenSet:
         if streaming:
             from semdict.train.data.streaming import read_about
 
-            meta, stored = read_about(path), None
+            meta = read_about(path)
+            content, stored = meta.get("content_sha256", ""), None
         else:
             from semdict.pipeline.shards import open_shards
 
             shards = open_shards(path)
-            meta, stored = shards.meta, shards.centroids
+            meta, content, stored = shards.meta, shards.content_sha256, shards.centroids
         grid, gen = meta["grid"], meta["codebooks"]["gen"]
         if len(grid) != 2 or grid[0] != grid[1]:
             raise ShardError(f"{path} has the grid {grid}; these trainers need a square of cells")
@@ -52,7 +56,12 @@ class TokenSet:
         size = meta["codebooks"].get("disc", {}).get("size")
         if stored is not None and len(stored) != size:
             raise ShardError(f"{centroids or path} has {len(stored)} centroids, the tokens of {path} have {size} words")
-        return cls(path, meta, grid[0], gen["size"], stored)
+        return cls(path, meta, content, grid[0], gen["size"], stored)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What identifies the tokens in a run's settings: how they were made, and their content."""
+        return {"recipe": recipe_of(self.meta), "content": self.content_sha256}
 
     def centroid_tensor(self) -> Tensor:
         """(K, D) float32; ShardError where the set has none."""

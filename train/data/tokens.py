@@ -12,7 +12,7 @@ from torch import Tensor
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.pipeline.common.files import sha256_json
 from semdict.train.data.loader import Resumable, epoch_order, share_of
-from semdict.train.engine.batch import Batch
+from semdict.train.engine.loop import Batch
 from semdict.train.engine.rng import Stream, choice_per_row
 
 
@@ -31,6 +31,11 @@ class TokenTable:
     row: np.ndarray
     left_out: int = 0
     recipe: str = ""
+
+    @property
+    def classes(self) -> int:
+        """One more than the largest label, 0 without labels."""
+        return 0 if self.label is None else int(self.label.max()) + 1
 
     def __post_init__(self) -> None:
         if self.disc is not None and self.disc.shape != self.gen.shape:
@@ -100,7 +105,7 @@ class ResidentLoader(Resumable):
         self.table, self.batch, self.seed = table, batch, seed
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.steps_per_epoch = len(table.at) // batch
-        self.recipe = table.recipe
+        self.recipe, self.left_out, self.classes = table.recipe, table.left_out, table.classes
         self.views, self.length = table.gen.shape[1:]
         self._gen = _Column(table.gen, self.device)
         self._disc = None if table.disc is None else _Column(table.disc, self.device)

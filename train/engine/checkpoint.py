@@ -58,18 +58,18 @@ def last(folder: Path) -> Path | None:
     digest, _, name = pointer.read_text().strip().partition("  ")
     path = Path(folder) / name
     if path.parent != Path(folder) or not path.is_file():
-        raise WeightsError(f"{pointer} names {name!r}, which is not in {folder}; {_others(path)}")
+        raise WeightsError(f"{pointer} names {name!r}, which is not in {folder}; {_others(Path(folder), path)}")
     if sha256_file(path) != digest:
-        raise WeightsError(f"{path} is damaged: its SHA-256 is not the one in {pointer}; {_others(path)}")
+        raise WeightsError(f"{path} is damaged: its SHA-256 is not the one in {pointer}; {_others(Path(folder), path)}")
     return path
 
 
-def _others(path: Path) -> str:
-    """What to do about a checkpoint that cannot be used."""
-    names = [other.name for other in stored(path.parent) if other != path]
+def _others(folder: Path, unusable: Path) -> str:
+    """How to continue from another checkpoint of the folder."""
+    names = [path.name for path in stored(folder) if path != unusable]
     if not names:
         return "there is no other checkpoint: start anew without --resume"
-    command = f"cd {path.parent} && sha256sum {names[-1]} > {LAST}"
+    command = f"cd {folder} && sha256sum {names[-1]} > {LAST}"
     return f"other checkpoints: {', '.join(names)}; to continue from the newest: {command}"
 
 

@@ -1,8 +1,9 @@
-"""Ranks: who am I, mean over ranks, gather with gradient. Alone (no process group) every function is the identity.
+"""Processes of one run: rank and size, mean over ranks, gather with gradient. The only file that knows process groups.
 
-Launched by torchrun the same calls work over gloo (CPU) or NCCL (GPU); nothing else in the trainers knows of ranks.
+In a single process every function is the identity. Under torchrun the same calls work over gloo (CPU) or NCCL (GPU).
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as td
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.errors import UsageError
@@ -31,27 +33,27 @@ class World:
 
 
 @contextmanager
-def joined(device: str = "auto") -> Iterator[World]:
+def process_group(device: str = "auto") -> Iterator[World]:
     """Join the process group that torchrun describes in the environment (if any), and leave it at the end.
 
     `device` is auto, cpu, cuda or cuda:N; UsageError when a GPU is asked for that is not there.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    own_device = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0)
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
     if size == 1:
-        yield World(0, 1, chosen)
+        yield World(0, 1, own_device)
         return
-    td.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    td.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
     try:
-        yield World(td.get_rank(), td.get_world_size(), chosen)
+        yield World(td.get_rank(), td.get_world_size(), own_device)
     finally:
         td.destroy_process_group()
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
-    """auto = this rank's GPU if there is one, else the CPU."""
+    """The torch device of a name of `runtime.device`; "auto" and "cuda" are this rank's GPU, if there is one."""
     device = resolve_device(device)
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -81,16 +83,20 @@ def barrier() -> None:
         td.barrier()
 
 
-def mean(value: Tensor) -> Tensor:
-    """Mean over ranks of a tensor of any shape, without gradient; a NaN on one rank reaches all."""
+def total(value: Tensor) -> Tensor:
+    """Sum over ranks of a tensor of any shape, without gradient."""
     value = value.detach().clone()
     if active():
         td.all_reduce(value)
-        value /= size()
     return value
 
 
-def share(value: object) -> object:
+def mean(value: Tensor) -> Tensor:
+    """Mean over ranks of a tensor of any shape, without gradient; a NaN on one rank reaches all."""
+    return total(value) / size()
+
+
+def broadcast_object(value: object) -> object:
     """Rank 0's value of a small Python object (numbers, strings, lists, dicts), on every rank."""
     box = [value]
     if active():
@@ -98,13 +104,19 @@ def share(value: object) -> object:
     return box[0]
 
 
-def collect(value: object) -> list:
+def gather_objects(value: object) -> list:
     """Every rank's small Python object, in rank order, on every rank."""
     if not active():
         return [value]
     values: list = [None] * size()
     td.all_gather_object(values, value)
     return values
+
+
+def broadcast(value: Tensor) -> None:
+    """Give every rank the numbers of rank 0, in place."""
+    if active():
+        td.broadcast(value, src=0)
 
 
 class _Gather(torch.autograd.Function):
@@ -122,29 +134,20 @@ class _Gather(torch.autograd.Function):
         return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:
-        value = value.clone()
-        td.all_reduce(value)
-        return value
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()
-        td.all_reduce(gradient)
-        return gradient
-
-
 def gather(rows: Tensor) -> Tensor:
     """(B, ...) on each rank -> (ranks * B, ...) in rank order on all; the gradient goes back to where a row came from.
 
-    The backward pass adds up what every rank's loss says of these rows, so that a mean of per-rank losses over gathered
-    rows, with gradients averaged over ranks, is the gradient of the loss of the global batch.
+    The backward pass sums the gradients that the ranks' losses have for these rows, so that a mean of per-rank losses
+    over gathered rows, with gradients averaged over ranks, is the gradient of the loss of the global batch.
     """
     return _Gather.apply(rows) if size() > 1 else rows
 
 
-def mean_with_gradient(value: Tensor) -> Tensor:
-    """Mean over ranks with gradient, for statistics of the global batch such as batch norm's moments."""
-    return _Sum.apply(value) / size() if size() > 1 else value
+def average_gradients(module: nn.Module) -> DistributedDataParallel:
+    """Wrap a module so that its gradients are averaged over ranks.
+
+    Buffers are not exchanged: a codebook of centroids is large and never changes.
+    """
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name
+    return DistributedDataParallel(module, **{name: False})

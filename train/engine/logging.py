@@ -1,23 +1,21 @@
-"""What a run tells: a JSONL log, plots and metrics in the files that DVC reads, TensorBoard, and one line of progress.
+"""What a run records: a JSONL log, plots in the files that DVC reads, TensorBoard.
 
-The log is the one record; a resumed run cuts it back to its checkpoint and writes the plots again from it.
+The log is the one source; a resumed run cuts it back to its checkpoint and writes the plots again from it.
 """
 
 import json
 import math
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from semdict.pipeline.common.files import write_aside, write_json
+from semdict.pipeline.common.files import write_aside
 
 
 class RunLog:
     """Scalars of one run, written by rank 0 alone.
 
-    folder: gets log.jsonl and tensorboard/. reports: gets metrics.json and plots/<scalar>.tsv (columns step and the
-    scalar's name: the layout of DVCLive), both readable by `dvc plots` while the run is under way; None = no reports.
+    folder: gets log.jsonl and tensorboard/. reports: gets plots/<scalar>.tsv (columns step and the scalar's name: the
+    layout of DVCLive), readable by `dvc plots` while the run is in progress; None = no reports.
     """
 
     def __init__(self, folder: Path, reports: Path | None = None, tensorboard: bool = True, at_step: int = 0) -> None:
@@ -33,7 +31,7 @@ class RunLog:
         self._board = _tensorboard(folder / "tensorboard", at_step) if tensorboard else None
 
     def write(self, step: int, scalars: dict[str, float], speed: dict[str, float]) -> None:
-        """Add one line: what was measured (plotted), and how fast it went (logged only)."""
+        """Add one line: scalars, which are plotted too, and speed, which is only logged."""
         row = {"step": step, **{name: _number(value) for name, value in scalars.items()}}
         self._file.write(json.dumps({**row, "speed": speed}) + "\n")
         self._file.flush()
@@ -47,11 +45,6 @@ class RunLog:
         """Show a uint8 RGB array in TensorBoard, where there is one."""
         if self._board is not None:
             self._board.add_image(name, image_HWC, step, dataformats="HWC")
-
-    def metrics(self, values: dict[str, Any]) -> None:
-        """Write the run's final numbers as metrics.json beside the plots."""
-        if self.reports is not None:
-            write_json(self.reports / "metrics.json", values)
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -85,7 +78,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop what a killed run logged after its last checkpoint; returns the rows that stay."""
+    """Remove what a killed run logged after its last checkpoint; returns the rows that stay."""
     rows = [row for row in read_log(path) if row["step"] <= step]
     if path.exists():
         with write_aside(path) as aside:
@@ -114,35 +107,3 @@ def _tensorboard(folder: Path, at_step: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=at_step + 1 if at_step else None)
-
-
-class Progress:
-    """One line on a terminal, rewritten; a line every half minute where the output is a file."""
-
-    def __init__(self, name: str, total: int, start: int, quiet: bool = False) -> None:
-        self.name, self.total, self.start, self.quiet = name, total, start, quiet
-        self.began = self.shown = time.monotonic()
-        self.live = sys.stderr.isatty()
-
-    def show(self, step: int, loss: float, per_second: float, force: bool = False) -> None:
-        """`step` of `total` are done; at most ten updates a second."""
-        now = time.monotonic()
-        if self.quiet or (now - self.shown < (0.1 if self.live else 30.0) and not force):
-            return
-        self.shown = now
-        done = max(1, step - self.start)
-        eta = (now - self.began) / done * (self.total - step)
-        line = f"{self.name}  step {step}/{self.total}  loss {loss:.4f}  {per_second:,.0f} img/s  ETA {clock(eta)}"
-        sys.stderr.write(f"\r\x1b[K{line}" if self.live else line + "\n")
-        sys.stderr.flush()
-
-    def end(self) -> None:
-        """Leave the line."""
-        if self.live and not self.quiet:
-            sys.stderr.write("\n")
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

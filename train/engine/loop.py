@@ -1,11 +1,10 @@
-"""Batch -> losses -> step, for every trainer: one `fit` that knows nothing of models, tokens or objectives.
+"""Batch -> loss -> optimiser step, for every trainer: one `fit` that knows nothing of models, tokens or objectives.
 
-A trainer hands over phases (a module, its objective, its optimiser, its schedule: a GAN has two), a loader, and what
-else must be stored. Alone or under torchrun the call is the same.
+A trainer passes phases (a module with its objective, optimiser and learning-rate schedule: a GAN has two), a loader and
+whatever else has a state. In one process or under torchrun the call is the same.
 """
 
 import contextlib
-import inspect
 import math
 import signal
 import threading
@@ -13,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +22,40 @@ from semdict.pipeline.common.device import DTYPES
 from semdict.pipeline.common.errors import InterruptedRun, SemdictError, UsageError
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.common.memory import keep_freed_memory
+from semdict.pipeline.common.progress import progress
 from semdict.train.engine import checkpoint, dist
-from semdict.train.engine.batch import Batch, Loader
-from semdict.train.engine.logging import Progress, RunLog, read_log
+from semdict.train.engine.logging import RunLog, read_log
 from semdict.train.engine.lr_schedule import LrSchedule
 from semdict.train.engine.rng import Stream, batch_generator, torch_seed
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a batch system's end, Ctrl-C, a closed terminal
+Batch = dict[str, Any]  # name -> tensor with one row per image, or None where the data has no such column
+
+
+class Loader(Protocol):
+    """A dataloader: endless batches of this rank's rows, and a position that can be stored."""
+
+    batch: int  # rows of the global batch
+    steps_per_epoch: int
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a run stands while a step is computed; the first step is 0."""
+    """The step that is being computed, counted from 0."""
 
-    step: int
-    steps_per_epoch: int
+    step: int = 0
+    steps_per_epoch: int = 1
 
     @property
     def epoch(self) -> float:
@@ -43,12 +63,14 @@ class Clock:
         return self.step / self.steps_per_epoch
 
 
-# (model, this rank's rows, a generator for their draws, where the run stands) -> (mean loss over the rows, scalars)
+# (model, this rank's rows, generator of the rows' random numbers, clock) -> (mean loss over the rows, scalars to log)
 Objective = Callable[[nn.Module, Batch, torch.Generator, Clock], tuple[Tensor, dict[str, Tensor]]]
+# called after every step with the clock of that step and rank 0's log (None on other ranks)
+Hook = Callable[[Clock, RunLog | None], None]
 
 
 class Stateful(Protocol):
-    """Whatever a checkpoint keeps: modules, averages, estimators."""
+    """Anything a checkpoint stores: modules, averages, estimators."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -57,9 +79,10 @@ class Stateful(Protocol):
 
 @dataclass
 class Phase:
-    """One optimiser's turn in a step. Phases take turns on the same batch, in order, and may leave things in its dict.
+    """One optimiser with its module and objective. The phases of a step see the same batch, in order, and may add
+    entries to it.
 
-    clip: largest gradient norm, 0 = none. start: first step at which this phase has a turn.
+    clip: largest gradient norm, 0 = none. start: first step in which the phase takes part.
     """
 
     name: str
@@ -73,7 +96,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, how precise, how often; `accumulate` micro-batches make one step of the loader's batch."""
+    """Length, precision and intervals of a run; `accumulate` micro-batches make one step of the loader's batch."""
 
     steps: int
     seed: int = 0
@@ -81,21 +104,14 @@ class Plan:
     precision: str = "float32"
     compile: bool = False
     save_every: int = 0  # steps; 0 = only at the end
-    keep: int = 2
+    keep: int = 2  # checkpoints
     log_every: int = 1  # steps over which logged scalars are averaged
     name: str = "train"
 
 
-def make_plan(name: str, cfg: Any, runtime: Any, steps: int) -> Plan:
-    """A trainer's plan from its section (seed, accumulate, precision) and section `runtime` of params.yaml."""
-    options = {key: getattr(cfg, key) for key in ("seed", "accumulate", "precision")}
-    options |= {key: getattr(runtime, key) for key in ("compile", "save_every", "keep", "log_every")}
-    return Plan(steps=steps, name=name, **options)
-
-
 @dataclass
 class Run:
-    """Where a run lives and what it is: its work folder, its settings and their fingerprint, its reports folder."""
+    """Folders and identity of a run: work folder, settings and their fingerprint, folder of the reports."""
 
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)
@@ -116,22 +132,22 @@ def fit(
     plan: Plan,
     run: Run,
     world: dist.World,
-    kept: dict[str, Stateful],
-    after_step: Sequence[Callable[[Clock, RunLog | None], None]] = (),
+    state: dict[str, Stateful],
+    hooks: Sequence[Hook] = (),
     resume: bool = False,
 ) -> dict[str, float]:
     """Train to `plan.steps`; returns the mean of every logged scalar over the last epoch.
 
-    kept: everything with a state that a checkpoint must hold, by name; the phases' models belong in it.
-    after_step: called with the step just done (and rank 0's log) once its updates are made: averages, pictures.
-    resume: continue from `run.checkpoints`' last, if there is one; bit-exactly on the CPU for the same number of
-    processes. On another number the rows, views and masks of every step are the same, and without dropout the
-    results differ only by the order of additions; dropout's draws belong to the rank.
-    Raises InterruptedRun after SIGTERM or SIGINT (a checkpoint is written first), SemdictError on a non-finite loss.
-    The global torch generator is re-seeded before every forward pass.
+    state: everything that a checkpoint must store besides optimisers and loader, by name; the phases' models among it.
+    hooks: called after the updates of every step: averages, pictures, measures.
+    resume: continue from the last checkpoint of `run`, if there is one; bit-exactly on the CPU for the same number of
+    processes. With another number the rows, views and masks of every step are the same, and without dropout the
+    results differ only by the order of additions; dropout masks belong to the rank.
+    Raises InterruptedRun after SIGTERM, SIGINT or SIGHUP (a checkpoint is written first), SemdictError on a non-finite
+    loss. The global torch generator is re-seeded before every forward pass.
     """
     keep_freed_memory()
-    return _Fit(phases, loader, plan, run, world, kept, after_step).go(resume)
+    return _Fit(phases, loader, plan, run, world, state, hooks).fit(resume)
 
 
 class _Bound(nn.Module):
@@ -148,7 +164,7 @@ class _Bound(nn.Module):
 class _Fit:
     """The state of one call of `fit`."""
 
-    def __init__(self, phases, loader, plan, run, world, kept, after_step) -> None:
+    def __init__(self, phases, loader, plan, run, world, state, hooks) -> None:
         if (loader.batch // world.size) % plan.accumulate:
             raise UsageError(
                 f"batch {loader.batch} on {world.size} processes is not a multiple of accumulate {plan.accumulate}"
@@ -156,61 +172,54 @@ class _Fit:
         if plan.precision not in DTYPES:
             raise UsageError(f"precision {plan.precision!r} is unknown; known: {', '.join(DTYPES)}")
         self.phases, self.loader, self.plan, self.run, self.world = phases, loader, plan, run, world
-        self.kept, self.after_step = kept, after_step
+        self.state, self.hooks = state, hooks
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=plan.precision == "float16")
-        self.stop_signal = 0
+        self.signal = 0  # number of the signal that asked for an end
         self.step = 0
         self.window: dict[str, float] = {}  # sums since the last line of the log
         self.window_steps = 0
         self.saved: Path | None = None
         self.bound: list[nn.Module] = []
 
-    def go(self, resume: bool) -> dict[str, float]:
+    def fit(self, resume: bool) -> dict[str, float]:
         if resume:
             self._resume()
         self._prepare()
-        run, first = self.run, self.world.first
+        run, plan, first = self.run, self.plan, self.world.first
         log = RunLog(run.folder, run.reports, run.tensorboard, self.step) if first else None
-        progress = Progress(self.plan.name, self.plan.steps, self.step, run.quiet or not first)
-        try:
-            with self._signals():
-                self._train(log, progress)
-        finally:
-            progress.end()
-            if log is not None:
-                log.close()
+        bar = progress(plan.steps, plan.name, "step", self.step, quiet=run.quiet or not first)
+        with bar, contextlib.closing(log) if log else contextlib.nullcontext(), self._signals():
+            self._train(log, bar)
         dist.barrier()
-        return last_epoch_means(run.folder / "log.jsonl", self.plan.steps, self.loader.steps_per_epoch)
+        return last_epoch_means(run.folder / "log.jsonl", plan.steps, self.loader.steps_per_epoch)
 
     def _prepare(self) -> None:
-        """Wrap each phase for its turn: training mode, compiled blocks, gradients averaged over ranks."""
+        """Training mode, compiled blocks, and gradients averaged over ranks."""
         for phase in self.phases:
             phase.model.train()
             if self.plan.compile:
                 compile_blocks(phase.model)
             bound = _Bound(phase.model, phase.objective)
-            self.bound.append(over_ranks(bound) if self.world.size > 1 else bound)
+            self.bound.append(dist.average_gradients(bound) if self.world.size > 1 else bound)
 
-    def _train(self, log: RunLog | None, progress: Progress) -> None:
+    def _train(self, log: RunLog | None, bar: "tqdm") -> None:
         began = time.perf_counter()
         while self.step < self.plan.steps:
             clock = Clock(self.step, self.loader.steps_per_epoch)
-            micros = self._micro_batches(next(self.loader))
+            micro_batches = self._micro_batches(next(self.loader))
             scalars: dict[str, float] = {}
             for index, phase in enumerate(self.phases):
                 if self.step >= phase.start:
-                    scalars |= self._turn(index, phase, micros, clock)
-            for hook in self.after_step:
+                    scalars |= self._update(index, phase, micro_batches, clock)
+            for hook in self.hooks:
                 hook(clock, log)
             self.step += 1
-            self._count(scalars)
+            stopping = scalars.pop("stop") > 0
             now = time.perf_counter()
-            speed = self.loader.batch / (now - began)
-            began = now
-            if self.step % self.plan.log_every == 0 or self.step == self.plan.steps:
-                self._write(log, speed)
-            progress.show(self.step, scalars["loss"], speed, force=self.step == self.plan.steps)
-            stopping = scalars["stop"] > 0
+            speed, began = self.loader.batch / (now - began), now
+            self._log(log, scalars, speed)
+            bar.set_postfix_str(f"loss {scalars['loss']:.4f}, {speed:,.0f} img/s", refresh=False)
+            bar.update(1)
             if stopping or self.step == self.plan.steps or _due(self.step, self.plan.save_every):
                 self._save()
             if stopping and self.step < self.plan.steps:
@@ -219,23 +228,24 @@ class _Fit:
                     "the same command with --resume continues"
                 )
 
-    def _turn(self, index: int, phase: Phase, micros: list[Batch], clock: Clock) -> dict[str, float]:
-        """One update of one phase; returns its scalars, averaged over micro-batches and ranks."""
+    def _update(self, index: int, phase: Phase, micro_batches: list[Batch], clock: Clock) -> dict[str, float]:
+        """One optimiser step of one phase; returns its scalars, averaged over micro-batches and ranks."""
         lr = phase.lr_schedule(clock.step)
         for group in phase.optimiser.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         phase.optimiser.zero_grad(set_to_none=True)
         losses, sums = [], {}
-        for number, micro in enumerate(micros):
-            loss, scalars = self._forward_backward(index, number, micro, clock, last=number + 1 == len(micros))
+        for number, batch in enumerate(micro_batches):
+            last = number + 1 == len(micro_batches)
+            loss, scalars = self._forward_backward(index, number, batch, clock, last)
             losses.append(loss)
             for name, value in {"loss": loss, **scalars}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double() / len(micros)
+                sums[name] = sums.get(name, 0.0) + value.detach().double() / len(micro_batches)
         self.scaler.unscale_(phase.optimiser)
         parameters = [p for group in phase.optimiser.param_groups for p in group["params"]]
         sums["grad_norm"] = nn.utils.clip_grad_norm_(parameters, phase.clip or math.inf).double()
         means = self._mean(sums)
-        self._refuse_non_finite(phase, means, losses, micros)
+        self._refuse_non_finite(phase, means, losses, micro_batches)
         self.scaler.step(phase.optimiser)
         self.scaler.update()
         stop = means.pop("stop")
@@ -243,7 +253,7 @@ class _Fit:
         return {**{prefix + name: value for name, value in {**means, "lr": lr}.items()}, "stop": stop}
 
     def _forward_backward(
-        self, index: int, number: int, micro: Batch, clock: Clock, last: bool
+        self, index: int, number: int, batch: Batch, clock: Clock, last: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Add one micro-batch's share to the gradients; ranks exchange them in the last one only."""
         bound, plan = self.bound[index], self.plan
@@ -253,15 +263,15 @@ class _Fit:
         seed = torch_seed(plan.seed, Stream.STEP, index, clock.step)
         rng = batch_generator(seed, start, self.loader.batch, device)
         torch.manual_seed(torch_seed(plan.seed, Stream.DROPOUT, index, clock.step, self.world.rank, number))
-        apart = isinstance(bound, DistributedDataParallel) and not last
-        with bound.no_sync() if apart else contextlib.nullcontext():
+        local = isinstance(bound, DistributedDataParallel) and not last
+        with bound.no_sync() if local else contextlib.nullcontext():
             with torch.autocast(device.type, DTYPES[plan.precision], enabled=plan.precision != "float32"):
-                loss, scalars = bound(micro, rng, clock)
+                loss, scalars = bound(batch, rng, clock)
             self.scaler.scale(loss / plan.accumulate).backward()
         return loss.detach(), scalars
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """This rank's rows in `accumulate` equal parts; what has no row axis is shared by all parts."""
+        """This rank's rows in `accumulate` equal parts; entries without a row axis are shared by all parts."""
         if self.plan.accumulate == 1:
             return [batch]
         rows = self.loader.batch // self.world.size // self.plan.accumulate
@@ -269,54 +279,56 @@ class _Fit:
         return [{**batch, **{name: parts[i] for name, parts in cut.items()}} for i in range(self.plan.accumulate)]
 
     def _mean(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """One exchange and one wait per turn: means over ranks, and whether any rank was told to stop."""
+        """Means over ranks, and "stop" > 0 if any rank got a signal: one exchange and one wait per update."""
         names = sorted(sums)
         values = [torch.as_tensor(sums[name], dtype=torch.float64, device=self.world.device) for name in names]
-        flag = torch.tensor(float(self.stop_signal != 0), dtype=torch.float64, device=self.world.device)
+        flag = torch.tensor(float(self.signal != 0), dtype=torch.float64, device=self.world.device)
         return dict(zip([*names, "stop"], dist.mean(torch.stack([*values, flag])).tolist(), strict=True))
 
-    def _refuse_non_finite(self, phase: Phase, means: dict[str, float], losses: list[Tensor], micros: list) -> None:
-        """Stop before the update if the loss or the gradient is not finite, naming the rows and the way back.
+    def _refuse_non_finite(
+        self, phase: Phase, means: dict[str, float], losses: list[Tensor], micro_batches: list[Batch]
+    ) -> None:
+        """Stop before the update if the loss or the gradient is not finite; the message names rows and checkpoint.
 
         Under float16 the scaler handles gradients that overflow, so there only the loss counts.
         """
         watched = ["loss"] if self.scaler.is_enabled() else ["loss", "grad_norm"]
         if all(math.isfinite(means[name]) for name in watched):
             return
-        bad = [micro for micro, loss in zip(micros, losses, strict=True) if not torch.isfinite(loss)]
-        mine = [int(row) for micro in bad or micros for row in micro.get("row", ())]
-        found = [{"rank": r, "own_loss_is_finite": ok, "rows": rows} for r, (ok, rows) in
-                 enumerate(dist.collect((not bad, mine)))]  # fmt: skip
-        named = [one for one in found if not one["own_loss_is_finite"]] or found
-        rows = [row for one in named for row in one["rows"]]
-        where = self.run.folder / f"non-finite-step-{self.step:08d}.json"
+        bad = [batch for batch, loss in zip(micro_batches, losses, strict=True) if not torch.isfinite(loss)]
+        own_rows = [int(row) for batch in bad or micro_batches for row in batch.get("row", ())]
+        ranks = [{"rank": r, "own_loss_is_finite": finite, "rows": rows} for r, (finite, rows) in
+                 enumerate(dist.gather_objects((not bad, own_rows)))]  # fmt: skip
+        blamed = [rank for rank in ranks if not rank["own_loss_is_finite"]] or ranks
+        rows = [row for rank in blamed for row in rank["rows"]]
+        report = self.run.folder / f"non-finite-step-{self.step:08d}.json"
         if self.world.first:
-            write_json(where, {"step": self.step, "phase": phase.name, "ranks": found,
-                               "scalars": {name: str(value) for name, value in means.items()}})  # fmt: skip
+            write_json(report, {"step": self.step, "phase": phase.name, "ranks": ranks,
+                                "scalars": {name: str(value) for name, value in means.items()}})  # fmt: skip
         shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         raise SemdictError(
             f"{phase.name}: loss {means['loss']}, gradient norm {means['grad_norm']} at step {self.step}; nothing was "
-            f"updated. Batch rows {shown} (all in {where}); last good checkpoint: {self.saved or 'none yet'}. "
-            "A lower base_lr, a smaller clip or float32 are the usual ways out"
+            f"updated. Batch rows {shown} (all in {report}); last good checkpoint: {self.saved or 'none yet'}. "
+            "A lower base_lr, a smaller clip or float32 usually help"
         )
 
-    def _count(self, scalars: dict[str, float]) -> None:
+    def _log(self, log: RunLog | None, scalars: dict[str, float], speed: float) -> None:
+        """Add the step's scalars to the window; write its means every `log_every` steps and at the end."""
         for name, value in scalars.items():
-            if name != "stop":
-                self.window[name] = self.window.get(name, 0.0) + value
+            self.window[name] = self.window.get(name, 0.0) + value
         self.window_steps += 1
-
-    def _write(self, log: RunLog | None, speed: float) -> None:
+        if self.step % self.plan.log_every and self.step < self.plan.steps:
+            return
         means = {name: total / self.window_steps for name, total in self.window.items()}
         if log is not None:
             log.write(self.step, means, {"images_per_second": round(speed, 2)})
         self.window, self.window_steps = {}, 0
 
     def _save(self) -> None:
-        """Rank 0 writes; everyone waits until the file is whole."""
+        """Rank 0 writes; every rank waits until the file is complete."""
         if self.world.first:
             state = {
-                "modules": {name: thing.state_dict() for name, thing in self.kept.items()},
+                "modules": {name: part.state_dict() for name, part in self.state.items()},
                 "optimisers": {phase.name: phase.optimiser.state_dict() for phase in self.phases},
                 "scaler": self.scaler.state_dict(),
                 "loader": self.loader.state_dict(),
@@ -326,15 +338,15 @@ class _Fit:
                 "fingerprint": self.run.fingerprint,
             }
             self.saved = checkpoint.save(self.run.checkpoints, self.step, state, self.plan.keep)
-        self.saved = dist.share(self.saved)
+        self.saved = dist.broadcast_object(self.saved)
 
     def _resume(self) -> None:
         path = checkpoint.last(self.run.checkpoints)
         if path is None:
             return
         state = checkpoint.load(path, self.run.fingerprint, self.run.settings)
-        for name, thing in self.kept.items():
-            thing.load_state_dict(state["modules"][name])
+        for name, part in self.state.items():
+            part.load_state_dict(state["modules"][name])
         for phase in self.phases:
             phase.optimiser.load_state_dict(state["optimisers"][phase.name])
         self.scaler.load_state_dict(state["scaler"])
@@ -344,27 +356,24 @@ class _Fit:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT set a flag that the next exchange spreads; the step under way is finished first."""
+        """SIGTERM, SIGINT and SIGHUP set a flag that the next exchange spreads; the current step is finished first.
+
+        A hang-up that the caller ignores stays ignored (nohup).
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def remember(number: int, _frame: Any) -> None:
-            self.stop_signal = number
+            self.signal = number
 
-        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        before = {number: signal.signal(number, remember) for number in ENDING if number not in ignored}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def over_ranks(module: nn.Module) -> DistributedDataParallel:
-    """Average this module's gradients over ranks; buffers stay alone: a dictionary of centroids is large and fixed."""
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name
-    return DistributedDataParallel(module, **{name: False})
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import write_json
+from semdict.pipeline.common.progress import progress
 from semdict.pipeline.common.publish import check_output, occupied, publish_folder
 from semdict.pipeline.config import paths
 
@@ -31,8 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the folder whole or not at all."""
-    from tqdm import tqdm
-
     from semdict.pipeline.config.params import load_params
     from semdict.pipeline.images.batches import good_or_bad, load_ahead
     from semdict.pipeline.images.decode import BadImage
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             save(reader.read(row), params.pixels.max_pixels, folder / "images" / f"{row:08d}.png")
 
         batches = (good[start : start + BATCH] for start in range(0, len(good), BATCH))
-        with tqdm(total=len(good), desc="reference", unit="img") as bar:
+        with progress(len(good), "reference") as bar:
             for done in load_ahead(batches, lambda row: (row, good_or_bad(write, row))):
                 left_out |= {manifest.key(row): bad.reason for row, bad in done if isinstance(bad, BadImage)}
                 bar.update(len(done))

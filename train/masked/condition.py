@@ -1,4 +1,4 @@
-"""`semdict condition`: teach a pretrained model classes, the decoder alone (LEASE, Table A.5)."""
+"""`semdict condition`: class-conditional fine-tuning of a pretrained model's decoder (LEASE, Table A.5)."""
 
 import argparse
 import math
@@ -16,30 +16,28 @@ from semdict.pipeline.common.errors import ShardError, UsageError, WeightsError
 from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.safeload import load_array, load_tensors
 from semdict.train.data.token_set import TokenSet
-from semdict.train.data.tokens import ResidentLoader, TokenTable, recipe_of, table_from_shards
+from semdict.train.data.tokens import ResidentLoader, table_from_shards
 from semdict.train.engine import dist
-from semdict.train.engine.loop import Phase, Plan, Run, fit, make_plan
+from semdict.train.engine.loop import Batch, Phase
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
 from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.rng import Stream, torch_generator, torch_seed
-from semdict.train.engine.run import Place
-from semdict.train.engine.stage import add_run_arguments, run_stage, say
+from semdict.train.engine.trainer import Components, Trainer, add_run_arguments
 from semdict.train.masked.conditional import (
     ConditionalConfig,
     ConditionalTransformer,
     Telling,
     conditions,
 )
-from semdict.train.masked.encoder import load_encoder
+from semdict.train.masked.encoder import Encoder, load_encoder
 from semdict.train.masked.losses import reconstruction_loss
 from semdict.train.masked.masking import draw_masks
 from semdict.train.masked.model import MaskedTokenTransformer
-from semdict.train.masked.objectives import Masking
-from semdict.train.masked.pretrain import AtEpoch
+from semdict.train.masked.objectives.mage import Masking
 
 if TYPE_CHECKING:
-    from semdict.pipeline.config.schema import Params
+    from semdict.pipeline.config.schema import Condition
 
 EXAMPLE = """examples:
   semdict condition --model runs/demo/lease
@@ -51,13 +49,11 @@ EXAMPLE = """examples:
 The encoder and everything else but the decoder stay as they are. Class embeddings are one row per label, for example
 CLIP's text embeddings of "An image of a CLASS". `semdict generate --task class` draws from the result."""
 
-VERSION = 1  # raised when the same settings would train something else
-FREE = {"device", "compile", "save_every", "keep", "log_every", "tensorboard", "class_embeddings"}
 RATIO = 0.75  # of the cells are hidden where held-out images are measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, on what, and where it goes; everything else stands in params.yaml, section condition."""
+    """Which model, on which tokens, and where the run goes; everything else is in params.yaml, section condition."""
     parser.add_argument("--model", type=Path, required=True, help="a run's folder, its model.pt or a released file")
     parser.add_argument("--num-heads", type=int, help="of a released encoder whose width is none of the published")
     parser.add_argument("--decoder-num-heads", type=int, help="likewise")
@@ -67,152 +63,143 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, or say that there is nothing to do."""
-    from semdict.pipeline.config.params import load_params
+    """Train, or say that the run is complete."""
+    from semdict.pipeline.config.params import params_of
 
-    params = load_params(args.params, args.set)
-    with dist.joined(params.runtime.device) as world:
-        Session(args, params, world).go()
+    params = params_of(args)
+    cfg = params.condition
+    if args.embeddings:
+        cfg = cfg.model_copy(update={"class_embeddings": args.embeddings})
+    with dist.process_group(params.runtime.device) as world:
+        encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads)
+        recipe = Conditioning(cfg, encoder, TokenSet.open(args.shards or Path("shards") / params.preset))
+        Trainer.for_command(recipe, args, params, world, f"{encoder.name}-conditional").run()
     return 0
 
 
-class Session:
-    """One call of the command."""
+class Conditioning:
+    """Recipe of `semdict condition`: the decoder learns to use the class and the centroids, the rest stays frozen."""
 
-    def __init__(self, args: argparse.Namespace, params: "Params", world: dist.World) -> None:
-        self.params = params
-        given = params.condition
-        self.given = given.model_copy(update={"class_embeddings": args.embeddings}) if args.embeddings else given
-        self.world, self.resume = world, args.resume
-        self.encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads)
-        preset, name = params.preset, f"{self.encoder.name}-conditional"
-        self.token_set = TokenSet.open(args.shards or Path("shards") / preset)
-        token_set = self.token_set
-        self.encoder.check_tokens(token_set.path, token_set.codebook_size, token_set.grid**2, token_set.meta["recipe"])
-        self.vectors = class_vectors(self.given.class_embeddings)
-        self.reports = args.reports or Path("reports") / preset / name
-        self.place = Place("condition", self.identity(), args.out or Path("runs") / preset / name, args.work)
+    name = "condition"
 
-    def identity(self) -> dict[str, Any]:
-        """All that shapes the result; of the class embeddings the bytes, not the path."""
-        g, encoder = self.given, self.encoder
-        chosen = {name: value for name, value in g.model_dump().items() if name not in FREE}
-        file = None if g.class_embeddings is None else sha256_file(g.class_embeddings)
-        model = {"model": encoder.sha256, "config": encoder.model.config.to_dict()}
-        recipe = recipe_of(self.token_set.meta)
-        return {"version": VERSION, "recipe": recipe, **model, "class_embeddings": file, **chosen}
+    def __init__(self, cfg: "Condition", encoder: Encoder, token_set: TokenSet) -> None:
+        self.cfg, self.encoder, self.token_set = cfg, encoder, token_set
+        encoder.check_tokens(token_set.path, token_set.codebook_size, token_set.grid**2, token_set.meta["recipe"])
+        self.vectors = class_vectors(cfg.class_embeddings)
+        self.held_out = table_from_shards(token_set.path, cfg.held_out) if cfg.held_out else None
 
-    def go(self) -> None:
-        """Train as a stage."""
-        run_stage(self.place, self.world, self.resume, self.reports, self.train)
+    def settings(self) -> dict[str, Any]:
+        """Section condition (of the class embeddings the bytes, not the path), the tokens and the pretrained model."""
+        cfg, encoder = self.cfg.model_dump(), self.encoder
+        if self.vectors is not None:
+            cfg["class_embeddings"] = sha256_file(self.cfg.class_embeddings)
+        model = {"sha256": encoder.sha256, "config": encoder.model.config.to_dict()}
+        return {"condition": cfg, "data": self.token_set.identity, "model": model}
 
-    def train(self) -> dict[str, Any]:
-        """Build everything, fit, measure and write the model; returns the run's numbers."""
-        g, world, place = self.given, self.world, self.place
-        loader = self.loader(table_from_shards(self.token_set.path, g.splits))
-        held_out = table_from_shards(self.token_set.path, g.held_out) if g.held_out else None
-        model = self.model(loader.table).to(world.device)
-        say(world, place, f"{loader.steps_per_epoch} steps an epoch of {g.batch} images, {model.null_class} classes")
-        steps, warmup = g.epochs * loader.steps_per_epoch, g.warmup_epochs * loader.steps_per_epoch
-        rate = warmup_cosine(scaled_lr(g.base_lr, g.batch), warmup, steps, g.min_lr)
-        m = g.mask
-        masking = Masking(m.mode, m.std, m.min, m.max, m.per_sample)
-        objective = AtEpoch(Telling(g.label_dropout, g.word_dropout, masking, g.label_smoothing))
-        phase = Phase("model", model, objective, adamw(model, tuple(g.betas), g.weight_decay), rate, g.clip)
-        run = Run(place.folder, place.settings, place.fingerprint, self.reports, self.params.runtime.tensorboard)
-        final = fit([phase], loader, self.plan(steps), run, world, {"model": model}, resume=True)
-        chance = math.log(self.token_set.codebook_size)
-        numbers = {"final": final, "chance": chance, "steps": steps, "classes": model.null_class}
-        if world.first:
-            if held_out is not None:
-                numbers["held_out"] = self.measure(model, held_out)
-            about = {"settings": place.settings, "corpus": self.token_set.meta, "model": self.encoder.about()}
-            save_model(place.folder / MODEL, model, {**about, "step": steps})
-        return numbers
-
-    def plan(self, steps: int) -> Plan:
-        """The loop's part of the settings."""
-        return make_plan("condition", self.given, self.params.runtime, steps)
-
-    def loader(self, table: TokenTable) -> ResidentLoader:
+    def loader(self, trainer: Trainer) -> ResidentLoader:
         """Tokens in memory."""
-        g, world = self.given, self.world
-        return ResidentLoader(table, g.batch, g.seed, world.rank, world.size, world.device)
+        cfg, world = self.cfg, trainer.world
+        table = table_from_shards(self.token_set.path, cfg.splits)
+        return ResidentLoader(table, cfg.batch, cfg.seed, world.rank, world.size, world.device)
 
-    def model(self, table: TokenTable) -> ConditionalTransformer:
-        """The pretrained model with this decoder dropout, and new rows drawn from the seed."""
-        given, base = self.given, self.encoder.model
-        classes = self.classes(table)
-        vectors = self.vectors
-        centroids = self.centroids() if given.centroids else None
-        words, word_width = (0, 0) if centroids is None else tuple(centroids.shape)
-        config = replace(base.config, dropout=given.dropout)
-        width = 0 if vectors is None else vectors.shape[1]
-        copy = MaskedTokenTransformer(config)
-        copy.load_state_dict(base.state_dict())
-        whole = ConditionalConfig(config, classes, width, words, word_width)
-        model = ConditionalTransformer(whole, copy, torch_seed(given.seed, Stream.CONDITION_INIT))
-        model.fill(vectors, centroids)
-        return model
+    def build(self, loader: ResidentLoader, trainer: Trainer) -> Components:
+        cfg, epoch = self.cfg, loader.steps_per_epoch
+        model = self.model(self.classes(loader)).to(trainer.world.device)
+        trainer.log(f"{model.null_class} classes")
+        steps, peak = cfg.epochs * epoch, scaled_lr(cfg.base_lr, cfg.batch)
+        lr_schedule = warmup_cosine(peak, cfg.warmup_epochs * epoch, steps, cfg.min_lr)
+        masking = Masking.from_cfg(cfg.mask)
+        objective = Telling(cfg.label_dropout, cfg.word_dropout, masking, cfg.label_smoothing)
+        optimiser = adamw(model, tuple(cfg.betas), cfg.weight_decay)
+        phase = Phase("model", model, objective, optimiser, lr_schedule, cfg.clip)
+        return Components([phase], steps, {"model": model})
 
-    def classes(self, table: TokenTable) -> int:
+    def classes(self, loader: ResidentLoader) -> int:
         """Rows of the embedding file, or one more than the largest label; UsageError where labels do not fit."""
-        most = -1 if table.label is None else int(table.label.max())
-        if most < 0:
-            raise UsageError(f"{self.token_set.path} has no labels in {self.given.splits}; there is no class to learn")
+        if loader.classes < 1:
+            raise UsageError(f"{self.token_set.path} has no labels in {self.cfg.splits}; there is no class to learn")
         if self.vectors is None:
-            return most + 1
-        if most >= len(self.vectors):
+            return loader.classes
+        if loader.classes > len(self.vectors):
             raise UsageError(
-                f"{self.given.class_embeddings} has {len(self.vectors)} rows, {self.token_set.path} has labels up to "
-                f"{most}; one row per label is needed"
+                f"{self.cfg.class_embeddings} has {len(self.vectors)} rows, {self.token_set.path} has labels up to "
+                f"{loader.classes - 1}; one row per label is needed"
             )
         return len(self.vectors)
 
+    def model(self, classes: int) -> ConditionalTransformer:
+        """The pretrained model with the decoder dropout of section condition; the seed initialises the new rows."""
+        cfg, base = self.cfg, self.encoder.model
+        centroids = self.centroids() if cfg.centroids else None
+        words, word_width = (0, 0) if centroids is None else tuple(centroids.shape)
+        copy = MaskedTokenTransformer(replace(base.config, dropout=cfg.dropout))
+        copy.load_state_dict(base.state_dict())
+        width = 0 if self.vectors is None else self.vectors.shape[1]
+        config = ConditionalConfig(copy.config, classes, width, words, word_width)
+        model = ConditionalTransformer(config, copy, torch_seed(cfg.seed, Stream.CONDITION_INIT))
+        model.fill(self.vectors, centroids)
+        return model
+
     def centroids(self) -> Tensor:
-        """(K, D) dictionary of the shards."""
+        """(K, D) codebook of the shards."""
         if self.token_set.centroids is None or "disc" not in self.token_set.meta["codebooks"]:
             raise ShardError(
-                f"{self.token_set.path} holds no words with centroids; set condition.centroids: false for classes only"
+                f"{self.token_set.path} has no discriminative tokens with centroids; set condition.centroids: false "
+                "for classes only"
             )
         return self.token_set.centroid_tensor()
 
-    def measure(self, model: ConditionalTransformer, table: TokenTable) -> dict[str, float]:
-        """Nats per hidden token of held-out images under one fixed masking, told all, the class, or nothing."""
-        g = self.given
-        n = min(g.held_out_images, len(table.at))
-        at = np.linspace(0, len(table.at) - 1, n, dtype=np.int64)
-        loader = ResidentLoader(table, 1, g.seed, device=self.world.device)
-        sums, images = dict.fromkeys(("told", "class_only", "untold"), 0.0), 0
+    def finish(self, components: Components, loader: ResidentLoader, trainer: Trainer) -> dict[str, Any]:
+        """Write the model, measure it on held-out images; the loss at chance in nats."""
+        model = components.state["model"]
+        metrics = {"chance": math.log(self.token_set.codebook_size), "classes": model.null_class}
+        if trainer.world.first:
+            if self.held_out is not None:
+                metrics["held_out"] = self.held_out_loss(model, trainer.world.device)
+            about = {"cfg": trainer.settings["condition"], "token_set": self.token_set.meta, "steps": components.steps}
+            save_model(trainer.folder / MODEL, model, {**about, "model": self.encoder.about()})
+        return metrics
+
+    def held_out_loss(self, model: ConditionalTransformer, device: torch.device) -> dict[str, float]:
+        """Nats per hidden token of held-out images under one fixed masking, by condition (see `conditional_nats`)."""
+        cfg, table = self.cfg, self.held_out
+        n = min(cfg.held_out_images, len(table.at))
+        indices = np.linspace(0, len(table.at) - 1, n, dtype=np.int64)
+        loader = ResidentLoader(table, 1, cfg.seed, device=device)
+        sums: dict[str, float] = {}
         model.eval()
-        size = min(256, g.batch)
+        size = min(256, cfg.batch)
         for start in range(0, n, size):
-            batch = loader.take(at[start : start + size])
-            rng = torch_generator(g.seed, Stream.HELD_OUT_MASKS, start)
-            with torch.inference_mode(), reduced_precision(self.world.device, g.precision):
-                for name, nats in held_out_nats(model, batch, rng).items():
-                    sums[name] += nats * len(batch["gen"])
-            images += len(batch["gen"])
-        return {**{name: total / images for name, total in sums.items()}, "images": images}
+            batch = loader.take(indices[start : start + size])
+            rng = torch_generator(cfg.seed, Stream.HELD_OUT_MASKS, start)
+            with torch.inference_mode(), reduced_precision(device, cfg.precision):
+                for name, nats in conditional_nats(model, batch, rng).items():
+                    sums[name] = sums.get(name, 0.0) + nats * len(batch["gen"])
+        return {**{name: total / n for name, total in sums.items()}, "images": n}
 
 
-def held_out_nats(model: ConditionalTransformer, batch: dict[str, Any], rng: torch.Generator) -> dict[str, float]:
-    """Mean nats per hidden token of one batch, by what the decoder is told; the encoder runs once."""
+def conditional_nats(model: ConditionalTransformer, batch: Batch, rng: torch.Generator) -> dict[str, float]:
+    """Mean nats per hidden token of a batch: conditional (class and centroids), class_only, unconditional.
+
+    The encoder runs once.
+    """
     tokens_BL = batch["gen"].long()
     keep_idx, masked_BL, _ = (part.to(tokens_BL.device) for part in draw_masks(*tokens_BL.shape, RATIO, rng))
     labels_B, words_BL = conditions(batch, model)
-    labels_B = torch.where(labels_B > model.null_class, model.null_class, labels_B)  # classes it never met
-    nobody_B = torch.full_like(labels_B, model.null_class)
-    found: dict[str, float] = {}
-    latents_BNE = None
-    kinds = {"told": (labels_B, words_BL), "class_only": (labels_B, None), "untold": (nobody_B, None)}
-    for name, what in kinds.items():
-        teller = model.told(*what)
-        latents_BNE = teller.encode(tokens_BL, masked_BL, keep_idx) if latents_BNE is None else latents_BNE
-        features_BLF = teller.decode(latents_BNE, masked_BL, keep_idx)
-        logits_NK = teller.token_logits(features_BLF[:, 1:][masked_BL])
-        found[name] = float(reconstruction_loss(logits_NK, tokens_BL[masked_BL], 0.0))
-    return found
+    labels_B = torch.where(labels_B > model.null_class, model.null_class, labels_B)  # classes that training lacks
+    null_B = torch.full_like(labels_B, model.null_class)
+    latents_BNE = model.base.encode(tokens_BL, masked_BL, keep_idx)
+    nats = {}
+    for name, condition in {
+        "conditional": (labels_B, words_BL),
+        "class_only": (labels_B, None),
+        "unconditional": (null_B, None),
+    }.items():
+        conditioned = model.told(*condition)
+        features_BLF = conditioned.decode(latents_BNE, masked_BL, keep_idx)
+        logits_NK = conditioned.token_logits(features_BLF[:, 1:][masked_BL])
+        nats[name] = float(reconstruction_loss(logits_NK, tokens_BL[masked_BL], 0.0))
+    return nats
 
 
 def class_vectors(path: str | None) -> Tensor | None:
@@ -220,16 +207,16 @@ def class_vectors(path: str | None) -> Tensor | None:
     if path is None:
         return None
     if Path(path).suffix == ".npy":
-        found = torch.from_numpy(np.array(load_array(path)))
+        table = torch.from_numpy(np.array(load_array(path)))
     else:
         tensors = load_tensors(path)
         if len(tensors) != 1:
             names = ", ".join(list(tensors)[:4])
             raise WeightsError(f"{path} holds {len(tensors)} tensors ({names}), expected one table of class embeddings")
-        (found,) = tensors.values()
-    if found.ndim != 2 or not found.is_floating_point() or not torch.isfinite(found).all():
-        raise WeightsError(f"{path} holds {found.dtype} {tuple(found.shape)}, expected finite floats (classes, width)")
-    return found.float()
+        (table,) = tensors.values()
+    if table.ndim != 2 or not table.is_floating_point() or not torch.isfinite(table).all():
+        raise WeightsError(f"{path} holds {table.dtype} {tuple(table.shape)}, expected finite floats (classes, width)")
+    return table.float()
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.engine.layers import init_weights
+from semdict.train.engine.loop import Batch, Clock
 from semdict.train.engine.rng import rand_rows
 from semdict.train.masked.model import MaskedTokenTransformer, ModelConfig
-from semdict.train.masked.objectives import Batch, Mage, Masking, Scalars
+from semdict.train.masked.objectives.mage import START, Mage, Masking, Scalars
 
 DECODER = ("decoder_embed", "decoder_position", "decoder_blocks", "decoder_norm")  # what is fine-tuned; no token head
 
@@ -184,7 +185,7 @@ class Telling(Mage):
         self.label_dropout, self.word_dropout = label_dropout, word_dropout
 
     def forward(
-        self, model: ConditionalTransformer, batch: Batch, rng: torch.Generator, epoch: float = 0.0
+        self, model: ConditionalTransformer, batch: Batch, rng: torch.Generator, clock: Clock = START
     ) -> tuple[Tensor, Scalars]:
         labels_B, words_BL = self.withhold(*conditions(batch, model), model.null_class, rng)
         told = Told(model, model.beside(labels_B, words_BL))  # not looked at again: that would wait for the GPU

@@ -81,8 +81,8 @@ def load_encoder(
         raise WeightsError(f"{file} does not exist; --model takes a run's folder, its {MODEL} or a released checkpoint")
     if model_kind(file) == MaskedTokenTransformer.KIND:
         model, saved = load_model(file, MaskedTokenTransformer)
-        sha256, recipe = saved.sha256, saved.about.get("corpus", {}).get("recipe")
-        epochs = saved.about.get("settings", {}).get("epochs")
+        sha256, recipe = saved.sha256, saved.about.get("token_set", {}).get("recipe")
+        epochs = saved.about.get("cfg", {}).get("epochs")
     else:
         model = load_released(file, num_heads, decoder_num_heads)
         sha256, recipe, epochs = sha256_file(file), None, model.released.epoch

@@ -16,12 +16,14 @@ from semdict.pipeline.common.device import reduced_precision, resolve_device
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import sha256_json, write_json
 from semdict.pipeline.common.memory import keep_freed_memory
+from semdict.pipeline.common.progress import progress
 from semdict.pipeline.common.publish import check_output, occupied, publish_folder
 from semdict.train.data.tokens import recipe_of
 from semdict.train.masked.context import Known, hidden_cells, known_images
 from semdict.train.masked.encoder import run_name
+from semdict.train.masked.objectives import objective_class
 from semdict.train.masked.samplers import open_drawer
-from semdict.train.masked.sampling import LAST, Decoding, ImageDraws, decode_iteratively
+from semdict.train.masked.sampling import Decoding, ImageDraws, decode_iteratively
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
@@ -101,7 +103,7 @@ class Drawing:
     @cached_property
     def how(self) -> Decoding:
         """Steps, temperature, and what becomes of the last cell."""
-        last = LAST[self.drawer.family] if self.given.last == "family" else self.given.last
+        last = objective_class(self.drawer.family).last_step if self.given.last == "family" else self.given.last
         return Decoding(self.given.steps, self.given.temperature, last)
 
     @cached_property
@@ -168,7 +170,7 @@ class Drawing:
         _ = self.vqgan, self.known  # what does not fit is told before anything is drawn
         tokens, shown = [], []
         (folder / "images").mkdir()
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(4) as pool, progress(self.count, "generate") as bar:
             written: list[Future] = []
             for start in range(0, self.count, self.given.batch):
                 numbers = list(range(start, min(start + self.given.batch, self.count)))
@@ -180,10 +182,9 @@ class Drawing:
                            for n, image in zip(numbers, images, strict=True)]  # fmt: skip
                 if len(shown) < self.given.shown:
                     shown += self.bands(numbers, canvas_BL, images)
-                print(f"\rgenerate  {numbers[-1] + 1}/{self.count} images", end="", file=sys.stderr, flush=True)
+                bar.update(len(numbers))
             for job in written:
                 job.result()
-        print(file=sys.stderr)
         about = {"labels": self.drawer.labels(list(range(self.count)), self.known)}
         about["rows"] = None if self.known is None else self.known.rows
         given = {name: values for name, values in about.items() if values is not None}

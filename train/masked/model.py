@@ -1,4 +1,4 @@
-"""The masked-token transformer: one module for MAGE, Sorcen and LEASE, with the few switches in which they differ.
+"""The masked-token transformer: one module for every objective, with the few switches in which they differ.
 
 Shapes: B batch, L = grid^2 cells (row-major), M kept cells, E encoder width, F decoder width, K image codes.
 """
@@ -10,24 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semdict.pipeline.common.errors import suggestion
 from semdict.train.engine.layers import EPS, Block, Dropout, init_weights, pos2d, projection_head
 from semdict.train.masked.vocab import Vocab, lean
 
 HEAD_EPS = 1e-5  # the token head's norm differs from all others in the published models
-FAMILIES = ("mage", "sorcen", "lease")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides the module's shape and arithmetic; saved in checkpoints, rebuilds the model.
 
-    family: mage, sorcen or lease; vocab: ids of the embedding table; grid: cells per side.
+    family: name of the objective it is trained with; vocab: ids of the embedding table; grid: cells per side.
     grid_code: add the fixed 2-D table after the embedding norm (LEASE). canvas: visible latents are added onto the
     CLS-filled canvas ("add", LEASE) or replace it ("replace", MAGE and Sorcen). decoder_rows: rows of the decoder's
     learned position table, of which the first grid^2 + 1 are used (the published LEASE files have 385).
-    encoder_words, decoder_words: width D of the dictionary that the encoder / decoder projection leads to, 0 = none.
+    encoder_words, decoder_words: width D of the codebook that the encoder / decoder projects to, 0 = no projection.
     projector, predictor: (hidden, out) of Sorcen's heads, None = none. dropout: after the embedding norm, on attention
-    probabilities and after every block linear but qkv. kernel: one of train.layers.KERNELS.
+    probabilities and after every block linear but qkv. kernel: one of engine.layers.KERNELS.
     """
 
     family: str
@@ -51,8 +51,8 @@ class ModelConfig:
     kernel: str = "sdpa"
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES or self.canvas not in ("add", "replace"):
-            raise ValueError(f"family {self.family!r} must be one of {FAMILIES}, canvas {self.canvas!r} add or replace")
+        if self.canvas not in ("add", "replace"):
+            raise ValueError(f"canvas {self.canvas!r} must be add or replace")
         if self.decoder_rows < self.grid**2 + 1:
             raise ValueError(f"decoder_rows {self.decoder_rows} is below CLS and {self.grid}^2 cells")
 
@@ -61,13 +61,13 @@ class ModelConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> "ModelConfig":
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """The configuration that `to_dict` wrote; an unknown key is a ValueError."""
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(given.keys() - known):
-            raise ValueError(f"model configuration holds unknown keys {unknown}; known are {sorted(known)}")
-        heads = {key: tuple(given[key]) for key in ("projector", "predictor") if given.get(key) is not None}
-        return cls(**{**given, **heads, "vocab": Vocab(**given["vocab"])})
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"model configuration has unknown keys {unknown}; known are {sorted(known)}")
+        heads = {key: tuple(values[key]) for key in ("projector", "predictor") if values.get(key) is not None}
+        return cls(**{**values, **heads, "vocab": Vocab(**values["vocab"])})
 
 
 SIZES: dict[str, dict[str, int]] = {
@@ -79,22 +79,17 @@ SIZES: dict[str, dict[str, int]] = {
         "vit_large": (1024, 24, 16, 1024, 8, 16),
     }.items()
 }
-SORCEN_PROJECTOR, SORCEN_PREDICTOR = (4096, 512), (2048, 512)  # published widths; the paper's projector size is 512
 
 
-def model_config(family: str, size: str, codes: int = 1024, words: int = 0, **changes: Any) -> ModelConfig:
-    """Configuration of a family for training from scratch, with the lean vocabulary.
+def model_config(family: str, size: str, codes: int = 1024, **changes: Any) -> ModelConfig:
+    """Configuration for training from scratch, with the lean vocabulary.
 
-    size: a key of SIZES; codes: image codes; words: dictionary width D (LEASE); changes: any ModelConfig field.
+    size: a key of SIZES; codes: image codes; changes: any ModelConfig field, as an objective's `architecture` has them.
     """
     if size not in SIZES:
-        raise ValueError(f"unknown model size {size!r}; sizes are {', '.join(SIZES)}")
+        raise ValueError(f"unknown model size {size!r}; {suggestion(size, SIZES)}")
     grid = changes.get("grid", 16)
     base = ModelConfig(family=family, vocab=lean(codes), decoder_rows=grid**2 + 1, **SIZES[size], grid=grid)
-    if family == "lease":
-        base = replace(base, grid_code=True, canvas="add", encoder_words=words)
-    if family == "sorcen":
-        base = replace(base, projector=SORCEN_PROJECTOR, predictor=SORCEN_PREDICTOR)
     return replace(base, **changes)
 
 
@@ -168,7 +163,7 @@ class MaskedTokenTransformer(nn.Module):
 
     @property
     def family(self) -> str:
-        """mage, sorcen or lease."""
+        """Name of the objective that the model is trained with."""
         return self.config.family
 
     @property

@@ -1,42 +1,43 @@
-"""An online linear classifier on detached latents: a curve of what the encoder knows, with no influence on it."""
+"""An online classifier on detached latents: the encoder's accuracy as a curve, without influence on the training."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semdict.train.engine.batch import Batch
 from semdict.train.engine.layers import init_weights
+from semdict.train.engine.loop import Batch, Clock
+from semdict.train.masked.objectives.mage import START, Mage
 
 HIDDEN = 512  # as released: width -> 512 -> classes
 
 
 class WithClassifier(nn.Module):
-    """An objective, and beside it width -> 512 -> classes on the mean of the encoder's kept latents (CLS left out).
+    """An objective with a classifier width -> 512 -> classes on the mean of the encoder's kept latents (without CLS).
 
-    The latents are caught at the output of the encoder's final norm and detached, so no gradient reaches the encoder;
-    the classifier's cross-entropy is added to the loss that is differentiated, but reported on its own.
-    Images without a label (-1) do not count. Needs a model with an attribute `norm`.
+    The latents are taken from a hook on the encoder's final norm (`model.norm`) and detached, so no gradient reaches
+    the encoder; the classifier's cross-entropy is added to the loss that is differentiated, and reported separately.
+    Images without a label (-1) do not count.
     """
 
-    def __init__(self, objective: nn.Module, model: nn.Module, width: int, classes: int, seed: int) -> None:
+    def __init__(self, objective: Mage, model: nn.Module, width: int, classes: int, seed: int) -> None:
         super().__init__()
         self.objective = objective
         self.classifier = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes))
         init_weights(self.classifier, torch.Generator().manual_seed(seed))
-        self._caught: list[Tensor] = []
-        model.norm.register_forward_hook(self._catch)
+        self._latents: list[Tensor] = []
+        model.norm.register_forward_hook(self._remember)
 
-    def _catch(self, _norm: nn.Module, _inputs: tuple, latents_BNE: Tensor) -> None:
+    def _remember(self, _norm: nn.Module, _inputs: tuple, latents_BNE: Tensor) -> None:
         if latents_BNE.requires_grad:  # the student's pass; a teacher's has no gradient
-            self._caught.append(latents_BNE.detach())
+            self._latents.append(latents_BNE.detach())
 
     def forward(
-        self, model: nn.Module, batch: Batch, rng: torch.Generator, epoch: float = 0.0
+        self, model: nn.Module, batch: Batch, rng: torch.Generator, clock: Clock = START
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        self._caught.clear()
-        loss, scalars = self.objective(model, batch, rng, epoch)
-        logits_BC = self.classifier(self._caught[0][:, 1:].float().mean(dim=1))
-        self._caught.clear()
+        self._latents.clear()
+        loss, scalars = self.objective(model, batch, rng, clock)
+        logits_BC = self.classifier(self._latents[0][:, 1:].float().mean(dim=1))
+        self._latents.clear()
         label_B, known_B = batch["label"], batch["label"] >= 0
         count = known_B.sum().clamp_min(1)
         nats = F.cross_entropy(logits_BC, label_B, ignore_index=-1, reduction="sum") / count
@@ -44,6 +45,10 @@ class WithClassifier(nn.Module):
         online = {"loss": loss.detach(), "online_loss": nats.detach(), "online_accuracy": right.detach()}
         return loss + nats, {**scalars, **online}
 
-    def after_step(self, model: nn.Module, epoch: float, epochs: float) -> None:
+    def after_step(self, model: nn.Module, clock: Clock, epochs: float) -> None:
         """What the objective itself does after a step."""
-        self.objective.after_step(model, epoch, epochs)
+        self.objective.after_step(model, clock, epochs)
+
+    def chance(self, codebook_size: int, rows: int) -> dict[str, float]:
+        """Those of the objective."""
+        return self.objective.chance(codebook_size, rows)

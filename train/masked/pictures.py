@@ -1,4 +1,4 @@
-"""What the model fills in: a grid of images as their tokens say, with cells hidden, and reconstructed."""
+"""Pictures of a pretraining run: images as decoded from their tokens, with hidden cells, and reconstructed."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from semdict.train.engine.logging import RunLog
+from semdict.train.engine.loop import Clock, Hook
 from semdict.train.engine.rng import Stream, torch_generator
 from semdict.train.masked.masking import draw_masks
 
@@ -13,20 +15,36 @@ RATIO = 0.75  # of the cells are hidden in a picture
 
 
 class Pictures:
-    """Draws the same images with the same hidden cells every time, so that a run's pictures can be compared.
+    """The same images with the same hidden cells every time, so that a run's pictures can be compared.
 
-    tokens_BL: (B, L) int64 to reconstruct. vqgan: a module with decode((B, L)) -> (B, 3, H, W) in [0, 1].
+    tokens_BL: (B, L) int64 to reconstruct. vqgan: a module with decode((B, L)) -> (B, 3, H, W) in [0, 1]. folder: gets
+    step-00000123.png.
     """
 
-    def __init__(self, vqgan: nn.Module, tokens_BL: Tensor, seed: int) -> None:
+    def __init__(self, vqgan: nn.Module, tokens_BL: Tensor, seed: int, folder: Path) -> None:
+        self.folder = folder
         rng = torch_generator(seed, Stream.PICTURE_MASKS)
         self.vqgan, self.tokens_BL = vqgan, tokens_BL
         self.masked_BL = draw_masks(*tokens_BL.shape, RATIO, rng)[1].to(tokens_BL.device)
         self.whole = self._pixels(tokens_BL)
 
+    def hook(self, model: nn.Module, every: int) -> Hook:
+        """A hook of the loop that saves the grid after every `every` steps, and shows it in TensorBoard."""
+
+        def save_picture(clock: Clock, log: RunLog | None) -> None:
+            if (clock.step + 1) % every == 0:
+                image_HW3 = self.save(model, self.folder / f"step-{clock.step + 1:08d}.png")
+                if log is not None:
+                    log.picture(clock.step + 1, "reconstruction", image_HW3)
+
+        return save_picture
+
     @torch.no_grad()
-    def draw(self, model: nn.Module, path: Path) -> np.ndarray:
-        """Write the grid as PNG: what the tokens hold, hidden cells grey, most likely codes in the hidden cells."""
+    def save(self, model: nn.Module, path: Path) -> np.ndarray:
+        """Write the grid as PNG: decoded tokens, hidden cells grey, most likely codes in the hidden cells.
+
+        Returns the grid without labels, (H, W, 3) uint8.
+        """
         from semdict.pipeline.images.visualize import save_grid
 
         training = model.training

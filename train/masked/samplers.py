@@ -57,7 +57,7 @@ class Classed(Plain):
 
     def check_untold(self, key: str, needed: bool) -> None:
         """UsageError when the model always was told in training what it would not be told now."""
-        if needed and self.about.get("settings", {}).get(key) == 0:
+        if needed and self.about.get("cfg", {}).get(key) == 0:
             raise UsageError(
                 f"{self.encoder.name} was trained with condition.{key} 0, so it cannot draw without; train it with more"
                 + (" or set generate.scale: 0" if self.given.scale else "")
@@ -65,7 +65,7 @@ class Classed(Plain):
 
     def check_words(self, where: Path, recipe: dict[str, Any]) -> None:
         """ShardError when the words of `where` are not from the dictionary of training."""
-        trained = self.about.get("corpus", {}).get("recipe", {})
+        trained = self.about.get("token_set", {}).get("recipe", {})
         if changed := differences({"disc": trained.get("disc")}, {"disc": recipe.get("disc")}):
             raise ShardError(f"{where} has words of another dictionary than the model: {'; '.join(changed)}")
 
@@ -107,7 +107,7 @@ def open_drawer(
     if model_path(path).is_file() and model_kind(path) == ConditionalTransformer.KIND:
         model, file = load_model(path, ConditionalTransformer, device)
         model.requires_grad_(False)
-        recipe = file.about.get("corpus", {}).get("recipe")
+        recipe = file.about.get("token_set", {}).get("recipe")
         encoder = Encoder(model.base, run_name(path), file.sha256, recipe, None)
         return Classed(model, encoder, file.about, given, task)
     encoder = load_encoder(path, num_heads, decoder_num_heads, device)

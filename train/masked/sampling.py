@@ -17,7 +17,6 @@ from semdict.train.engine.rng import Stream, numpy_generator
 
 # logits_at(tokens_BL with the mask id at unknown cells, unknown_BL bool) -> (n, K) logits of the unknown cells
 LogitsAt = Callable[[Tensor, Tensor], Tensor]
-LAST = {"lease": "argmax", "mage": "sampled", "sorcen": "sampled"}  # what each family's published script does
 
 
 @dataclass(frozen=True)

@@ -10,41 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from semdict.pipeline.common.device import to_device
+from semdict.pipeline.common.device import DTYPES, to_device
 from semdict.pipeline.common.files import write_json
-from semdict.pipeline.config import paths as places
+from semdict.pipeline.config import paths
 from semdict.train.data.images import ImageLoader, ImageRows, RandomCrop, centre_crops, usable_rows
 from semdict.train.engine import dist
-from semdict.train.engine.batch import Batch
 from semdict.train.engine.ema import Ema
 from semdict.train.engine.logging import RunLog
-from semdict.train.engine.loop import DTYPES, Clock, Phase, Plan, Run, fit, make_plan
+from semdict.train.engine.loop import Batch, Clock, Hook, Objective, Phase
 from semdict.train.engine.lr_schedule import ramp, warmup_hold_linear
 from semdict.train.engine.model_file import TOKENIZER, save_model
 from semdict.train.engine.optim import adamw
-from semdict.train.engine.run import Place
-from semdict.train.engine.stage import add_run_arguments, run_stage, say
+from semdict.train.engine.trainer import Components, Trainer, add_run_arguments
 from semdict.train.vcq.discriminator import PatchGan
 from semdict.train.vcq.objective import LossWeights, TokenizerObjective
 from semdict.train.vcq.perceptual import PerceptualSource, choose_perceptual, load_perceptual
 from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig
-from semdict.train.vcq.usage import CodeReset, CodeUsage, Revival
+from semdict.train.vcq.usage import CodeReset, CodeResetStep, CodeUsage
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params, Vcq
+    from semdict.pipeline.manifest.table import Manifest
 
-VERSION = 1  # raised when the same settings would train something else
-FREE = {
-    "device",
-    "compile",
-    "save_every",
-    "keep",
-    "log_every",
-    "tensorboard",
-    "workers",
-    "usage_images",
-    "measured_images",
-}
 EXAMPLE = """examples:
   semdict vcq train --manifest data/demo/manifest/manifest.parquet --out runs/demo/vcq
   semdict vcq train --resume                                     continue after a kill; a complete run is left alone
@@ -58,117 +45,78 @@ SHAPE = ("image_size", "patch", "tokens", "latent_queries", "schedule", "k_min",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which images, and where the run goes; everything else stands in params.yaml, section vcq."""
+    """Which images, and where the run goes; everything else is in params.yaml, section vcq."""
     parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     add_run_arguments(parser, "vcq")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, or say that there is nothing to do."""
-    from semdict.pipeline.config.params import load_params
+    """Train, or say that the run is complete."""
+    from semdict.pipeline.config.params import params_of
+    from semdict.pipeline.manifest.table import load_manifest
 
-    params = load_params(args.params, args.set)
-    with dist.joined(params.runtime.device) as world:
-        session = Session(params, world, args)
-        run_stage(session.place, world, args.resume, session.reports, session.train)
+    params = params_of(args)
+    with dist.process_group(params.runtime.device) as world:
+        manifest = load_manifest(args.manifest or paths.manifest(params.preset))
+        Trainer.for_command(VcqTraining(params, manifest, world.device), args, params, world, "vcq").run()
     return 0
 
 
-def config_of(given: "Vcq") -> TokenizerConfig:
-    """The size's shape with what params.yaml changes."""
-    base = PRESETS[given.size]
-    changes: dict[str, Any] = {name: getattr(given, name) for name in SHAPE}
-    changes |= {name: tuple(getattr(given, name)) for name in ("encoder", "decoder") if getattr(given, name)}
-    return replace(base, **changes, k_max=given.k_max or base.k_max)
+def config_of(cfg: "Vcq") -> TokenizerConfig:
+    """The configuration of the size, with the shape keys of section vcq."""
+    base = PRESETS[cfg.size]
+    changes: dict[str, Any] = {name: getattr(cfg, name) for name in SHAPE}
+    changes |= {name: tuple(getattr(cfg, name)) for name in ("encoder", "decoder") if getattr(cfg, name)}
+    return replace(base, **changes, k_max=cfg.k_max or base.k_max)
 
 
-class Turns:
-    """Both objectives of a step: the tokenizer's, which leaves its pictures in the batch, and the discriminator's."""
+class TokenizerStep:
+    """The two objectives of a training step as the loop calls them, on the same micro-batch.
+
+    The tokenizer's adds its reconstructions to the batch as "fake", where the discriminator's finds them; it also
+    counts the codes and, where code reset is on, passes the encoder outputs on. start, over: steps at which
+    quantization begins and over which it grows to full strength.
+    """
 
     def __init__(
-        self, objective: TokenizerObjective, critic: PatchGan, usage: CodeUsage, start: int, over: int
+        self, losses: TokenizerObjective, discriminator: PatchGan, usage: CodeUsage, start: int, over: int
     ) -> None:
-        self.objective, self.critic, self.usage = objective, critic, usage
-        self.start, self.over = start, over  # of quantization
-        self.revival: Revival | None = None
+        self.losses, self.network, self.usage = losses, discriminator, usage
+        self.start, self.over = start, over
+        self.reset: CodeResetStep | None = None
 
     def tokenizer(
         self, model: nn.Module, batch: Batch, rng: torch.Generator, clock: Clock
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Generator loss; leaves "fake" in the batch and counts the codes."""
+        """Generator loss."""
         out = model(batch["images"], ramp(clock.step, self.start, self.over))
         batch["fake"] = out.images.detach()
         self.usage.add(out.ids)
-        if self.revival:
-            self.revival.see(out.latents, out.ids)
-        return self.objective.generator(out, batch["images"], self.critic, clock.step, rng)
+        if self.reset:
+            self.reset.add(out.latents, out.ids)
+        return self.losses.generator(out, batch["images"], self.network, clock.step, rng)
 
     def discriminator(
         self, model: nn.Module, batch: Batch, rng: torch.Generator, clock: Clock
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hinge loss on the same pictures."""
-        return self.objective.discriminator(batch["fake"], batch["images"], model, clock.step, rng)
+        """Hinge loss on the same reconstructions."""
+        return self.losses.discriminator(batch["fake"], batch["images"], model, clock.step, rng)
 
 
-class Session:
-    """One call of the command."""
+class VcqTraining:
+    """Recipe of `semdict vcq train`: two phases, the tokenizer and, from its start on, the discriminator."""
 
-    def __init__(self, params: "Params", world: dist.World, args: argparse.Namespace) -> None:
-        from semdict.pipeline.manifest.table import load_manifest
+    name = "vcq-train"
 
-        self.params, self.given, self.world = params, params.vcq, world
-        self.manifest = load_manifest(args.manifest or places.manifest(params.preset))
-        self.objective = build_objective(params.vcq, world.device)
-        self.reports = args.reports or Path("reports") / params.preset / "vcq"
-        settings = identity(params.vcq, self.manifest.sha256[:16], self.objective)
-        self.place = Place("vcq-train", settings, args.out or Path("runs") / params.preset / "vcq", args.work)
+    def __init__(self, params: "Params", manifest: "Manifest", device: torch.device) -> None:
+        self.params, self.cfg, self.manifest = params, params.vcq, manifest
+        self.losses = build_objective(params.vcq, device)
 
-    def train(self) -> dict[str, Any]:
-        """Fit both networks, write averaged and raw tokenizer, measure both on held-out images."""
-        given, world, place = self.given, self.world, self.place
-        loader = self.loader()
-        model = Tokenizer1d(config_of(given), given.seed).to(world.device)
-        critic = PatchGan(given.discriminator_channels, seed=given.seed).to(world.device)
-        average = Ema(model, ["encoder", "quantizer", "decoder"])
-        usage = CodeUsage(model.codebook_sizes)
-        say(world, place, f"perceptual loss: {self.objective.describe()['perceptual']}")
-        kept = {"model": model, "critic": critic, "average": average}
-        if given.lecam_weight:
-            kept["lecam"] = self.objective.lecam
-        run = Run(place.folder, place.settings, place.fingerprint, self.reports, self.params.runtime.tensorboard)
-        try:
-            turns = Turns(self.objective, critic, usage, given.quantize_start, given.quantize_ramp)
-            phases = self.phases(model, critic, turns)
-            hooks = [self.averaging(average, model), self.counting(usage)]
-            if given.reset_patience:
-                kept["reset"] = reset = CodeReset(model.codebook_sizes, given.reset_protected, given.reset_patience)
-                turns.revival = Revival(reset, model.quantizer, average["quantizer"], phases[0].optimiser, given.seed)
-                hooks.insert(0, lambda clock, _log: turns.revival.after_step(clock.step))
-            means = fit(phases, loader, self.plan(), run, world, kept, hooks, resume=True)
-        finally:
-            loader.close()
-        metrics = {"final": means, "steps": given.steps, "images_replaced": len(loader.replaced)}
-        if turns.revival:
-            metrics["codes_reset"] = turns.revival.reset.done
-        metrics |= {"parameters": sum(p.numel() for p in model.parameters()), **self.objective.describe()}
-        return metrics | (self.finish(model, average) if world.first else {})
-
-    def phases(self, model: Tokenizer1d, critic: PatchGan, turns: Turns) -> list[Phase]:
-        """The tokenizer's turn and, from its start on, the discriminator's."""
-        given = self.given
-        rate = warmup_hold_linear(given.lr, given.final_lr, given.warmup, given.hold, given.steps)
-        made = [(model, turns.tokenizer, 0)]
-        if given.adversarial_weight:
-            made.append((critic, turns.discriminator, given.discriminator_start))
-        names = ("tokenizer", "discriminator")
-        return [
-            Phase(name, net, turn, adamw(net, tuple(given.betas), given.weight_decay), rate, given.clip, start)
-            for name, (net, turn, start) in zip(names, made, strict=False)
-        ]
-
-    def plan(self) -> Plan:
-        """The loop's part of the settings."""
-        return make_plan("vcq", self.given, self.params.runtime, self.given.steps)
+    def settings(self) -> dict[str, Any]:
+        """Sections vcq and pixels (but the crop), the images, and the networks of the perceptual losses."""
+        pixels = self.params.pixels.model_dump(exclude={"crop"})
+        networks = self.losses.describe()
+        return {"vcq": self.cfg.model_dump(), "pixels": pixels, "data": self.manifest.sha256, "networks": networks}
 
     def images(self, splits: list[str]) -> ImageRows:
         """Usable images of some splits."""
@@ -177,91 +125,115 @@ class Session:
         pixels, rows = self.params.pixels, usable_rows(self.manifest, splits)
         return ImageRows(self.manifest, dict(self.params.manifest.images), rows, DecodeSpec.of(pixels))
 
-    def loader(self) -> ImageLoader:
+    def loader(self, trainer: Trainer) -> ImageLoader:
         """Random crops of the training images."""
-        given, world = self.given, self.world
-        images, crop = self.images(given.splits), RandomCrop(given.image_size, given.seed)
+        cfg, world, workers = self.cfg, trainer.world, trainer.runtime.workers
+        images, crop = self.images(cfg.splits), RandomCrop(cfg.image_size, cfg.seed)
         return ImageLoader(
-            images,
-            crop,
-            given.batch,
-            given.seed,
-            world.rank,
-            world.size,
-            world.device,
-            self.params.runtime.workers,
-            floats=True,
-        )
+            images, crop, cfg.batch, cfg.seed, world.rank, world.size, world.device, workers, floats=True
+        )  # fmt: skip
 
-    def averaging(self, average: Ema, model: nn.Module):
-        """A short run is averaged over less: the decay grows to `ema` as (1 + step) / (10 + step)."""
-        return lambda clock, _log: average.update(model, min(self.given.ema, (1 + clock.step) / (10 + clock.step)))
+    def build(self, loader: ImageLoader, trainer: Trainer) -> Components:
+        cfg, device = self.cfg, trainer.world.device
+        model = Tokenizer1d(config_of(cfg), cfg.seed).to(device)
+        discriminator = PatchGan(cfg.discriminator_channels, seed=cfg.seed).to(device)
+        average = Ema(model, ["encoder", "quantizer", "decoder"])
+        usage = CodeUsage(model.codebook_sizes)
+        trainer.log(f"perceptual loss: {self.losses.describe()['perceptual']}")
+        step = TokenizerStep(self.losses, discriminator, usage, cfg.quantize_start, cfg.quantize_ramp)
+        phases = [self.phase("tokenizer", model, step.tokenizer)]
+        if cfg.adversarial_weight:
+            phases.append(self.phase("discriminator", discriminator, step.discriminator, cfg.discriminator_start))
+        state = {"model": model, "discriminator": discriminator, "average": average, "usage": usage}
+        hooks = [self.averaging(average, model), self.counting(usage, trainer)]
+        if cfg.lecam_weight:
+            state["lecam"] = self.losses.lecam
+        if cfg.reset_patience:
+            state["reset"] = reset = CodeReset(model.codebook_sizes, cfg.reset_protected, cfg.reset_patience)
+            step.reset = CodeResetStep(reset, model.quantizer, average["quantizer"], phases[0].optimiser, cfg.seed)
+            hooks.insert(0, step.reset)
+        return Components(phases, cfg.steps, state, hooks)
 
-    def counting(self, usage: CodeUsage):
-        """Write usage.json, mean and per position, each time the window is full, and open a new one."""
-        batch = self.given.batch // self.world.size
-        every = max(1, self.given.usage_images // batch)
+    def phase(self, name: str, module: nn.Module, objective: Objective, start: int = 0) -> Phase:
+        """A phase with the optimiser and the learning-rate schedule of section vcq."""
+        cfg = self.cfg
+        lr_schedule = warmup_hold_linear(cfg.lr, cfg.final_lr, cfg.warmup, cfg.hold, cfg.steps)
+        optimiser = adamw(module, tuple(cfg.betas), cfg.weight_decay)
+        return Phase(name, module, objective, optimiser, lr_schedule, cfg.clip, start)
 
-        def hook(clock: Clock, log: RunLog | None) -> None:
-            if (clock.step + 1) % every and clock.step + 1 < self.given.steps:
+    def averaging(self, average: Ema, model: nn.Module) -> Hook:
+        """Move the average; its decay grows to `ema` as (1 + step) / (10 + step), so a short run is averaged too."""
+        return lambda clock, _log: average.update(model, min(self.cfg.ema, (1 + clock.step) / (10 + clock.step)))
+
+    def counting(self, usage: CodeUsage, trainer: Trainer) -> Hook:
+        """Write usage.json, means and per position, each time the window is full, and open a new window."""
+        cfg, path = self.cfg, trainer.folder / "usage.json"
+        every = max(1, cfg.usage_images // (cfg.batch // trainer.world.size))
+
+        def write_usage(clock: Clock, log: RunLog | None) -> None:
+            if (clock.step + 1) % every and clock.step + 1 < cfg.steps:
                 return
             if log is not None:
                 utilisation_L, used_L = usage.per_position()
                 curves = {"utilisation": utilisation_L.tolist(), "used": used_L.tolist()}
-                write_json(self.place.folder / "usage.json", {"step": clock.step + 1, **usage.summary(), "at": curves})
+                write_json(path, {"step": clock.step + 1, **usage.summary(), "at": curves})
             usage.clear()
 
-        return hook
+        return write_usage
 
-    def finish(self, model: Tokenizer1d, average: Ema) -> dict[str, Any]:
+    def finish(self, components: Components, loader: ImageLoader, trainer: Trainer) -> dict[str, Any]:
         """Write both tokenizers and a grid of held-out reconstructions; PSNR in dB of each."""
+        state = components.state
+        metrics = {"images_replaced": len(loader.replaced), **self.losses.describe()}
+        metrics["parameters"] = sum(p.numel() for p in state["model"].parameters())
+        if "reset" in state:
+            metrics["codes_reset"] = state["reset"].done
+        return metrics | (self.publish(state["model"], state["average"], trainer) if trainer.world.first else {})
+
+    def publish(self, model: Tokenizer1d, average: Ema, trainer: Trainer) -> dict[str, Any]:
+        """Write the tokenizer of the last step, then the averaged one, and measure both on held-out images."""
         from semdict.pipeline.images.visualize import psnr, save_grid
 
-        given, folder = self.given, self.place.folder
-        held_out = self.images(given.held_out or given.splits)
-        pixels = centre_crops(held_out, given.image_size, given.measured_images, self.params.runtime.workers)
-        save_model(folder / RAW, model, {"settings": self.place.settings})
-        found, rows = {"psnr_raw": float(psnr(pixels, self.reconstruct(model, pixels)).mean())}, [pixels]
+        cfg, folder = self.cfg, trainer.folder
+        held_out = self.images(cfg.held_out or cfg.splits)
+        pixels = centre_crops(held_out, cfg.image_size, cfg.measured_images, trainer.runtime.workers)
+        about = {"cfg": trainer.settings["vcq"], "steps": cfg.steps}
+        save_model(folder / RAW, model, about)
+        raw = self.reconstruct(model, pixels, trainer.world.device)
         for name, part in average.parts.items():
             getattr(model, name).load_state_dict(part.state_dict())
-        save_model(folder / TOKENIZER, model, {"settings": self.place.settings})
-        rows.append(self.reconstruct(model, pixels))
-        found["psnr"] = float(psnr(*rows).mean())
-        save_grid(folder / "reconstructions.png", rows, ["original", "tokens\nback to pixels"])
-        return {**found, "measured_images": len(pixels)}
+        save_model(folder / TOKENIZER, model, about)
+        averaged = self.reconstruct(model, pixels, trainer.world.device)
+        save_grid(folder / "reconstructions.png", [pixels, averaged], ["original", "tokens\nback to pixels"])
+        scores = {"psnr_raw": float(psnr(pixels, raw).mean()), "psnr": float(psnr(pixels, averaged).mean())}
+        return {**scores, "measured_images": len(pixels)}
 
     @torch.no_grad()
-    def reconstruct(self, model: Tokenizer1d, pixels_NHWC: np.ndarray) -> np.ndarray:
+    def reconstruct(self, model: Tokenizer1d, pixels_NHW3: np.ndarray, device: torch.device) -> np.ndarray:
         """(N, H, W, 3) uint8 through tokens and back."""
         model.eval()
-        kind, precision, parts = self.world.device.type, self.given.precision, []
-        for start in range(0, len(pixels_NHWC), 32):
-            images = to_device(pixels_NHWC[start : start + 32], self.world.device)
-            with torch.autocast(kind, DTYPES[precision], enabled=precision != "float32"):
-                back = model.decode(model.encode(images))
-            parts.append((back.float() * 255 + 0.5).floor().byte().permute(0, 2, 3, 1).cpu().numpy())
+        precision, parts = self.cfg.precision, []
+        for start in range(0, len(pixels_NHW3), 32):
+            images = to_device(pixels_NHW3[start : start + 32], device)
+            with torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32"):
+                decoded = model.decode(model.encode(images))
+            parts.append((decoded.float() * 255 + 0.5).floor().byte().permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(parts)
 
 
-def build_objective(given: "Vcq", device: torch.device) -> TokenizerObjective:
-    """Losses with their weights; WeightsError when a perceptual loss is wanted and no network is there."""
+def build_objective(cfg: "Vcq", device: torch.device) -> TokenizerObjective:
+    """Losses with their weights; WeightsError if a perceptual loss has a weight and no network of it is found."""
     weights = LossWeights(
-        given.l1_weight, given.perceptual_weight, given.adversarial_weight, given.discriminator_weight,
-        given.augment, given.discriminator_start, given.discriminator_ramp, given.lecam_weight,
+        cfg.l1_weight, cfg.perceptual_weight, cfg.adversarial_weight, cfg.discriminator_weight,
+        cfg.augment, cfg.discriminator_start, cfg.discriminator_ramp, cfg.lecam_weight,
     )  # fmt: skip
     perceptual = None
-    if given.perceptual_weight:
-        perceptual = choose_perceptual([PerceptualSource(**source.model_dump()) for source in given.perceptual], device)
+    if cfg.perceptual_weight:
+        perceptual = choose_perceptual([PerceptualSource(**source.model_dump()) for source in cfg.perceptual], device)
     warm = None
-    if given.warm_steps and given.warm_perceptual:
-        warm = load_perceptual(PerceptualSource(**given.warm_perceptual.model_dump()), device)
-    return TokenizerObjective(weights, perceptual, warm, given.warm_steps)
-
-
-def identity(given: "Vcq", images: str, objective: TokenizerObjective) -> dict[str, Any]:
-    """All that shapes the result: the section without what only concerns watching, the images, the networks used."""
-    chosen = {name: value for name, value in given.model_dump().items() if name not in FREE}
-    return {"version": VERSION, "images": images, **chosen, "networks": objective.describe()}
+    if cfg.warm_steps and cfg.warm_perceptual:
+        warm = load_perceptual(PerceptualSource(**cfg.warm_perceptual.model_dump()), device)
+    return TokenizerObjective(weights, perceptual, warm, cfg.warm_steps)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How the codebook is used, position by position, and the optional restart of codes that died.
+"""Use of the codebook by position, and the optional re-seeding of codes that are no longer used.
 
 Under a growing codebook a healthy tail code is rare: code k is reachable from the positions with K_t > k only, so its
 expected hits per image are the sum of 1 / K_t over those. Both counts here are relative to that, never to 1 / K.
@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semdict.train.engine import dist
+from semdict.train.engine.logging import RunLog
+from semdict.train.engine.loop import Clock
 from semdict.train.engine.rng import Stream, torch_generator
 from semdict.train.vcq.quantizer import VariableQuantizer
 
@@ -30,6 +33,14 @@ class CodeUsage:
     def clear(self) -> None:
         """Open a new window."""
         self.counts_LK.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of the open window, for a checkpoint."""
+        return {"counts": self.counts_LK}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the window of `state_dict`."""
+        self.counts_LK.copy_(state["counts"])
 
     def per_position(self) -> tuple[Tensor, Tensor]:
         """(L,) float64 each: exp(entropy in nats) / K_t, and the share of the K_t codes that occurred at all.
@@ -77,16 +88,13 @@ class CodeReset:
 
     @torch.no_grad()
     def step(self, quantizer: VariableQuantizer, z_BLD: Tensor, ids_BL: Tensor, rng: torch.Generator) -> Tensor:
-        """Count one batch, re-seed what died; (M,) int64 codes that were changed (their optimiser moments are stale).
+        """Count one batch, re-seed dead codes; (M,) int64 codes that were changed (their optimiser moments are stale).
 
         z_BLD: encoder outputs that gave ids_BL. Over several ranks the hits are summed and rank 0's codes win.
         """
         hit_K = torch.bincount(ids_BL.flatten(), minlength=len(self.rate_K)).double()
         images = torch.tensor(float(len(ids_BL)), dtype=torch.float64, device=hit_K.device)
-        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if spread:
-            torch.distributed.all_reduce(hit_K)
-            torch.distributed.all_reduce(images)
+        hit_K, images = dist.total(hit_K), dist.total(images)
         self.missed_K = torch.where(hit_K > 0, 0.0, self.missed_K + images * self.rate_K)
         dead_M = torch.nonzero(self.missed_K > self.patience).flatten()
         dead_M = dead_M[dead_M >= self.protected]
@@ -94,8 +102,7 @@ class CodeReset:
             quantizer.codebook[dead_M] = quantizer.project(self._draw(z_BLD, dead_M, rng)).to(quantizer.codebook.dtype)
             self.missed_K[dead_M] = 0
             self.done += len(dead_M)
-            if spread:
-                torch.distributed.broadcast(quantizer.codebook.data, 0)
+            dist.broadcast(quantizer.codebook.data)
         return dead_M
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,15 +116,18 @@ class CodeReset:
 
     def _draw(self, z_BLD: Tensor, dead_M: Tensor, rng: torch.Generator) -> Tensor:
         """(M, D): for each dead code one output of a random image at a random position that can reach it."""
-        draws_2M = torch.rand(2, len(dead_M), generator=rng, device=rng.device).to(z_BLD.device)
-        rows_M = (draws_2M[0] * len(z_BLD)).long().clamp_max(len(z_BLD) - 1)
+        uniform_2M = torch.rand(2, len(dead_M), generator=rng, device=rng.device).to(z_BLD.device)
+        rows_M = (uniform_2M[0] * len(z_BLD)).long().clamp_max(len(z_BLD) - 1)
         reach_M = self.reach_K[dead_M]
-        positions_M = self.order_L[torch.minimum((draws_2M[1] * reach_M).long(), reach_M - 1)]
+        positions_M = self.order_L[torch.minimum((uniform_2M[1] * reach_M).long(), reach_M - 1)]
         return F.embedding(rows_M * z_BLD.shape[1] + positions_M, z_BLD.flatten(0, 1))
 
 
-class Revival:
-    """`CodeReset` as the trainer runs it: once a step, on all its outputs; average and moments of a code follow."""
+class CodeResetStep:
+    """`CodeReset` as a hook of the loop: once a step, on all outputs of the step.
+
+    The averaged code of a re-seeded code becomes the code itself, its optimiser moments zero.
+    """
 
     def __init__(
         self, reset: CodeReset, quantizer: VariableQuantizer, average: VariableQuantizer,
@@ -125,18 +135,17 @@ class Revival:
     ) -> None:  # fmt: skip
         self.reset, self.quantizer, self.average = reset, quantizer, average
         self.optimiser, self.seed = optimiser, seed
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.outputs: list[tuple[Tensor, Tensor]] = []
 
-    def see(self, z_BLD: Tensor, ids_BL: Tensor) -> None:
-        """Outputs and ids of one micro-batch of the step."""
-        self.seen.append((z_BLD.detach(), ids_BL))
+    def add(self, z_BLD: Tensor, ids_BL: Tensor) -> None:
+        """Encoder outputs and ids of one micro-batch of the step."""
+        self.outputs.append((z_BLD.detach(), ids_BL))
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Re-seed what died; a new code's average is the code itself, its moments are zero."""
-        z_BLD, ids_BL = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
-        self.seen.clear()
-        rng = torch_generator(self.seed, Stream.CODE_RESET, step)
+    def __call__(self, clock: Clock, _log: RunLog | None = None) -> None:
+        z_BLD, ids_BL = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
+        self.outputs.clear()
+        rng = torch_generator(self.seed, Stream.CODE_RESET, clock.step)
         dead_M = self.reset.step(self.quantizer, z_BLD, ids_BL, rng)
         if not len(dead_M):
             return

@@ -1,0 +1,185 @@
+"""Sorcen: reconstruction, uniformity and echo contrast (arXiv:2503.15060).
+
+An echo is a second view of an image: codes sampled from the decoder's predictions inside a random square. Shapes: B
+batch, L = grid^2 cells, Q = side^2 cells of the square, E encoder width, P width of the projections, K image codes.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from semdict.pipeline.common.errors import UsageError
+from semdict.train.data.token_set import TokenSet
+from semdict.train.engine import dist
+from semdict.train.engine.ema import Ema, beta
+from semdict.train.engine.loop import Batch, Clock
+from semdict.train.engine.rng import rand_rows
+from semdict.train.masked.losses import Gather, info_nce, local, uniformity
+from semdict.train.masked.model import MaskedTokenTransformer
+from semdict.train.masked.objectives.mage import START, Mage, Masking, Pass, Scalars
+
+if TYPE_CHECKING:
+    from semdict.pipeline.config.schema import Pretrain
+
+PROJECTOR, PREDICTOR = (4096, 512), (2048, 512)  # published widths; the paper's projector size is 512
+SMALLEST_SHARE = 0.5  # the square's side is uniform between half of the grid and all of it
+
+
+class Sorcen(Mage):
+    """L = L_R + uniform_weight * L_U + weight * L_E: reconstruction, uniformity and echo contrast.
+
+    Sorcen, arXiv:2503.15060. The teacher (`self.teacher`: encoder blocks and projector; token embedding and final norm
+    are the student's) sees an echo: codes sampled from the `top` most likely after the most likely one, kept inside a
+    random square; in the first `echo_warmup` epochs (40 in the paper) the true codes instead. L_E is InfoNCE at
+    `temperature`. Heads run on the rows that `gather` joins from all ranks, so BatchNorm and InfoNCE see the global
+    batch; its backward pass sums the gradients of all ranks' losses, as `engine.dist.gather` does (gradients are
+    averaged over ranks afterwards).
+
+    as_released=True repeats the published training where it departs from the paper: the teacher starts from its own
+    random initialisation, its projector also takes gradients, it is averaged inside every forward pass (so in
+    evaluation too) on a schedule of 1600 epochs whatever the run, and the echo warm-up lasts through epoch 10.
+    The default does what the paper says: teacher = copy of the student at the start, no gradient, moved once per
+    training step by `after_step`, schedule as long as the run. `teacher` resumes or continues an existing average.
+    """
+
+    PARTS = ("blocks", "projector")
+    RELEASED_EPOCHS, RELEASED_WARMUP, RELEASED_SEED = 1600, 11, 1
+
+    def __init__(
+        self,
+        model: MaskedTokenTransformer,
+        weight: float = 0.1,
+        temperature: float = 0.3,
+        top: int = 15,
+        echo_warmup: float | None = None,
+        uniform_weight: float = 0.01,
+        beta_start: float = 0.996,
+        as_released: bool = False,
+        teacher: Ema | None = None,
+        masking: Masking | None = None,
+        smoothing: float = 0.1,
+        gather: Gather = local,
+    ) -> None:
+        super().__init__(masking, smoothing)
+        if model.projector is None or model.predictor is None:
+            raise UsageError("Sorcen needs a model with projector and predictor heads, this one has none")
+        self.weight, self.temperature, self.top, self.uniform_weight = weight, temperature, top, uniform_weight
+        self.beta_start, self.as_released, self.gather = beta_start, as_released, gather
+        self.echo_warmup = (self.RELEASED_WARMUP if as_released else 40) if echo_warmup is None else echo_warmup
+        self.teacher = teacher or Ema(model, self.PARTS, seed=self.RELEASED_SEED if as_released else None)
+        self.teacher["projector"].requires_grad_(as_released)
+
+    @classmethod
+    def architecture(
+        cls, projector: tuple[int, int] = PROJECTOR, predictor: tuple[int, int] = PREDICTOR
+    ) -> dict[str, Any]:
+        """A model with the two heads, each (hidden, output) width."""
+        return {"projector": projector, "predictor": predictor}
+
+    @classmethod
+    def architecture_from(cls, cfg: "Pretrain", token_set: TokenSet) -> dict[str, Any]:
+        return cls.architecture(tuple(cfg.sorcen.projector), tuple(cfg.sorcen.predictor))
+
+    @classmethod
+    def from_cfg(cls, cfg: "Pretrain", model: MaskedTokenTransformer, token_set: TokenSet) -> "Sorcen":
+        own = cfg.sorcen
+        return cls(
+            model, cfg.contrast_weight, own.temperature, own.top, None if own.as_released else own.echo_warmup_epochs,
+            own.uniform_weight, own.momentum, own.as_released, masking=Masking.from_cfg(cfg.mask),
+            smoothing=cfg.label_smoothing, gather=dist.gather,
+        )  # fmt: skip
+
+    def forward(
+        self, model: MaskedTokenTransformer, batch: Batch, rng: torch.Generator, clock: Clock = START
+    ) -> tuple[Tensor, Scalars]:
+        if self.as_released:
+            self.teacher.update(model, beta(clock.epoch, self.RELEASED_EPOCHS, self.beta_start))
+        p = self.masked_pass(model, batch, rng)
+        return self.losses(model, p, self.draw_echo(model, p, rng, clock.epoch))
+
+    def after_step(self, model: MaskedTokenTransformer, clock: Clock, epochs: float) -> None:
+        """Move the teacher; the share that it keeps grows with the epoch."""
+        if not self.as_released:
+            self.teacher.update(model, beta(clock.epoch, epochs, self.beta_start))
+
+    def chance(self, codebook_size: int, rows: int) -> dict[str, float]:
+        return {**super().chance(codebook_size, rows), "echo_contrast": math.log(rows)}
+
+    def draw_echo(self, model: MaskedTokenTransformer, p: Pass, rng: torch.Generator, epoch: float) -> Tensor:
+        """(B, L) int64 echo of the batch: true or sampled codes inside a square, the mask id elsewhere.
+
+        Logits are made for the square's cells only, without gradient.
+        """
+        B, L = p.tokens.shape
+        _, cells_BQ = draw_square(B, model.config.grid, rng)
+        cells_BQ = cells_BQ.to(p.tokens.device)
+        if int(epoch) < self.echo_warmup:
+            codes_BQ = p.tokens.gather(1, cells_BQ)
+        else:
+            with torch.no_grad():
+                features_BLF = p.features[:, 1:]
+                square_BQF = features_BLF.gather(1, cells_BQ[..., None].expand(-1, -1, features_BLF.shape[-1]))
+                codes_BQ = sample_codes(model.token_logits(square_BQF), rng, self.top)
+        return echo_tokens(codes_BQ, cells_BQ, L, model.mask_token)
+
+    def losses(self, model: MaskedTokenTransformer, p: Pass, echo_BL: Tensor) -> tuple[Tensor, Scalars]:
+        """Total and parts for one pass and one echo."""
+        parts = {
+            "reconstruction": self.reconstruction(model, p),
+            "uniformity": self.uniform_weight * uniformity(p.latents.mean(dim=1), self.gather),
+            "echo_contrast": info_nce(
+                self.teacher_side(model, echo_BL), self.student_side(model, p.latents), self.temperature
+            ),
+        }
+        loss = parts["reconstruction"] + parts["uniformity"] + self.weight * parts["echo_contrast"]
+        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}}
+
+    def teacher_side(self, model: MaskedTokenTransformer, echo_BL: Tensor) -> Tensor:
+        """(B of all ranks, P) teacher projections of the echo, CLS left out of the mean."""
+        with torch.no_grad():
+            latents_BNE = model.encode(echo_BL, blocks=self.teacher["blocks"])
+            pooled_BE = self.gather(latents_BNE[:, 1:].mean(dim=1))
+        with torch.set_grad_enabled(self.as_released and torch.is_grad_enabled()):
+            return self.teacher["projector"](pooled_BE)
+
+    def student_side(self, model: MaskedTokenTransformer, latents_BNE: Tensor) -> Tensor:
+        """(B of all ranks, P) predictions from the student's kept latents, CLS left out of the mean."""
+        return model.predictor(model.projector(self.gather(latents_BNE[:, 1:].mean(dim=1))))
+
+
+def draw_square(batch: int, grid: int, rng: torch.Generator) -> tuple[int, Tensor]:
+    """Side of the square, one a batch, uniform on grid/2 .. grid, and its cells (B, Q) int64; a corner per row."""
+    low = max(1, int(grid * SMALLEST_SHARE))
+    side = int(torch.randint(low, grid + 1, (1,), generator=rng, device=rng.device))
+    corner_B2 = (rand_rows(batch, 2, rng=rng).double() * (grid - side + 1)).long()
+    return side, square_cells(side, corner_B2, grid)
+
+
+def square_cells(side: int, corner_B2: Tensor, grid: int) -> Tensor:
+    """(B, side^2) int64 row-major cell numbers of the squares with top-left (row, column) `corner_B2`."""
+    step = torch.arange(side, device=corner_B2.device)
+    row_BS, column_BS = (corner_B2[:, axis, None] + step for axis in (0, 1))
+    return (row_BS[:, :, None] * grid + column_BS[:, None, :]).flatten(1)
+
+
+@torch.no_grad()
+def sample_codes(logits_BQK: Tensor, rng: torch.Generator, top: int = 15) -> Tensor:
+    """(B, Q) int64 codes drawn from the `top` most likely ones after the most likely is left out, by their probability.
+
+    Drawn as the maximum of logit + Gumbel noise.
+    """
+    B, Q, K = logits_BQK.shape
+    best = logits_BQK.float().topk(min(top + 1, K), dim=-1)
+    # in [0, 1): moved off 0, whose double logarithm is infinite
+    uniform = rand_rows(B, Q, best.values.shape[-1] - 1, rng=rng).clamp_min(1e-20).to(logits_BQK.device)
+    gumbel = -(-uniform.log()).log()
+    pick = (best.values[..., 1:] + gumbel).argmax(dim=-1, keepdim=True)
+    return best.indices[..., 1:].gather(-1, pick)[..., 0]
+
+
+def echo_tokens(codes_BQ: Tensor, cells_BQ: Tensor, length: int, mask_id: int) -> Tensor:
+    """(B, L) int64: `codes_BQ` at the square's cells, `mask_id` everywhere else."""
+    empty_BL = codes_BQ.new_full((codes_BQ.shape[0], length), mask_id)
+    return empty_BL.scatter(1, cells_BQ, codes_BQ)
