@@ -172,7 +172,7 @@ def child(part: str, folder: Path, rows: int) -> dict:
 
 def run_part(part: str, folder: Path, rows: int) -> dict:
     """One part, in the child process."""
-    import pyarrow.parquet  # noqa: F401  imports are not what is measured
+    import pyarrow.parquet  # noqa: F401  imports are not measured
     import zarr  # noqa: F401
 
     started, cpu = time.perf_counter(), time.process_time()
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports/bench/shards.json"))
     parser.add_argument("--rows", type=int, default=1_281_167)
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, default=None, help="where to put about 8 GB for a while")
+    parser.add_argument("--folder", type=Path, default=None, help="parent of a temporary folder of about 8 GB")
     args = parser.parse_args()
     if args.part:
         print(json.dumps(run_part(args.part, args.folder, args.rows)))

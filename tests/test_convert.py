@@ -59,12 +59,12 @@ def test_pt_round_trip_is_exact(tmp_path, dtype, paired):
 
 def test_import_takes_size_and_words_from_the_centroids(tmp_path):
     made = save_pt(tmp_path / "a.pt", note="made by hand", tokens_dino=torch.arange(50 * 256).reshape(50, 256) % 690)
-    words = np.random.default_rng(0).standard_normal((700, 3)).astype(np.float32)
-    np.save(tmp_path / "km.npy", words)
+    centroids = np.random.default_rng(0).standard_normal((700, 3)).astype(np.float32)
+    np.save(tmp_path / "km.npy", centroids)
     done = import_tokens(tmp_path / "a.pt", tmp_path / "s", centroids=tmp_path / "km.npy")
     shards = open_shards(tmp_path / "s")
     assert done.disc_size == shards.disc_size == 700 and done.ignored == ("note",)
-    assert np.array_equal(shards.centroids, words) and shards.neighbours[0].shape == (700, 6)
+    assert np.array_equal(shards.centroids, centroids) and shards.neighbours[0].shape == (700, 6)
     assert np.array_equal(shards.disc[:, 0], made["tokens_dino"].numpy())
     origin = shards.recipe["imported"]
     assert origin["sha256"] == hashlib.sha256((tmp_path / "a.pt").read_bytes()).hexdigest()
@@ -85,6 +85,14 @@ def test_import_refuses_by_name(tmp_path):
         save_pt(tmp_path / "a.pt", **extra)
         with pytest.raises(SemdictError, match=text):
             import_tokens(tmp_path / "a.pt", tmp_path / "s")
+    save_pt(tmp_path / "a.pt")
+    for option in ("gen_size", "disc_size"):
+        with pytest.raises(ShardError, match="codebook size 0 is outside"):
+            import_tokens(tmp_path / "a.pt", tmp_path / "s", **{option: 0})
+    for wrong in (np.ones(4), np.ones((4, 3), int), np.ones((0, 3))):
+        np.save(tmp_path / "km.npy", wrong)
+        with pytest.raises(ShardError, match=r"km.npy is .*, expected centroids: floats \(K, D\)"):
+            import_tokens(tmp_path / "a.pt", tmp_path / "s", centroids=tmp_path / "km.npy")
     save_pt(tmp_path / "a.pt", tokens_dino=None)
     np.save(tmp_path / "km.npy", np.ones((4, 3), np.float32))
     with pytest.raises(ShardError, match="belong to nothing"):
@@ -213,7 +221,7 @@ def test_tars_are_reproducible_and_safe(tmp_path, per_sample):
 @settings(max_examples=200, deadline=None)
 @given(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20))
 def test_sample_names_are_distinct_and_plain(one, other):
-    """Reversible, so two keys never share a name; no dot and no leading slash, whatever the key."""
+    """Reversible, so two keys never share a name; no dot and no leading slash for any key."""
     from urllib.parse import unquote
 
     try:
@@ -281,7 +289,7 @@ def test_unknown_layouts_and_foreign_options(tmp_path, capsys):
     """The nearest layout is suggested; an option of another layout is refused by name."""
     path, _, _ = write_awkward_set(tmp_path / "s")
     (tmp_path / "a.parquet").write_bytes(b"")
-    for words, text in (
+    for arguments, text in (
         (["export", str(path), str(tmp_path / "o"), "--to", "webdatset"], "did you mean 'webdataset'?"),
         (["export", str(path), str(tmp_path / "o"), "--to", "csv"], "known: pt, webdataset, hf"),
         (["export", str(path), str(tmp_path / "o"), "--to", "hf", "--view", "1"], "--view belongs to --to pt"),
@@ -289,7 +297,7 @@ def test_unknown_layouts_and_foreign_options(tmp_path, capsys):
         (["import", str(tmp_path / "a.parquet"), str(tmp_path / "o"), "--from", "ptt"], "did you mean 'pt'?"),
         (["import", str(tmp_path / "a.parquet"), str(tmp_path / "o")], ".pt (pt)"),
     ):
-        assert main(["shards", *words]) == 2
+        assert main(["shards", *arguments]) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 

@@ -48,8 +48,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def entropy(*words: str) -> int:
-    return main(["entropy", *words, "--params", str(Path(__file__).parent.parent / "params.yaml"), "--out", "out"])
+def entropy(*arguments: str) -> int:
+    return main(["entropy", *arguments, "--params", str(Path(__file__).parent.parent / "params.yaml"), "--out", "out"])
 
 
 def column(name: str, key: str) -> np.ndarray:
@@ -101,8 +101,8 @@ def test_mistakes_are_named(folder, capsys):
         (["out"], "not a token shard directory"),
     ]
     Path("out").mkdir()
-    for words, message in cases:
-        assert entropy(*words) == 2
+    for arguments, message in cases:
+        assert entropy(*arguments) == 2
         assert message in capsys.readouterr().err
     (other / "nll.json").write_text('{"sizes": [2, 2], "bits": {"train": [1.0]}}')
     assert entropy("grown", "--ar", str(other)) == 1

@@ -156,9 +156,9 @@ def test_arrays_of_every_shape(tmp_path, shape, axes, want):
     np.save(tmp_path / "gen.npy", gen)
     np.save(tmp_path / "disc.npy", disc)
     np.save(tmp_path / "labels.npy", np.arange(9)[:, None])
-    words = ["--disc", str(tmp_path / "disc.npy"), "--labels", str(tmp_path / "labels.npy")]
-    words += ["--axes", axes] if axes else []
-    assert main(["shards", "import", str(tmp_path / "gen.npy"), str(tmp_path / "s"), *words]) == 0
+    options = ["--disc", str(tmp_path / "disc.npy"), "--labels", str(tmp_path / "labels.npy")]
+    options += ["--axes", axes] if axes else []
+    assert main(["shards", "import", str(tmp_path / "gen.npy"), str(tmp_path / "s"), *options]) == 0
     shards = open_shards(tmp_path / "s")
     assert (shards.gen.shape, shards.grid) == want and np.array_equal(shards.gen[:].ravel(), gen.ravel())
     assert np.array_equal(shards.disc[:].ravel(), disc.ravel()) and np.array_equal(shards.label[:], np.arange(9))
@@ -167,12 +167,12 @@ def test_arrays_of_every_shape(tmp_path, shape, axes, want):
 
 def test_npz_of_262144_codes_without_labels(tmp_path):
     """One file with all columns; ids beyond 16 bits become uint32."""
-    tokens, words = ids(20, 64, size=1 << 18), ids(20, 64, size=500, seed=2)
-    np.savez_compressed(tmp_path / "a.npz", tokens=tokens, tokens_dino=words, note=np.zeros(3))
+    tokens, disc = ids(20, 64, size=1 << 18), ids(20, 64, size=500, seed=2)
+    np.savez_compressed(tmp_path / "a.npz", tokens=tokens, tokens_dino=disc, note=np.zeros(3))
     result = import_tokens(tmp_path / "a.npz", tmp_path / "s", gen_size=1 << 18, disc_size=500)
     shards = open_shards(tmp_path / "s")
     assert result.ignored == ("note",) and shards.gen.dtype == np.uint32 and shards.disc.dtype == np.uint16
-    assert np.array_equal(shards.gen[:, 0], tokens) and np.array_equal(shards.disc[:, 0], words)
+    assert np.array_equal(shards.gen[:, 0], tokens) and np.array_equal(shards.disc[:, 0], disc)
     assert (shards.label[:] == -1).all()
 
 

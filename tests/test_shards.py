@@ -22,7 +22,7 @@ from semdict.pipeline.shards.ids import count_ids, ids_by_rank, look_up, ranks_b
 from tests.token_sets import cut, make_index, make_set, tree, write
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMAT_1 = ROOT / "tests/data/shards-v1"  # written by version 1; what went in is in shards-v1-ids.npz
+FORMAT_1 = ROOT / "tests/data/shards-v1"  # written by version 1 from the rows in shards-v1-ids.npz
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -153,7 +153,7 @@ def test_rank_tables(size, rows, seed):
 
 
 def test_format_1_is_read_as_it_is(tmp_path):
-    """A set that version 1 wrote opens, verifies and loads, and every half of it is what went in."""
+    """A set written by version 1 opens, verifies and loads, and holds the rows that it was written from."""
     ids = np.load(FORMAT_1.with_name("shards-v1-ids.npz"))
     assert verify_shards(FORMAT_1).problems == []
     shards = open_shards(FORMAT_1)

@@ -1,6 +1,7 @@
-"""Damage at any byte of a shard directory is found and named; checked against coreutils' sha256sum."""
+"""Damage at any byte of a shard directory is noticed and named; checked against coreutils' sha256sum."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_exchanged_shard_files_of_format_1_are_refused_on_loading(tmp_path):
     "name", ["codebooks/centroids.npy", "codebooks/neighbour_weights.npy", "index.parquet", "tokens.zarr/label/c/0"]
 )
 def test_one_bit_is_noticed_on_opening(tmp_path, name):
-    """Codebooks, index and labels are compared whole, for they shape what is trained."""
+    """Codebooks, index and labels are compared whole, for they shape training."""
     centroids = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
     path = write(tmp_path / "s", *make_set(), centroids=centroids)
     data = bytearray((path / name).read_bytes())
@@ -186,7 +187,7 @@ def test_sums_are_those_of_coreutils(tmp_path):
 
 
 def test_whole_but_wrong_content_is_found(tmp_path):
-    """Files that contradict each other are found even if SHA256SUMS was renewed after tampering."""
+    """Files that contradict each other are noticed even if SHA256SUMS was renewed after tampering."""
     import zarr
 
     spec, block = make_set(rows=32, gen_sizes=[4] * 8 + [40] * 8)
@@ -277,6 +278,37 @@ def test_shards_of_one_id_are_stored(tmp_path):
     path = write(tmp_path / "s", spec, block)
     assert len(list((path / "tokens.zarr/gen/c").rglob("0"))) >= 3 and verify_shards(path).ok
     assert (open_shards(path).gen[:16] == 5).all() and (open_shards(path).gen[16:32] == FILL).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codebooks": {"gen": {"size": 0, "sizes": None}}},
+        {"codebooks": {"gen": {"size": 40, "sizes": None}, "disc": {"size": 0, "sizes": None}}},
+        {"codebooks": {"gen": {"size": 1 << 40, "sizes": None}}},
+        {"codebooks": {}},
+        {"grid": [0, 4]},
+        {"grid": "16"},
+        {"rows": -1},
+        {"grid": [1 << 40, 1 << 40]},
+        {"chunk_rows": 0},
+        {"rows": 1 << 60},
+        {"views": 3},
+    ],
+)
+def test_crafted_attributes_are_a_sentence(tmp_path, change, capsys):
+    """Sizes of nothing, and values of another type: exit 1 with the file named, no traceback."""
+    path = write(tmp_path / "s", *make_set())
+    group = path / "tokens.zarr/zarr.json"
+    content = json.loads(group.read_text())
+    content["attributes"] |= change
+    group.write_text(json.dumps(content))
+    with pytest.raises(ShardError):
+        open_shards(path)
+    assert main(["shards", "info", str(path)]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["shards", "verify", str(path)]) == 1
+    assert "tokens.zarr/zarr.json" in capsys.readouterr().out
 
 
 def test_incomplete_bitmap_is_refused(tmp_path):

@@ -47,7 +47,7 @@ def mean_conditional_entropy(joint: np.ndarray) -> float:
 
 
 def pointwise_mutual_information(joint: np.ndarray) -> np.ndarray:
-    """(Kg, Kd) float64 bits, log2 p(g, d) / (p(g) p(d)); -inf where a pair never occurs (LEASE, figure D.3)."""
+    """(Kg, Kd) float64 bits, log2 p(g, d) / (p(g) p(d)); -inf for a pair that never occurs (LEASE, figure D.3)."""
     joint = np.asarray(joint, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         expected = joint.sum(axis=1, keepdims=True) * (joint.sum(axis=0, keepdims=True) / joint.sum())

@@ -26,7 +26,7 @@ from semdict.pipeline.common.errors import ShardError, UsageError
 if TYPE_CHECKING:
     from semdict.pipeline.shards import TokenShards
 
-SPENT = 0.99  # share of what the set carries after which it counts as spent
+SPENT = 0.99  # share of the joint entropy after which it counts as spent
 
 
 @dataclass
@@ -51,7 +51,7 @@ class EntropyCurves:
         return {**curves, "capacity": np.maximum(0.0, remaining_capacity(self.sizes, self.rows))}
 
     def numbers(self) -> dict[str, Any]:
-        """Table 1 for this set; None where a position is never reached."""
+        """Table 1 for this set; None for a position that is never reached."""
         k_max, log2_n, total = int(self.sizes.max()), math.log2(self.rows), float(self.entropy.sum())
         numbers = {
             "sequences": self.rows,
@@ -62,7 +62,7 @@ class EntropyCurves:
             "capacity_bits": float(np.log2(self.sizes).sum()),
             "t_star_one_size": equation_1(self.rows, k_max),
             "t_star": cliff_position(self.sizes, self.rows),  # equation 2
-            "joint_bits": total,  # log2 N less what repeated sequences cost
+            "joint_bits": total,  # log2 N, less if sequences repeat
             "spent_at": spent(self.entropy, total),
             "spent_at_uniform_null": spent(self.uniform, float(self.uniform.sum())),
             "spent_at_shuffled_null": spent(self.shuffled, float(self.shuffled.sum())),

@@ -1,4 +1,4 @@
-"""Entropy along the token sequence: estimates in bits, and what is left of log2 N. Plain numpy.
+"""Entropy along the token sequence: estimates in bits, and the remainder of log2 N. Plain numpy.
 
 N rows, L positions, K codes. Every estimate is the plug-in (empirical) one over the rows. A curve depends on N as much
 as on the structure of the tokens, so show the null curves beside it.

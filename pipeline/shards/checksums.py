@@ -22,7 +22,7 @@ EDGE = 256  # bytes at either end of a shard file: the start of its first chunk,
 class Sums:
     """SHA256SUMS as read. digests: file -> SHA-256; edges: shard file -> its size and the digest of its ends.
 
-    sha256: of SHA256SUMS itself, hence of the whole content. problem: what is wrong with the file, None if nothing is.
+    sha256: of SHA256SUMS itself, hence of the whole content. problem: the reason why the file is not sound, or None.
     """
 
     digests: dict[str, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ def write_sums(folder: Path) -> None:
 
 
 def read_sums(folder: Path) -> Sums:
-    """Read SHA256SUMS; `problem` says so if it is damaged or missing."""
+    """Read SHA256SUMS; a damaged or missing file has a `problem`."""
     try:
         text = (folder / SUMS).read_bytes()
     except FileNotFoundError:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Info:
-    """Prints what a shard directory holds."""
+    """Prints counts, codebooks, sizes and provenance of a shard directory."""
 
     EXAMPLE = """examples:
   semdict shards info shards/demo
@@ -28,7 +28,7 @@ class Info:
 
 
 class Verify:
-    """Reads every byte and names what is damaged."""
+    """Reads every byte and names the damaged arrays and chunks."""
 
     EXAMPLE = """example:
   semdict shards verify shards/demo

@@ -1,4 +1,4 @@
-"""Format 2 of a token shard directory: names of its files, metadata, and the refusal of what is no such directory.
+"""Format 2 of a token shard directory: names of its files, metadata, and the check that a path is one.
 
 N rows (images), V views, L grid cells, K codebook entries. `shards/README.md` describes the format. Version 1, which
 has no ids of 32 bits and no sizes in SHA256SUMS, is read as it is.
@@ -21,6 +21,8 @@ from semdict.pipeline.shards.ids import FILL, MAX_CODES, filler, id_dtype
 FORMAT = "semdict-token-shards"
 VERSION = 2
 READABLE = (1, 2)
+MAX_LENGTH = 1 << 20  # grid cells
+MAX_SHARDS = 1 << 20  # files of one token array
 TOKENS = "tokens.zarr"
 INDEX = "index.parquet"
 INDEX_COLUMNS = ("key", "split", "label_name", "reason")
@@ -41,7 +43,7 @@ class ShardSpec:
 
     rows: N. views: V dicts that describe each crop (a name at least). grid: cells per axis, (16, 16) or (256,) for a
     1-D tokenizer; L is their product. gen_sizes: K, or L numbers where position t uses ids < K_t. disc_size: entries
-    of the discriminative codebook, None where the set has generative tokens only. recipe: crop, transform, decoder and
+    of the discriminative codebook, None for a set with generative tokens only. recipe: crop, transform, decoder and
     model identities (JSON-able); trainers compare it. fingerprint: of manifest and parameters.
     """
 
@@ -57,15 +59,18 @@ class ShardSpec:
     source: str = ""
 
     def __post_init__(self) -> None:
-        sizes = [self.gen_sizes] * self.length if isinstance(self.gen_sizes, (int, np.integer)) else self.gen_sizes
         object.__setattr__(self, "grid", tuple(int(side) for side in self.grid))
+        if not 1 <= self.length <= MAX_LENGTH:
+            raise ShardError(f"the grid {self.grid} has {self.length} cells, expected 1..{MAX_LENGTH}")
+        sizes = [self.gen_sizes] * self.length if isinstance(self.gen_sizes, (int, np.integer)) else self.gen_sizes
         object.__setattr__(self, "views", tuple(dict(view) for view in self.views))
         object.__setattr__(self, "gen_sizes", tuple(int(size) for size in sizes))
         if self.rows < 1 or not self.views:
             raise ShardError(f"a token set needs at least one row and one view, got {self.rows} and {len(self.views)}")
         if len(self.gen_sizes) != self.length:
             raise ShardError(f"gen_sizes names {len(self.gen_sizes)} positions, the grid {self.grid} has {self.length}")
-        for name, size in (("gen", self.gen_size), ("disc", self.disc_size or 1), ("gen", min(self.gen_sizes))):
+        disc_size = 1 if self.disc_size is None else self.disc_size
+        for name, size in (("gen", self.gen_size), ("disc", disc_size), ("gen", min(self.gen_sizes))):
             if not 1 <= size <= MAX_CODES:
                 raise ShardError(f"{name}: codebook size {size} is outside 1..{MAX_CODES}")
 
@@ -81,7 +86,7 @@ class ShardSpec:
 
     @property
     def sizes(self) -> dict[str, np.ndarray]:
-        """Array name -> (L,) int64 codebook size per position; `disc` only where there is one."""
+        """Array name -> (L,) int64 codebook size per position; `disc` only if the set has one."""
         sizes = {"gen": np.array(self.gen_sizes, np.int64)}
         if self.disc_size is not None:
             sizes["disc"] = np.full(self.length, self.disc_size, np.int64)
@@ -97,7 +102,7 @@ class ShardSpec:
 class Block:
     """Consecutive rows. gen, disc (n, V, L) ids of `ShardSpec.dtypes`; label (n,) int32, -1 = none; status (n,) uint8.
 
-    Rows of a status other than 0 have no tokens: the writer replaces whatever stands there by the filler.
+    Rows of a status other than 0 have no tokens: the writer stores the filler for them.
     """
 
     gen: np.ndarray
@@ -118,7 +123,7 @@ class Layout:
     def fit(cls, rows: int, chunk_rows: int, shard_rows: int) -> "Layout":
         """At most these sizes; chunks of equal size, since rows that pad the last one cost bytes too.
 
-        ShardError where a shard is no whole number of chunks.
+        ShardError if a shard is no whole number of chunks.
         """
         if chunk_rows < 1 or shard_rows < 1 or shard_rows % chunk_rows:
             raise ShardError(f"shard_rows {shard_rows} is not a positive multiple of chunk_rows {chunk_rows}")
@@ -206,7 +211,10 @@ def read_metadata(path: Path) -> tuple[dict[str, Any], ShardSpec, Layout]:
             "install a newer one"
         )
     try:
-        return meta, _spec(meta), Layout(meta["rows"], meta["chunk_rows"], meta["shard_rows"])
+        layout = Layout(meta["rows"], meta["chunk_rows"], meta["shard_rows"])
+        if min(layout.chunk_rows, layout.shard_rows) < 1 or layout.shards > MAX_SHARDS:
+            raise ValueError(f"{layout.rows} rows in chunks of {layout.chunk_rows}, shards of {layout.shard_rows}")
+        return meta, _spec(meta), layout
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ShardError(f"{group}: the attributes are damaged ({type(error).__name__}: {error})") from None
 

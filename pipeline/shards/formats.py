@@ -5,7 +5,7 @@ A layout is one module and one line per direction here.
 - Import: `read(path, **options) -> Source`, and SUFFIXES, the endings of such files ("/" for a folder).
 - Export: `export(shards, out, split, **options) -> int`, the number of rows left out because they have no tokens.
 
-IMPORT_OPTIONS and EXPORT_OPTIONS, if a module has them, name what `semdict shards` takes for that layout and hands to
+IMPORT_OPTIONS and EXPORT_OPTIONS, if a module has them, are the options of `semdict shards` for that layout, passed to
 the function: name -> keyword arguments of argparse's `add_argument`.
 """
 
@@ -124,7 +124,9 @@ def import_tokens(
     source: Source = IMPORTERS.load(layout or guess_layout(path)).read(path, **options)
     book = None if centroids is None else _load_centroids(centroids, source)
     passed = {"gen": gen_size, "disc": disc_size if book is None else len(book)}
-    sizes = {name: passed[name] or source.default_sizes[name] for name in passed if name in source.names}
+    assumed = {name for name in source.default_sizes if passed[name] is None}
+    sizes = {name: source.default_sizes[name] if name in assumed else passed[name] for name in source.default_sizes}
+    sizes = {name: size for name, size in sizes.items() if name in source.names}
     origin = source.origin
     if centroids is not None:
         origin = origin | {"centroids": {"file": Path(centroids).name, "sha256": sha256_file(centroids)}}
@@ -138,7 +140,6 @@ def import_tokens(
         title=Path(path).name,
         source=Path(path).name,
     )
-    assumed = {name for name in sizes if passed[name] is None}
     index = numbered_index(source.rows, split)
     write_shards(
         out,
@@ -187,4 +188,7 @@ def _load_centroids(path: str | Path, source: Source) -> np.ndarray:
 
     if "disc" not in source.names:
         raise ShardError(f"{source.path} has no discriminative tokens: the centroids {path} would belong to nothing")
-    return load_array(path)
+    centroids = load_array(path)
+    if centroids.ndim != 2 or centroids.dtype.kind != "f" or not centroids.size:
+        raise ShardError(f"{path} is {centroids.dtype} {centroids.shape}, expected centroids: floats (K, D)")
+    return centroids

@@ -1,8 +1,8 @@
 """Token ids and their ranks: integer types, look-up tables, counts, order-0 entropy. Plain numpy.
 
 K entries of a codebook. Ids and ranks are uint16 or uint32, the smaller that holds K ids and the filler, the largest
-value of the type, which stands where there is no token. A set stores the rank of an id by falling frequency (0 = the
-most frequent id): ranks compress to the entropy of the tokens whatever the ids are.
+value of the type, which means "no token". A set stores the rank of an id by falling frequency (0 = the most frequent
+id): ranks compress to the entropy of the tokens for any numbering of the ids.
 """
 
 import math
@@ -20,7 +20,7 @@ def id_dtype(size: int) -> np.dtype:
 
 
 def filler(dtype: np.dtype) -> int:
-    """The value that stands where there is no token: the largest of the type."""
+    """The value that means "no token": the largest of the type."""
     return int(np.iinfo(dtype).max)
 
 
@@ -45,7 +45,7 @@ def ids_by_rank(counts: np.ndarray) -> np.ndarray:
 
 
 def ranks_by_id(table: np.ndarray) -> np.ndarray:
-    """The rank of each id, the inverse of `ids_by_rank` and of its shape; the filler for what is no id."""
+    """The rank of each id, the inverse of `ids_by_rank` and of its shape; the filler for all other numbers."""
     inverse = np.full(len(table), filler(table.dtype), table.dtype)
     known = np.flatnonzero(table != filler(table.dtype))
     inverse[table[known]] = known

@@ -34,7 +34,7 @@ def open_shards(path: str | Path) -> "TokenShards":
     """Open a shard directory.
 
     Files are compared with SHA256SUMS: codebooks, index and attributes whole, shard files by size and both ends; no
-    token is read. Raises NotShardsError (exit 2) for what is no shard directory, or one of a newer format, and
+    token is read. Raises NotShardsError (exit 2) if the path is no shard directory, or one of a newer format, and
     ShardError naming a file that is missing or not the one that was written.
     """
     return TokenShards(path)
@@ -148,7 +148,7 @@ class TokenShards:
 
     @property
     def views(self) -> tuple[dict, ...]:
-        """One dict per view: name and what else the encoder recorded."""
+        """One dict per view: its name, and the crop as the encoder recorded it."""
         return self.spec.views
 
     @property
@@ -180,7 +180,7 @@ class TokenShards:
 
     @cached_property
     def neighbours(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """ids (K, 6) int32 and weights (K, 6) float32 of each word's nearest, itself first; None without centroids.
+        """ids (K, 6) int32 and weights (K, 6) float32 of each entry's nearest, itself first; None without centroids.
 
         See `pipeline/kmeans/neighbours.py`.
         """
@@ -205,12 +205,12 @@ class TokenShards:
         import pyarrow.parquet as pq
 
         column = pq.read_table(self.path / INDEX, columns=["split"])["split"]
-        chosen = pc.equal(column, split).to_numpy(zero_copy_only=False).astype(bool)
-        if not chosen.any():
+        wanted = pc.equal(column, split).to_numpy(zero_copy_only=False).astype(bool)
+        if not wanted.any():
             raise ShardError(
                 f"{self.path} has no split {split!r}; it has {sorted(map(str, column.unique().to_pylist()))}"
             )
-        return chosen
+        return wanted
 
     def read(self, rows: slice) -> Block:
         """Consecutive rows in memory, ids as they were encoded."""
@@ -229,8 +229,8 @@ class TokenShards:
         Memory: the result and two shards per worker.
         """
         status, label = self.status[:], self.label[:]
-        chosen = self.split_rows(split)
-        good = chosen & (status == 0)
+        wanted = self.split_rows(split)
+        good = wanted & (status == 0)
         starts = np.concatenate([[0], np.cumsum(good)])
         tokens = {}
         with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
@@ -242,7 +242,7 @@ class TokenShards:
                     jobs.append(pool.submit(self._load_shard, name, shard, good, starts, tokens[name]))
             for job in jobs:
                 job.result()
-        left_out = int(chosen.sum() - good.sum())
+        left_out = int(wanted.sum() - good.sum())
         return LoadedTokens(tokens["gen"], tokens.get("disc"), label[good], np.flatnonzero(good), left_out)
 
     def _load_shard(self, name: str, shard: int, good: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:

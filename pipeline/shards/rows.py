@@ -1,4 +1,4 @@
-"""Rows on their way into and out of token shards: what importers and exporters share.
+"""Rows on their way into and out of token shards: shared by importers and exporters.
 
 N rows (images), V views, L grid cells.
 """
@@ -33,10 +33,11 @@ class RawRows:
 class Source:
     """A token set in another layout, as an importer describes it; nothing is converted yet.
 
-    path: the file or folder, for messages. names: "gen", "disc" (if there are such tokens) and "label" -> what the
-    layout calls them. default_sizes: codebook sizes of the published sets, used if the user names none. read: returns a
-    fresh iterator over all rows. origin: where the tokens come from (JSON-able); it becomes `recipe["imported"]`.
-    ignored: entries of the file that are not imported. class_embeddings: (C, E) floats, if the layout has them.
+    path: the file or folder, for messages. names: "gen", "disc" (if there are such tokens) and "label" -> their
+    names in that layout. default_sizes: codebook sizes of the published sets, used if the user names none. read:
+    returns a fresh iterator over all rows. origin: where the tokens come from (JSON-able); it becomes
+    `recipe["imported"]`. ignored: entries of the file that are not imported. class_embeddings: (C, E) floats, if the
+    layout has them.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Read every byte of a token shard directory and name what is damaged, down to the array and chunk."""
+"""Read every byte of a token shard directory and name each damaged file, array and chunk."""
 
 import os
 from collections.abc import Callable
@@ -50,7 +50,7 @@ class Report:
 def verify_shards(path: str | Path, workers: int = 0) -> Report:
     """Check every file against SHA256SUMS, every chunk's crc32c, and that the parts agree with each other.
 
-    `workers` threads (0 = one per core) hold one shard each. NotShardsError where the path is no shard directory.
+    `workers` threads (0 = one per core) hold one shard each. NotShardsError if the path is no shard directory.
     """
     path = Path(path)
     report = Report(path)
@@ -130,7 +130,7 @@ def _check_names(report: Report, shards: TokenShards, sums: Sums) -> None:
 
 
 def _check_rows(report: Report, shards: TokenShards) -> np.ndarray | None:
-    """label and status decode; returns status, None where it cannot be read."""
+    """label and status decode; returns status, None if it cannot be read."""
     columns: dict[str, np.ndarray | None] = {"label": None, "status": None}
     for name in columns:
         try:
@@ -171,7 +171,7 @@ def _check_tokens(report: Report, shards: TokenShards, name: str, status: np.nda
 
 
 def _shard_problems(shards: TokenShards, name: str, shard: int, status: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Counts by rank (good rows), and what is wrong: whole shard first, chunk by chunk only to name a problem."""
+    """Counts by rank of the good rows, and problems: the whole shard at once, chunk by chunk only to name a problem."""
     array: LazyArray = getattr(shards, name)
     where, size = shards.layout.shard(shard), int(shards.spec.sizes[name].max())
     try:

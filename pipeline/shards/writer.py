@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Blocks = Iterable[Block] | Callable[[], Iterable[Block]]
-IN_FLIGHT = 384 << 20  # bytes of tokens waiting to be compressed; more only where a single shard is larger
+IN_FLIGHT = 384 << 20  # bytes of tokens waiting to be compressed; more only if a single shard is larger
 
 
 def write_shards(
@@ -50,7 +50,7 @@ def write_shards(
     """Write `blocks`, rows 0..N-1 in order and cut anywhere, as a shard directory that takes the place of `path`.
 
     Ids are stored as ranks by falling frequency, so the frequencies must be known first: `blocks` is walked twice (a
-    sequence, or a function that returns a fresh iterator), unless gen_counts (K,) and disc_counts (K,) are given;
+    sequence, or a function that returns a fresh iterator), unless gen_counts (K,) and disc_counts (K,) are passed;
     counts that turn out wrong are refused. index: one row per image, columns key, split, label_name, reason (others are
     kept). centroids (K, D) float32 of the discriminative codebook; class_embeddings (C, E) floats, kept as they are.
     codec: "pcodec" or "blosc". `workers` threads
@@ -86,7 +86,7 @@ def count_tokens(spec: ShardSpec, blocks: Iterable[Block]) -> dict[str, np.ndarr
 
 
 def write_index(path: Path, index: "pa.Table | pa.RecordBatchReader", rows: int) -> None:
-    """index.parquet, streamed; ShardError where a column is missing or the number of rows is not `rows`."""
+    """index.parquet, streamed; ShardError if a column is missing or the number of rows is not `rows`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -228,7 +228,7 @@ def _write_codebooks(folder: Path, arrays: dict, counts: dict[str, np.ndarray], 
         arrays[f"{name}_ids"][:] = ids_by_rank(count)
         np.save(books / f"{name}_counts.npy", count)
     if centroids is not None:
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is refused
+        with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which is refused
             centroids = np.ascontiguousarray(centroids, np.float32)
         ids, weights = neighbour_table(centroids)
         np.save(books / "centroids.npy", centroids)

@@ -15,7 +15,7 @@ from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.shards.rows import STEP, RawRows, Source, square_grid
 
 SUFFIXES = (".npy", ".npz")
-AXES = {2: "NL", 3: "NHW", 4: "NVHW"}  # what the axes are taken for, by their number
+AXES = {2: "NL", 3: "NHW", 4: "NVHW"}  # meaning of the axes, by their number
 IMPORT_OPTIONS = {
     "labels": {"type": Path, "metavar": "FILE.npy", "help": "(N,) class numbers (default: none)"},
     "disc": {"type": Path, "metavar": "FILE.npy", "help": "discriminative tokens, of the shape of FILE's"},

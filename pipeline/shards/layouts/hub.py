@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EXPORT_OPTIONS = {"licence": {"metavar": "ID", "help": "licence of the card, an id of the Hub (default: the set's)"}}
 FILE_ROWS = 1 << 17  # rows of one parquet file: ten for ImageNet-1k
-GROUP_ROWS = 4096  # of one row group, about 2 MB, what the viewer reads at once
+GROUP_ROWS = 4096  # of one row group, about 2 MB, read at once by the viewer
 # The Hub's categories, as listed by huggingface_hub.DatasetCardData: (rows below, id).
 SIZE_CATEGORIES = (
     (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
@@ -128,7 +128,7 @@ def licence_fields(meta: dict[str, Any], licence: str | None = None) -> dict[str
 
 
 def is_imagenet(meta: dict[str, Any]) -> bool:
-    """Whether title, source or licence name ImageNet, whose terms hold for its tokens whatever licence is stated."""
+    """Whether title, source or licence name ImageNet, whose terms hold for its tokens under any stated licence."""
     text = " ".join(str(meta[key]) for key in ("title", "source", "licence")).lower()
     return "imagenet" in text or "ilsvrc" in text
 
