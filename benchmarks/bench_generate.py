@@ -15,7 +15,7 @@ from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import alternate
 from semdict.train.masked.model import SIZES, MaskedTokenTransformer, model_config
 from semdict.train.masked.objectives import Lease
-from semdict.train.masked.sampling import Decoding, ImageDraws, decode_iteratively, once_where_equal
+from semdict.train.masked.sampling import Decoding, ImageRng, decode_iteratively, share_equal_contexts
 from semdict.train.masked.vocab import LEASE
 
 CODES = 1024
@@ -48,7 +48,7 @@ def versions(model: MaskedTokenTransformer, batch: int, how: Decoding) -> dict[s
     def ours(numbers: list[int]) -> Tensor:
         canvas = torch.full((len(numbers), 256), model.mask_token, device=device)
         return decode_iteratively(
-            once_where_equal(model.logits_at), canvas, model.mask_token, ImageDraws(0, numbers), how
+            share_equal_contexts(model.logits_at), canvas, model.mask_token, ImageRng(0, numbers), how
         )
 
     return {

@@ -1,13 +1,25 @@
 """Sampling: the cache changes nothing, an image does not depend on its batch, guidance has the right limits."""
 
+import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
-from semdict.train.ar.sampling import choose, sample, uniforms
+from semdict.train.ar.sample import ArSampler
+from semdict.train.ar.sampling import sample, sample_code, uniforms
 from semdict.train.engine.guidance import MODES, Guidance, combine, cosine_ramp, scales, size_ratio
+from semdict.train.engine.model_file import save_model
 from semdict.train.vcq.schedule import codebook_sizes
+from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d
+from tests import tiny
 from tests.test_ar_model import SIZES, TINY, alive, rng
 
 CONSTANT = (64,) * 16
@@ -48,9 +60,9 @@ def test_samples_stay_below_each_codebook_size():
 def test_choice_follows_the_distribution():
     logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0, -1.0])
     draws = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    counts = torch.bincount(choose(logits.expand(len(draws), -1), draws), minlength=5).double() / len(draws)
+    counts = torch.bincount(sample_code(logits.expand(len(draws), -1), draws), minlength=5).double() / len(draws)
     torch.testing.assert_close(counts, logits.double().softmax(-1), atol=2e-5, rtol=0)
-    edge = choose(
+    edge = sample_code(
         torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]]), torch.tensor([1 - 2**-53, 0.0], dtype=torch.float64)
     )
     assert edge.tolist() == [0, 1]
@@ -153,3 +165,63 @@ def test_ramp():
     at = {5: 0.0000, 10: 0.0001, 50: 0.0183, 128: 0.278}
     for t, value in at.items():
         assert float(cosine_ramp(256, 1.5)[t]) == pytest.approx(value, abs=6e-4)
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A tokenizer and a model for its tokens, neither trained, and params.yaml."""
+    root = tmp_path_factory.mktemp("ar")
+    save_model(root / "runs/tiny/vcq/tokenizer.pt", Tokenizer1d(PRESETS["tiny"], seed=1), {})
+    save_model(root / "runs/tiny/ar/model.pt", alive(), {"tokens": {}, "classes": ["a", "b", "c", "d", "e"]})
+    changes = {"preset": "tiny", "runtime": {"device": "cpu"}, "ar_sample": {"per_class": 6, "batch": 1, "scale": 2.0}}
+    (root / "params.yaml").write_text(yaml.safe_dump(tiny.merged(tiny.params(root), changes)))
+    return root
+
+
+def ar_sample(root: Path, *options: str) -> int:
+    return tiny.semdict(root, "ar", "sample", *options)
+
+
+def test_samples_are_those_of_the_model(world):
+    assert ar_sample(world, "--out", "plain", "--set", "ar_sample.batch=30") == 0
+    arrays = np.load(world / "plain" / "samples.npz")
+    assert arrays["arr_1"].tolist() == [label for label in range(5) for _ in range(6)]
+    guidance = Guidance(2.0, 1.5)
+    want = sample(alive(), torch.from_numpy(arrays["arr_1"]), list(range(30)), 0, 1.0, guidance)
+    assert np.array_equal(arrays["tokens"], want.numpy())
+    assert arrays["arr_0"].shape == (30, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
+    card = json.loads((world / "plain" / "sampling.json").read_text())
+    assert (card["images"], card["per_class"], card["draw"]) == (30, 6, "guided") and len(card["model_sha256"]) == 64
+
+
+def test_a_complete_folder_is_kept(world, capsys):
+    assert ar_sample(world, "--out", "kept") == 0
+    before = tiny.digest(world / "kept")
+    assert ar_sample(world, "--out", "kept") == 2 and "exists" in capsys.readouterr().err
+    assert ar_sample(world, "--out", "kept", "--resume") == 0
+    assert "nothing to do" in capsys.readouterr().err and tiny.digest(world / "kept") == before
+    assert ar_sample(world, "--out", "kept", "--resume", "--set", "ar_sample.seed=5") == 2
+    assert ar_sample(world, "--out", "kept", "--resume", "--draw", "unguided") == 2
+
+
+def test_a_killed_run_continues_with_the_next_image(world, monkeypatch):
+    assert ar_sample(world, "--out", "whole") == 0
+    command = [sys.executable, "-m", "semdict", "ar", "sample", "--out", "killed"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=world, env=environment, stderr=subprocess.PIPE, text=True)
+    while not list(world.glob("work/ar-samples-*/chunk-000003.npz")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    (folder,) = world.glob("work/ar-samples-*")
+    finished, computed, compute = len(list(folder.glob("chunk-*.npz"))), [], ArSampler.batch
+    assert 4 <= finished < 30 and not (world / "killed").exists()
+    monkeypatch.setattr(ArSampler, "batch", lambda self, numbers: (computed.append(numbers), compute(self, numbers))[1])
+    assert ar_sample(world, "--out", "killed", "--resume") == 0
+    assert tiny.digest(world / "killed") == tiny.digest(world / "whole")
+    assert len(computed) == 30 - finished
+    assert not list(world.glob("work/ar-samples-*")) and not list(world.glob("**/*.part"))

@@ -26,8 +26,8 @@ from semdict.train.engine.model_file import load_model, save_model
 from semdict.train.engine.rng import batch_generator
 from semdict.train.masked.conditional import (
     ConditionalConfig,
+    ConditionalReconstruction,
     ConditionalTransformer,
-    Telling,
 )
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
 from semdict.train.masked.objectives import Masking
@@ -84,7 +84,7 @@ def test_the_decoder_sees_its_rows_beside_the_canvas(tokens, family, class_width
     labels = torch.tensor([0, 1, 2, 3, 4, 2])  # 4 = not told
     disc = disc.clone()
     disc[1] = -1
-    got = model.told(labels, disc).logits_at(canvas, unknown)
+    got = model.conditioned(labels, disc).logits_at(canvas, unknown)
     u = b.decoder_embed(b.encode(canvas))
     position = b.decoder_position.weight
     x = b.canvas(u, unknown) + position[:17]
@@ -113,7 +113,8 @@ def test_every_word_is_projected_once_where_that_is_cheaper(tokens):
 
 def test_only_the_decoder_and_the_new_rows_take_gradients(tokens):
     model = conditional().train()
-    loss, _ = Telling(0.3, 0.3, Masking(), 0.1)(model, batch_of(tokens), torch.Generator().manual_seed(0))
+    objective = ConditionalReconstruction(0.3, 0.3, Masking(), 0.1)
+    loss, _ = objective(model, batch_of(tokens), torch.Generator().manual_seed(0))
     loss.backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     parts = {name.split(".")[1] if name.startswith("base.") else name.split(".")[0] for name in moved}
@@ -178,7 +179,7 @@ def test_the_frozen_encoder_has_no_dropout(tokens):
     config = replace(model.config, base=replace(model.config.base, dropout=0.5))
     shaky = ConditionalTransformer(config)
     shaky.load_state_dict(model.state_dict())
-    told = shaky.train().told(torch.zeros(6, dtype=torch.long), None)
+    told = shaky.train().conditioned(torch.zeros(6, dtype=torch.long), None)
     latents = [told.encode(tokens[0]) for _ in range(2)]
     hidden = torch.ones_like(tokens[0], dtype=torch.bool)
     assert torch.equal(latents[0], latents[1]) and torch.equal(latents[0], model.base.eval().encode(tokens[0]))
@@ -186,15 +187,15 @@ def test_the_frozen_encoder_has_no_dropout(tokens):
 
 
 def test_conditions_are_withheld_apart_and_by_row(tokens):
-    telling = Telling(0.3, 0.6, Masking(), 0.1)
+    telling = ConditionalReconstruction(0.3, 0.6, Masking(), 0.1)
     labels, words = torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 16, dtype=torch.long)
     rng = [batch_generator(7, start, 4000) for start in (0, 0, 2000)]
-    all_labels, all_words = telling.withhold(labels, words, 9, rng[0])
+    all_labels, all_words = telling.drop(labels, words, 9, rng[0])
     no_label, no_word = all_labels == 9, (all_words == -1).all(1)
     assert torch.equal(no_word, (all_words == -1).any(1)), "an image's words go all together"
     for share, want in ((no_label, 0.3), (no_word, 0.6), (no_label & no_word, 0.18)):
         assert abs(float(share.float().mean()) - want) < 0.03
-    halves = [telling.withhold(labels[:2000], words[:2000], 9, generator) for generator in rng[1:]]
+    halves = [telling.drop(labels[:2000], words[:2000], 9, generator) for generator in rng[1:]]
     assert torch.equal(torch.cat([half[0] for half in halves]), all_labels)
     assert torch.equal(torch.cat([half[1] for half in halves]), all_words)
 

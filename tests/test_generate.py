@@ -1,6 +1,10 @@
 """`semdict generate` as a user runs it: every task, what is refused, and what a second call does."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +23,11 @@ from semdict.train.masked.conditional import (
     ConditionalConfig,
     ConditionalTransformer,
 )
-from semdict.train.masked.context import known_images
+from semdict.train.masked.context import load_context
+from semdict.train.masked.generate import Generation
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
-from semdict.train.masked.samplers import open_drawer
+from semdict.train.masked.objectives import OBJECTIVES
+from semdict.train.masked.samplers import open_sampler
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +168,7 @@ def test_known_tokens_are_those_of_the_image(world, task):
 
 def test_real_images_are_a_mix_of_the_split(world):
     """More images are the same and more; all of them once."""
-    four, two = (known_images(Path("shards/tiny"), "val", n, []).rows for n in (4, 2))
+    four, two = (load_context(Path("shards/tiny"), "val", n, []).rows for n in (4, 2))
     assert sorted(four) == [0, 1, 3, 4] and np.array_equal(four[:2], two)
 
 
@@ -174,6 +180,88 @@ def test_a_complete_folder_is_kept(world, capsys):
     assert generate("--out", "kept", "--resume", "--set", "generate.batch=1") == 0
     assert "nothing to do" in capsys.readouterr().err and tiny.digest(world / "kept") == before
     assert generate("--out", "kept", "--resume", "--set", "generate.seed=5") == 2
+
+
+LONG = ("--set", "generate.images=24", "--set", "generate.batch=1", "--set", "generate.steps=12")
+
+
+def start(*options: str, processes: int = 1) -> subprocess.Popen:
+    """`semdict generate` as a program of its own, under torchrun where there are several processes."""
+    runner = [sys.executable, "-m", "semdict", "generate"] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        "-m", "semdict.train.masked.generate",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*runner, "--model", "runs/mage", *options], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(world) -> Path:
+    """Images of a run that nothing interrupts."""
+    before = Path.cwd()
+    os.chdir(world)
+    try:
+        assert generate("--out", "whole", *LONG) == 0
+    finally:
+        os.chdir(before)
+    return world / "whole"
+
+
+def test_a_killed_run_continues_with_the_next_image(world, whole):
+    process = start("--out", "killed", *LONG)
+    while not list(world.glob("work/generated-*/chunk-000003.npz")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    (folder,) = world.glob("work/generated-*")
+    finished = [int(path.stem.removeprefix("chunk-")) for path in folder.glob("chunk-*.npz")]
+    assert 4 <= len(finished) < 24 and not (world / "killed").exists()
+    kept = {f"{n:06d}.png": (folder / f"result/images/{n:06d}.png").stat().st_mtime_ns for n in finished}
+    (folder / f"chunk-{finished[0]:06d}.npz").write_bytes(b"damaged")
+    assert generate("--out", "killed", "--resume", *LONG) == 0
+    assert tiny.digest(world / "killed") == tiny.digest(whole)
+    again = {name for name, made in kept.items() if (world / "killed/images" / name).stat().st_mtime_ns != made}
+    assert again == {f"{finished[0]:06d}.png"}, "only the damaged batch is made again"
+    assert not list(world.glob("work/generated-*")) and not list(world.glob("**/*.part"))
+
+
+def test_without_resume_an_interrupted_run_starts_again(world, whole, monkeypatch):
+    """Ctrl-C leaves the work folder; the next run without --resume uses nothing of it."""
+    compute = Generation.batch
+
+    def interrupted(self, folder: Path, numbers: list[int]):
+        if numbers == [2]:
+            raise KeyboardInterrupt
+        return compute(self, folder, numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generation, "batch", interrupted)
+        assert generate("--out", "anew", *LONG) == 130
+    (folder,) = world.glob("work/generated-*")
+    assert list(folder.glob("chunk-*.npz"))
+    (folder / "result" / "images" / "000099.png").write_bytes(b"left over")
+    assert generate("--out", "anew", *LONG) == 0
+    assert tiny.digest(world / "anew") == tiny.digest(whole)
+
+
+def test_processes_share_the_images(world, whole):
+    process = start("--out", "shared", *LONG, processes=2)
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, error
+    assert tiny.digest(world / "shared") == tiny.digest(whole)
+    assert error.count("24 images in shared") == 1
+
+
+def test_a_family_without_an_objective_is_named(world, capsys, monkeypatch):
+    """A model of an objective that is not in the table, as after a downgrade."""
+    monkeypatch.delitem(OBJECTIVES, "mage")
+    assert generate("--out", "new") == 2
+    assert "objective 'mage' is unknown" in capsys.readouterr().err
+    assert generate("--out", "new", "--set", "generate.last=argmax") == 0
+    assert json.loads((world / "new" / "generate.json").read_text())["last"] == "argmax"
 
 
 def drawn(name: str, task: str, *options: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -219,15 +307,15 @@ def test_a_conditional_model_keeps_known_tokens(world):
 def test_guidance_contrasts_the_class_with_nothing(world, scale):
     """Against two separate whole passes, and no guidance is the class alone."""
     given = Generate(**{**tiny.base()["generate"], "scale": scale, "images": 4})
-    drawer = open_drawer(Path("runs/words"), None, None, given, "class", torch.device("cpu"))
-    known = known_images(Path("shards/tiny"), "val", 4, [])
-    tokens = torch.from_numpy(known.gen).masked_fill(torch.arange(256) % 2 == 0, drawer.vocab.mask)
-    unknown = tokens == drawer.vocab.mask
+    sampler = open_sampler(Path("runs/words"), None, None, given, "class", torch.device("cpu"))
+    known = load_context(Path("shards/tiny"), "val", 4, [])
+    tokens = torch.from_numpy(known.gen).masked_fill(torch.arange(256) % 2 == 0, sampler.vocab.mask)
+    unknown = tokens == sampler.vocab.mask
     model = load_model("runs/words", ConditionalTransformer)[0]
     with torch.no_grad():
-        got = drawer.logits_at([1, 3], known)(tokens[[1, 3]], unknown[[1, 3]])
-        told = model.told(torch.from_numpy(known.labels[[1, 3]]).long(), torch.from_numpy(known.words[[1, 3]]))
-        nothing = model.told(torch.tensor([3, 3]), torch.full((2, 256), -1))
+        got = sampler.logits_at([1, 3], known)(tokens[[1, 3]], unknown[[1, 3]])
+        told = model.conditioned(torch.from_numpy(known.labels[[1, 3]]).long(), torch.from_numpy(known.disc[[1, 3]]))
+        nothing = model.conditioned(torch.tensor([3, 3]), torch.full((2, 256), -1))
         told, nothing = (one.logits_at(tokens[[1, 3]], unknown[[1, 3]]) for one in (told, nothing))
     assert not torch.allclose(told, nothing, atol=1e-2)
     assert torch.allclose(got, (1 + scale) * told - scale * nothing, atol=1e-4)
@@ -243,14 +331,14 @@ def test_guidance_contrasts_the_class_with_nothing(world, scale):
         (("--task", "inpaint", "--set", "generate.box=[0,0,17,1]"), ("generate.box", "16 x 16")),
         (("--task", "inpaint", "--shards", "shards/other"), ("shards/other", "crop")),
         (("--task", "outpaint", "--shards", "nowhere"), ("nowhere",)),
-        (("--task", "class"), ("runs/mage knows no classes", "semdict condition")),
+        (("--task", "class"), ("runs/mage has no classes", "semdict condition")),
         (
             ("--model", "runs/classes", "--task", "class", "--set", "generate.classes=[0,3]"),
             ("classes: 3", "3 classes"),
         ),
         (("--model", "runs/always", "--task", "class", "--set", "generate.scale=1.0"), ("label_dropout 0", "scale: 0")),
         (("--model", "runs/always"), ("label_dropout 0",)),
-        (("--model", "runs/strange", "--task", "class"), ("another dictionary", "disc.name: e -> d")),
+        (("--model", "runs/strange", "--task", "class"), ("another codebook", "disc.name: e -> d")),
         (("--model", "runs/words", "--task", "class", "--shards", "nowhere"), ("nowhere",)),
         (
             ("--model", "runs/words", "--task", "class", "--set", "generate.classes=[2]"),

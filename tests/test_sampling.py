@@ -15,13 +15,13 @@ from semdict.train.masked.model import MaskedTokenTransformer, model_config
 from semdict.train.masked.released import load_released
 from semdict.train.masked.sampling import (
     Decoding,
-    ImageDraws,
+    ImageRng,
     cells_to_hide,
     confidence,
     decode_iteratively,
-    draw_codes,
     least_confident,
-    once_where_equal,
+    sample_unknown,
+    share_equal_contexts,
 )
 from tests import tiny
 
@@ -104,10 +104,10 @@ def test_one_step_is_one_forward_pass(model):
     """All codes come from the softmax of a single pass over the empty canvas, by one uniform number each."""
     canvas = torch.full((3, 16), model.mask_token)
     drawn = decode_iteratively(
-        model.logits_at, canvas, model.mask_token, ImageDraws(5, [0, 1, 2]), Decoding(1, 4.5, "sampled")
+        model.logits_at, canvas, model.mask_token, ImageRng(5, [0, 1, 2]), Decoding(1, 4.5, "sampled")
     )
     chances = model.logits(canvas).double().softmax(-1).numpy()
-    place = ImageDraws(5, [0, 1, 2]).uniform(16)
+    place = ImageRng(5, [0, 1, 2]).uniform(16)
     for image, cell in np.ndindex(3, 16):
         below = np.cumsum(chances[image, cell])
         assert drawn[image, cell] == np.searchsorted(below, place[image, cell] * below[-1], side="right")
@@ -121,7 +121,7 @@ def test_argmax_takes_one_more_pass_for_the_last_cell(model):
         return model.logits_at(tokens, unknown)
 
     canvas = torch.full((2, 16), model.mask_token)
-    filled = decode_iteratively(counted, canvas, model.mask_token, ImageDraws(0, [0, 1]), Decoding(4, 4.5, "argmax"))
+    filled = decode_iteratively(counted, canvas, model.mask_token, ImageRng(0, [0, 1]), Decoding(4, 4.5, "argmax"))
     shares = [16, *(max(1, math.floor(16 * math.cos(math.pi / 2 * (s + 1) / 4))) for s in range(4))]
     assert passes == [[n, n] for n in shares]
     assert (filled < 32).all()
@@ -133,7 +133,7 @@ def test_an_image_does_not_depend_on_its_batch(model):
 
     def draw(which):
         canvas = torch.full((len(which), 16), model.mask_token)
-        return decode_iteratively(model.logits_at, canvas, model.mask_token, ImageDraws(3, which), how)
+        return decode_iteratively(model.logits_at, canvas, model.mask_token, ImageRng(3, which), how)
 
     together = draw([0, 1, 2, 3, 4])
     assert len({tuple(row) for row in together.tolist()}) == 5, "images differ"
@@ -151,9 +151,9 @@ def test_the_whole_way_is_the_published_one(model, last):
     for image in range(images):  # unlike numbers of known cells
         canvas[image, : 2 * image] = 4
     how = Decoding(steps, 4.5, last)
-    got = decode_iteratively(model.logits_at, canvas, model.mask_token, ImageDraws(8, range(images)), how)
+    got = decode_iteratively(model.logits_at, canvas, model.mask_token, ImageRng(8, range(images)), how)
     for image in range(images):
-        draws, tokens = ImageDraws(8, [image]), canvas[image].clone()
+        draws, tokens = ImageRng(8, [image]), canvas[image].clone()
         for step in range(steps):
             unknown = np.flatnonzero(tokens == model.mask_token)
             chances = model.logits(tokens[None])[0].double().softmax(-1).numpy()
@@ -185,7 +185,7 @@ def test_equal_canvases_take_one_pass(model):
     for differ in (False, True):
         canvas[1, 5] = 3 if differ else 2
         unknown = canvas == model.mask_token
-        got = once_where_equal(counted)(canvas, unknown)
+        got = share_equal_contexts(counted)(canvas, unknown)
         assert torch.allclose(got, model.logits_at(canvas, unknown), atol=1e-5)
     assert seen == [1, 3]
 
@@ -198,7 +198,7 @@ def test_known_cells_never_change_and_all_others_are_filled(steps, seed, last, t
     canvas[torch.rand(4, 9, generator=rng) < torch.rand(4, 1, generator=rng)] = MASK
     canvas[0], canvas[1] = canvas[0].clamp(max=CODES - 1), MASK
     table = torch.randn(9, CODES, generator=rng)
-    filled = decode_iteratively(numbers(table), canvas, MASK, ImageDraws(seed, [0, 1, 2, 3]),
+    filled = decode_iteratively(numbers(table), canvas, MASK, ImageRng(seed, [0, 1, 2, 3]),
                                 Decoding(steps, temperature, last))  # fmt: skip
     known = canvas != MASK
     assert torch.equal(filled[known], canvas[known])
@@ -210,9 +210,9 @@ def test_codes_are_drawn_with_the_models_probabilities():
     logits = torch.tensor([[0.0, 1, 2, -1, 0.5, 3, -2], [0.0] * 7, [5.0, 0, 0, 0, 0, 0, -60]])
     tokens = torch.full((1, 3), MASK)
     counts = torch.zeros(3, CODES)
-    draws = ImageDraws(0, [0])
+    draws = ImageRng(0, [0])
     for _ in range(20_000):
-        drawn, _ = draw_codes(logits, tokens, tokens == MASK, draws)
+        drawn, _ = sample_unknown(logits, tokens, tokens == MASK, draws)
         counts[torch.arange(3), drawn[0]] += 1
     want = 20_000 * logits.double().softmax(-1)
     assert counts[2, 6] == 0

@@ -1,4 +1,7 @@
-"""Draw codes from the autoregressive model: static key-value cache, temperature, guidance, one seed per image."""
+"""Sampling from the autoregressive model: static key-value cache, temperature, guidance, one random stream per image.
+
+Shapes: B images, L positions, K codes at a position.
+"""
 
 import numpy as np
 import torch
@@ -9,7 +12,7 @@ from semdict.train.engine.guidance import Guidance, combine, scales
 
 
 def uniforms(seed: int, images_B: list[int], length: int) -> Tensor:
-    """(B, L) float64 in [0, 1): image number i owns row i, a function of (seed, i) alone, whatever the batch."""
+    """(B, L) float64 in [0, 1): the row of image number i is a function of (seed, i) alone, whatever the batch."""
     rows = [np.random.Generator(np.random.Philox(key=[seed, image])).random(length) for image in images_B]
     return torch.from_numpy(np.stack(rows))
 
@@ -26,42 +29,42 @@ def sample(
 ) -> Tensor:
     """(B, L) int64 codes for (B,) int64 classes (`model.null_class` = unconditional).
 
-    images_B: the number of each image in the whole run; with `seed` it fixes the draws, so an image does not depend on
-    its neighbours. temperature divides the guided logits. cache=False runs the whole prefix at every position instead.
-    The model is put into evaluation mode for the time of the call. ValueError for a temperature <= 0 or a wrong label.
+    images_B: the number of each image in the whole run; with `seed` it fixes the random numbers, so an image does not
+    depend on its batch. temperature divides the guided logits. cache=False runs the whole prefix at every position
+    instead. The model is in evaluation mode during the call. ValueError for a temperature <= 0 or a wrong label.
     """
     _check(model, labels_B, images_B, temperature)
     sizes = model.sizes("sample")
     scale_L = scales(guidance or Guidance(), model.config.sizes).tolist()
     guided = any(scale_L)
     labels = torch.cat([labels_B, torch.full_like(labels_B, model.null_class)]) if guided else labels_B
-    draws_BL = uniforms(seed, images_B, len(sizes)).to(labels.device)
+    uniform_BL = uniforms(seed, images_B, len(sizes)).to(labels.device)
     ids_BL = torch.zeros(len(labels_B), len(sizes), dtype=torch.int64, device=labels.device)
     training = model.training
     model.eval()
     try:
         outputs = _Cached(model, labels) if cache else _Uncached(model, labels)
         for t, k in enumerate(sizes):
-            before = ids_BL.repeat(2, 1) if guided else ids_BL
-            hidden = outputs(before, t)
+            prefix = ids_BL.repeat(2, 1) if guided else ids_BL
+            hidden = outputs(prefix, t)
             logits = torch.nn.functional.linear(hidden, model.head.weight[:k]).float()
             if guided:
                 logits = combine(*logits.chunk(2), scale_L[t])
-            ids_BL[:, t] = choose(logits / temperature, draws_BL[:, t])
+            ids_BL[:, t] = sample_code(logits / temperature, uniform_BL[:, t])
     finally:
         model.train(training)
     return ids_BL
 
 
-def choose(logits_BK: Tensor, draws_B: Tensor) -> Tensor:
-    """(B,) int64: the code at which the cumulative probability passes the draw; an entry of -inf is never chosen."""
+def sample_code(logits_BK: Tensor, uniform_B: Tensor) -> Tensor:
+    """(B,) int64: the code at which the cumulative probability passes the uniform number; never one of logit -inf."""
     cumulative_BK = logits_BK.double().softmax(-1).cumsum(-1)
-    targets_B1 = draws_B[:, None] * cumulative_BK[:, -1:]
+    targets_B1 = uniform_B[:, None] * cumulative_BK[:, -1:]
     return torch.searchsorted(cumulative_BK, targets_B1, right=True).squeeze(1).clamp_max(logits_BK.shape[-1] - 1)
 
 
 class _Cached:
-    """Outputs at position t from the code at t - 1 and the cache; positions must be asked for in order."""
+    """Outputs at position t from the code at t - 1 and the cache; positions must come in order."""
 
     def __init__(self, model: ArModel, labels: Tensor) -> None:
         self.model, self.labels = model, labels
@@ -85,7 +88,7 @@ class _Uncached:
 
 def _check(model: ArModel, labels_B: Tensor, images_B: list[int], temperature: float) -> None:
     if temperature <= 0:
-        raise ValueError(f"temperature must be positive, found {temperature}")
+        raise ValueError(f"temperature must be positive, got {temperature}")
     if len(images_B) != len(labels_B):
         raise ValueError(f"{len(labels_B)} labels, but {len(images_B)} image numbers")
     if len(labels_B) and not 0 <= int(labels_B.min()) <= int(labels_B.max()) <= model.null_class:

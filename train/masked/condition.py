@@ -26,9 +26,9 @@ from semdict.train.engine.rng import Stream, torch_generator, torch_seed
 from semdict.train.engine.trainer import Components, Trainer, add_run_arguments
 from semdict.train.masked.conditional import (
     ConditionalConfig,
+    ConditionalReconstruction,
     ConditionalTransformer,
-    Telling,
-    conditions,
+    batch_conditions,
 )
 from semdict.train.masked.encoder import Encoder, load_encoder
 from semdict.train.masked.losses import reconstruction_loss
@@ -109,7 +109,7 @@ class Conditioning:
         steps, peak = cfg.epochs * epoch, scaled_lr(cfg.base_lr, cfg.batch)
         lr_schedule = warmup_cosine(peak, cfg.warmup_epochs * epoch, steps, cfg.min_lr)
         masking = Masking.from_cfg(cfg.mask)
-        objective = Telling(cfg.label_dropout, cfg.word_dropout, masking, cfg.label_smoothing)
+        objective = ConditionalReconstruction(cfg.label_dropout, cfg.word_dropout, masking, cfg.label_smoothing)
         optimiser = adamw(model, tuple(cfg.betas), cfg.weight_decay)
         phase = Phase("model", model, objective, optimiser, lr_schedule, cfg.clip)
         return Components([phase], steps, {"model": model})
@@ -185,7 +185,7 @@ def conditional_nats(model: ConditionalTransformer, batch: Batch, rng: torch.Gen
     """
     tokens_BL = batch["gen"].long()
     keep_idx, masked_BL, _ = (part.to(tokens_BL.device) for part in draw_masks(*tokens_BL.shape, RATIO, rng))
-    labels_B, words_BL = conditions(batch, model)
+    labels_B, words_BL = batch_conditions(batch, model)
     labels_B = torch.where(labels_B > model.null_class, model.null_class, labels_B)  # classes that training lacks
     null_B = torch.full_like(labels_B, model.null_class)
     latents_BNE = model.base.encode(tokens_BL, masked_BL, keep_idx)
@@ -195,7 +195,7 @@ def conditional_nats(model: ConditionalTransformer, batch: Batch, rng: torch.Gen
         "class_only": (labels_B, None),
         "unconditional": (null_B, None),
     }.items():
-        conditioned = model.told(*condition)
+        conditioned = model.conditioned(*condition)
         features_BLF = conditioned.decode(latents_BNE, masked_BL, keep_idx)
         logits_NK = conditioned.token_logits(features_BLF[:, 1:][masked_BL])
         nats[name] = float(reconstruction_loss(logits_NK, tokens_BL[masked_BL], 0.0))

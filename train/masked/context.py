@@ -1,4 +1,7 @@
-"""What an image starts from: nothing, or the tokens of a real one with some cells hidden."""
+"""What sampling starts from: an empty grid, or the tokens of real images with some cells hidden.
+
+N images, B of a batch, L = G x G cells.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,31 +15,33 @@ from semdict.train.engine.rng import Stream, numpy_generator, permutation
 
 
 @dataclass(frozen=True)
-class Known:
-    """Tokens of the images that a task starts from: gen (N, L), words (N, L) or None, labels, manifest rows (N,)."""
+class Context:
+    """Real images: gen (N, L) int64, disc (N, L) int64 or None, labels (N,), rows of the manifest (N,)."""
 
     gen: np.ndarray
-    words: np.ndarray | None
+    disc: np.ndarray | None
     labels: np.ndarray
     rows: np.ndarray
 
 
-def known_images(path: Path, split: str, count: int, classes: list[int]) -> Known:
-    """`count` good rows of a split (of these classes, [] = all), in their first view; a mix, since splits are sorted by
-    class, and the same mix for every seed, of which a larger `count` takes more. UsageError when there are too few.
+def load_context(path: Path, split: str, count: int, classes: list[int]) -> Context:
+    """`count` good rows of a split (of these classes, [] = all), in their first view.
+
+    The rows are a random subset, since splits are sorted by class; it is the same for every seed, and a larger `count`
+    extends it. UsageError when there are too few.
     """
     from semdict.pipeline.shards import open_shards
 
     loaded = open_shards(path).load(split)
-    at = np.flatnonzero(np.isin(loaded.label, classes)) if classes else np.arange(len(loaded.rows))
-    if count > len(at):
+    good = np.flatnonzero(np.isin(loaded.label, classes)) if classes else np.arange(len(loaded.rows))
+    if count > len(good):
         which = f" of the classes {classes}" if classes else ""
         raise UsageError(
-            f"generate.images is {count}, split {split!r} of {path} has {len(at)} images{which}; ask for fewer"
+            f"generate.images is {count}, split {split!r} of {path} has {len(good)} images{which}; ask for fewer"
         )
-    at = at[permutation(len(at), Stream.CONTEXT_ROWS)[:count]]
-    words = None if loaded.disc is None else loaded.disc[at, 0].astype(np.int64)
-    return Known(loaded.gen[at, 0].astype(np.int64), words, loaded.label[at], loaded.rows[at])
+    subset = good[permutation(len(good), Stream.CONTEXT_ROWS)[:count]]
+    disc = None if loaded.disc is None else loaded.disc[subset, 0].astype(np.int64)
+    return Context(loaded.gen[subset, 0].astype(np.int64), disc, loaded.label[subset], loaded.rows[subset])
 
 
 def box_cells(box: list[int], grid: int) -> Tensor:
@@ -51,7 +56,7 @@ def box_cells(box: list[int], grid: int) -> Tensor:
 
 def hidden_cells(task: str, grid: int, box: list[int], ratio: float, seed: int, numbers: list[int]) -> Tensor:
     """(B, L) bool: cells to fill. inpaint: inside the box; outpaint: outside; reconstruct: ceil(ratio L) at random,
-    from (seed, number); anything else: all.
+    a function of (seed, image number); any other task: all.
     """
     cells = grid**2
     if task == "inpaint":
@@ -61,7 +66,7 @@ def hidden_cells(task: str, grid: int, box: list[int], ratio: float, seed: int, 
     if task != "reconstruct":
         return torch.ones(len(numbers), cells, dtype=torch.bool)
     hidden = torch.zeros(len(numbers), cells, dtype=torch.bool)
-    for place, number in enumerate(numbers):
+    for i, number in enumerate(numbers):
         rng = numpy_generator(seed, Stream.CONTEXT_MASKS, number)
-        hidden[place, rng.permutation(cells)[: int(np.ceil(ratio * cells))]] = True
+        hidden[i, rng.permutation(cells)[: int(np.ceil(ratio * cells))]] = True
     return hidden

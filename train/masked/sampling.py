@@ -1,6 +1,6 @@
-"""Iterative decoding, MaskGIT's (arXiv:2202.04200), with which MAGE, Sorcen and LEASE sample: fill every cell, keep the
-most confident, hide the rest, again.
+"""Iterative decoding as in MaskGIT (arXiv:2202.04200), with which MAGE, Sorcen and LEASE sample images.
 
+Every step fills all unknown cells, keeps the most confident codes and hides the other cells again.
 Shapes: B images, L cells, K codes, n unknown cells of the batch in row-major order.
 """
 
@@ -21,10 +21,10 @@ LogitsAt = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an image is drawn: the published scripts take 20 steps at temperature 6.
+    """Parameters of iterative decoding; the published scripts take 20 steps at temperature 6.
 
     temperature: of the Gumbel noise on log-confidences, falling linearly to 0 with the steps. last: at least one cell
-    stays hidden after the last step; it gets the code drawn in that step ("sampled", MAGE's and Sorcen's scripts) or
+    stays hidden after the last step; it gets the code sampled in that step ("sampled", MAGE's and Sorcen's scripts) or
     the likeliest code of one more forward pass ("argmax", LEASE's).
     """
 
@@ -33,14 +33,14 @@ class Decoding:
     last: Literal["argmax", "sampled"] = "argmax"
 
 
-class ImageDraws:
-    """Random numbers of each image, from (seed, its number) alone: batch size and place in a batch change nothing."""
+class ImageRng:
+    """Random numbers of each image, a function of (seed, its number): batch size and order change nothing."""
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:
         self.streams = [numpy_generator(seed, Stream.DECODING, n) for n in numbers]
 
     def uniform(self, cells: int) -> np.ndarray:
-        """(B, cells) float64 in [0, 1), the next of every image."""
+        """(B, cells) float64 in [0, 1), the next numbers of every image."""
         return np.stack([stream.random(cells) for stream in self.streams])
 
     def gumbel(self, cells: int) -> np.ndarray:
@@ -49,37 +49,38 @@ class ImageDraws:
 
 
 @torch.no_grad()
-def decode_iteratively(logits_at: LogitsAt, canvas_BL: Tensor, mask: int, draws: ImageDraws, how: Decoding) -> Tensor:
-    """(B, L) int64 codes: every cell of `canvas_BL` that holds the id `mask` is filled, all others stay as they are.
+def decode_iteratively(logits_at: LogitsAt, context_BL: Tensor, mask: int, rng: ImageRng, cfg: Decoding) -> Tensor:
+    """(B, L) int64 codes: cells of `context_BL` with the id `mask` are filled, all others stay as they are.
 
     After step s of S, cos(pi/2 (s+1)/S) of the cells unknown at the start are hidden again, at least one and at least
     one fewer than before, the least confident first: log p(code) + temperature (1 - (s+1)/S) Gumbel.
     """
-    tokens_BL = canvas_BL.clone()
+    tokens_BL = context_BL.clone()
     begin_B = (tokens_BL == mask).sum(1)
-    drawn_BL = tokens_BL
-    for step in range(how.steps):
+    sampled_BL = tokens_BL
+    for step in range(cfg.steps):
         unknown_BL = tokens_BL == mask
         if not unknown_BL.any():
             return tokens_BL
-        drawn_BL, chance_BL = draw_codes(logits_at(tokens_BL, unknown_BL), tokens_BL, unknown_BL, draws)
-        hidden_B = cells_to_hide(step, how.steps, begin_B, unknown_BL.sum(1))
-        noise_BL = torch.from_numpy(draws.gumbel(tokens_BL.shape[1])).to(tokens_BL.device)
-        temperature = how.temperature * (1 - (step + 1) / how.steps)
-        again_BL = least_confident(confidence(chance_BL, noise_BL, temperature), unknown_BL, hidden_B)
-        tokens_BL = drawn_BL.masked_fill(again_BL, mask)
-    if how.last == "sampled":
-        return drawn_BL
+        logits_nK = logits_at(tokens_BL, unknown_BL)
+        sampled_BL, probability_BL = sample_unknown(logits_nK, tokens_BL, unknown_BL, rng)
+        hidden_B = cells_to_hide(step, cfg.steps, begin_B, unknown_BL.sum(1))
+        noise_BL = torch.from_numpy(rng.gumbel(tokens_BL.shape[1])).to(tokens_BL.device)
+        temperature = cfg.temperature * (1 - (step + 1) / cfg.steps)
+        again_BL = least_confident(confidence(probability_BL, noise_BL, temperature), unknown_BL, hidden_B)
+        tokens_BL = sampled_BL.masked_fill(again_BL, mask)
+    if cfg.last == "sampled":
+        return sampled_BL
     unknown_BL = tokens_BL == mask
     if unknown_BL.any():
         tokens_BL[unknown_BL] = logits_at(tokens_BL, unknown_BL).argmax(-1)
     return tokens_BL
 
 
-def once_where_equal(logits_at: LogitsAt) -> LogitsAt:
-    """The same logits, of one pass over one image where all canvases are equal: the first step of images from nothing.
+def share_equal_contexts(logits_at: LogitsAt) -> LogitsAt:
+    """The same logits, from one image where all images are equal, as in the first step of unconditional sampling.
 
-    Only for a model that is told nothing but the canvas.
+    Only for a model that depends on nothing but the tokens.
     """
 
     def at(tokens_BL: Tensor, unknown_BL: Tensor) -> Tensor:
@@ -90,25 +91,25 @@ def once_where_equal(logits_at: LogitsAt) -> LogitsAt:
     return at
 
 
-def draw_codes(logits_nK: Tensor, tokens_BL: Tensor, unknown_BL: Tensor, draws: ImageDraws) -> tuple[Tensor, Tensor]:
-    """A code from softmax(logits) for every unknown cell, and its probability (B, L) float64 (1 at known cells).
+def sample_unknown(logits_nK: Tensor, tokens_BL: Tensor, unknown_BL: Tensor, rng: ImageRng) -> tuple[Tensor, Tensor]:
+    """(B, L) a code from softmax(logits) in every unknown cell, and its probability (B, L) float64 (1 at known cells).
 
     By the inverse of the distribution function in float64, so that one uniform number decides a cell.
     """
-    chances_nK = logits_nK.double().softmax(-1)
-    place_BL = torch.from_numpy(draws.uniform(tokens_BL.shape[1])).to(tokens_BL.device)
-    sums_nK = chances_nK.cumsum(-1)
-    at_n1 = (place_BL[unknown_BL][:, None] * sums_nK[:, -1:]).contiguous()
+    probabilities_nK = logits_nK.double().softmax(-1)
+    uniform_BL = torch.from_numpy(rng.uniform(tokens_BL.shape[1])).to(tokens_BL.device)
+    sums_nK = probabilities_nK.cumsum(-1)
+    at_n1 = (uniform_BL[unknown_BL][:, None] * sums_nK[:, -1:]).contiguous()
     codes_n1 = torch.searchsorted(sums_nK, at_n1, right=True).clamp_(max=logits_nK.shape[-1] - 1)
-    drawn_BL, chance_BL = tokens_BL.clone(), torch.ones_like(place_BL)
-    drawn_BL[unknown_BL] = codes_n1[:, 0]
-    chance_BL[unknown_BL] = chances_nK.gather(-1, codes_n1)[:, 0]
-    return drawn_BL, chance_BL
+    sampled_BL, probability_BL = tokens_BL.clone(), torch.ones_like(uniform_BL)
+    sampled_BL[unknown_BL] = codes_n1[:, 0]
+    probability_BL[unknown_BL] = probabilities_nK.gather(-1, codes_n1)[:, 0]
+    return sampled_BL, probability_BL
 
 
-def confidence(chance_BL: Tensor, gumbel_BL: Tensor, temperature: float) -> Tensor:
-    """log p + temperature * Gumbel; p no lower than 1e-12, as published."""
-    return chance_BL.clamp(min=1e-12).log() + temperature * gumbel_BL
+def confidence(probability_BL: Tensor, gumbel_BL: Tensor, temperature: float) -> Tensor:
+    """(B, L) log p + temperature * Gumbel; p no lower than 1e-12, as published."""
+    return probability_BL.clamp(min=1e-12).log() + temperature * gumbel_BL
 
 
 def cells_to_hide(step: int, steps: int, begin_B: Tensor, unknown_B: Tensor) -> Tensor:
