@@ -25,7 +25,7 @@ PICTURES = {
     "pipeline/images/": "draws the pictures that show progress",
     "pipeline/tokenizers/": "decodes the pictures that show progress",
 }
-ENCODER_ONLY = ("pipeline/shards/", "train/data/", "train/masked/")
+ENCODER_ONLY = ("pipeline/shards/", "train/data/")
 UNSHAPED: dict[str, dict[str, str]] = {
     "pretrain": PICTURES,
     "ar_sample": dict.fromkeys(("pipeline/shards/", "train/data/"), "imported with the trainer"),

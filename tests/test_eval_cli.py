@@ -17,8 +17,7 @@ from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.train.engine.model_file import load_model
 from semdict.train.engine.rng import Stream, permutation
 from semdict.train.eval.knn import knn
-from semdict.train.eval.linear_head import HeadConfig
-from semdict.train.eval.linear_probe import linear_probe
+from semdict.train.eval.linear_head import HeadConfig, linear_probe
 from semdict.train.masked.model import MaskedTokenTransformer
 from tests import tiny
 

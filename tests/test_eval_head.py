@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semdict.pipeline.common.errors import SemdictError, UsageError
+from semdict.train.eval.common import cosine_neighbours, top_accuracy
 from semdict.train.eval.few_shot import balanced_subset, summary
-from semdict.train.eval.knn import cosine_neighbours, knn, vote
+from semdict.train.eval.knn import knn, vote
 from semdict.train.eval.linear_head import (
     ArrayBatches,
     HeadConfig,
@@ -16,9 +17,8 @@ from semdict.train.eval.linear_head import (
     decay_gradient,
     fit_head,
     lars,
-    top_accuracy,
+    linear_probe,
 )
-from semdict.train.eval.linear_probe import linear_probe
 
 WIDTH, CLASSES = 16, 4
 
@@ -178,8 +178,9 @@ def test_bad_requests_are_refused():
 @pytest.mark.parametrize("k", [1, 7, 20])
 def test_knn_equals_scikit_learn(k, weighted, monkeypatch):
     sklearn = pytest.importorskip("sklearn.neighbors")
-    monkeypatch.setattr("semdict.train.eval.knn.TRAIN_ROWS", 37)  # blocks that do not divide the set
-    monkeypatch.setattr("semdict.train.eval.knn.TEST_ROWS", 19)
+    monkeypatch.setattr("semdict.train.eval.common.TRAIN_ROWS", 37)  # blocks that do not divide the set
+    for module in ("common", "knn"):
+        monkeypatch.setattr(f"semdict.train.eval.{module}.TEST_ROWS", 19)
     (x, y), (xt, yt) = blobs(300, 0), blobs(101, 1)
     weights = (lambda d: np.exp((1 - d) / 0.07)) if weighted else "uniform"
     theirs = sklearn.KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute").fit(x[:, 0], y)

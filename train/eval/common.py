@@ -1,144 +1,23 @@
-"""Shared by the measures: arguments, the encoder and its data as params.yaml names them, class checks, score files."""
+"""Shared by the measures: class agreement, accuracy, nearest neighbours by cosine, CSV files.
 
-import argparse
+N training images, M test images, T of a block, E feature width, k neighbours.
+"""
+
 import csv
-import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from semdict.pipeline.common.device import resolve_device
-from semdict.pipeline.common.errors import ShardError
-from semdict.pipeline.common.files import write_aside, write_json
-from semdict.pipeline.common.memory import keep_freed_memory
-from semdict.pipeline.config import paths
-from semdict.train.eval.features import FeatureSet, FeatureStore
-from semdict.train.eval.image_source import ImageSource
-from semdict.train.eval.sources import Source, TokenSource
-from semdict.train.masked.encoder import Encoder, load_encoder
+from semdict.pipeline.common.errors import ShardError, UsageError
+from semdict.pipeline.common.files import atomic_write
+from semdict.pipeline.common.nearest import exact_float32
 
-if TYPE_CHECKING:
-    from semdict.pipeline.config.schema import Params
-    from semdict.pipeline.config.schema.evaluate import Evaluate
-    from semdict.pipeline.tokenizers.base import Tokenizer
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Model, data and score files; everything else is in params.yaml, section evaluate."""
-    parser.add_argument("--model", type=Path, required=True, help="a run's folder, its model.pt or a released file")
-    parser.add_argument("--num-heads", type=int, help="of a released encoder whose width is none of the published")
-    parser.add_argument("--decoder-num-heads", type=int, help="likewise")
-    parser.add_argument("--shards", type=Path, help="source tokens: token shards (default shards/<preset>)")
-    parser.add_argument("--manifest", type=Path, help="source images (default data/<preset>/manifest/manifest.parquet)")
-    parser.add_argument("--other-recipe", action="store_true", help="score on tokens of another recipe")
-    parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
-    parser.add_argument("--out", type=Path, help="score files (default reports/<preset>/<name of the model>)")
-    parser.add_argument("--work", default="work", type=Path, help="where features are kept (default: work)")
-
-
-@dataclass
-class Setup:
-    """One call of a measure: its arguments, validated parameters, and the encoder on its device."""
-
-    args: argparse.Namespace
-    params: "Params"
-    device: torch.device
-    encoder: Encoder
-
-    @classmethod
-    def of(cls, args: argparse.Namespace, device: torch.device | None = None) -> "Setup":
-        """Validated parameters and the encoder on its device."""
-        from semdict.pipeline.config.params import load_params
-
-        keep_freed_memory()
-        params = load_params(args.params, args.set)
-        device = device or torch.device(resolve_device(params.runtime.device))
-        encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads, device)
-        return cls(args, params, device, encoder)
-
-    @property
-    def cfg(self) -> "Evaluate":
-        """Section evaluate."""
-        return self.params.evaluate
-
-    @property
-    def out(self) -> Path:
-        """Folder of the score files."""
-        return self.args.out or Path("reports") / self.params.preset / self.encoder.name
-
-    @cached_property
-    def store(self) -> FeatureStore:
-        """Makes features and keeps them in the work folder."""
-        cfg = self.cfg
-        return FeatureStore(self.encoder, self.args.work, self.device, cfg.precision, cfg.dtype, cfg.batch)
-
-    @cached_property
-    def vqgan(self) -> "Tokenizer":
-        """The tokenizer of source images."""
-        from semdict.pipeline.tokenizers import load_tokenizer
-
-        cfg = self.params.vqgan
-        return load_tokenizer(cfg.weights, self.device, cfg.layout, cfg.ema)
-
-    def sources(self) -> tuple[Source, Source, int]:
-        """Training and test source, and the number of classes; ShardError when their classes do not agree."""
-        train, test = self.source(self.cfg.train_splits), self.source(self.cfg.test_splits)
-        return train, test, same_classes(train, test)
-
-    def source(self, splits: list[str]) -> Source:
-        """Tokens or images, as evaluate.source says."""
-        preset = self.params.preset
-        if self.cfg.source == "tokens":
-            return self.token_source(self.args.shards or Path("shards") / preset, splits)
-        path = self.args.manifest or paths.manifest(preset)
-        return self.image_source(path, self.params.manifest.images, splits)
-
-    def token_source(self, path: Path, splits: list[str]) -> TokenSource:
-        """Tokens of some splits of a shard directory, [] = all."""
-        return TokenSource(path, splits, self.encoder, self.device, self.args.other_recipe)
-
-    def image_source(self, manifest: Path, images: dict[str, str], splits: list[str]) -> ImageSource:
-        """Images of some splits of a manifest, [] = all, in the crops of the protocol."""
-        from semdict.pipeline.images.batches import CropRecipe
-
-        cfg = self.cfg
-        recipe = CropRecipe.of(self.params.pixels, ["centre"], crop=cfg.test_crop)
-        return ImageSource(
-            manifest, images, splits, recipe, self.vqgan, self.encoder, self.device, cfg.batch,
-            self.params.runtime.workers, self.args.other_recipe,
-        )  # fmt: skip
-
-    def test_set(self, source: Source) -> FeatureSet:
-        """Features of the test splits in their one view."""
-        return self.store.get(source, self.test_views(source))
-
-    def train_set(self, source: Source) -> FeatureSet:
-        """Features of the training splits in the views of evaluate.train_views."""
-        return self.store.get(source, self.cfg.train_views if self.cfg.source == "tokens" else source.views)
-
-    def test_views(self, source: Source) -> list[str]:
-        """The one view of test images."""
-        return [self.cfg.test_view] if self.cfg.source == "tokens" else source.views
-
-    def protocol(self, **details: Any) -> dict[str, Any]:
-        """How a score was measured, on which model: part of every score file."""
-        return {"model": self.encoder.about(), "source": self.cfg.source, "device": self.device.type, **details}
-
-    def write(self, name: str, scores: dict[str, Any], protocol: dict[str, Any]) -> None:
-        """Write <name>.json: the scores (per cent), flat, and their protocol.
-
-        The protocol is in a list of one, since DVC shows every number outside a list as a metric.
-        """
-        path = self.out / f"{name}.json"
-        write_json(path, {**scores, "protocol": [protocol]})
-        text = ", ".join(f"{key} {value:.2f}" for key, value in scores.items() if isinstance(value, float))
-        print(f"{self.encoder.name} {name}: {text} ({path})", file=sys.stderr)
+TEST_ROWS, TRAIN_ROWS = 1024, 65536  # of one block of cosines
 
 
 class Labelled(Protocol):
@@ -180,9 +59,50 @@ def _listing(names: list[str]) -> str:
     return ", ".join(map(repr, names[:4])) + more
 
 
+def top_accuracy(ranked_M5: Tensor, labels_M: np.ndarray) -> dict[str, float]:
+    """top1 and top5: per cent of the images whose label is the first, or among the first five, ranked class."""
+    right_M5 = ranked_M5 == torch.from_numpy(np.asarray(labels_M, np.int64))[:, None]
+    hits = {"top1": right_M5[:, 0], "top5": right_M5.any(dim=1)}
+    return {name: 100.0 * float(hit_M.double().mean()) for name, hit_M in hits.items()}
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor that shares memory with the array (or its file); a read-only array is copied."""
+    return torch.from_numpy(array if array.flags.writeable else np.array(array))
+
+
+def cosine_neighbours(
+    train_NE: np.ndarray, test_ME: np.ndarray, k: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """(M, k) float32 cosines and int64 training rows of the k nearest, the nearest first, on the CPU.
+
+    The training features are read once, 65,536 at a time, and compared with 1,024 test images at a time, which bounds
+    memory. UsageError when there are fewer than k rows.
+    """
+    if not 1 <= k <= len(train_NE):
+        raise UsageError(f"k {k} must be between 1 and the {len(train_NE)} training images there are")
+    device = torch.device(device)
+    tests = F.normalize(as_tensor(test_ME).to(device).float()).split(TEST_ROWS)
+    best = [(test.new_empty(len(test), 0), test.new_empty(len(test), 0, dtype=torch.int64)) for test in tests]
+    with exact_float32():
+        for number, block in enumerate(as_tensor(train_NE).split(TRAIN_ROWS)):
+            train = F.normalize(block.to(device).float())
+            for i, test in enumerate(tests):
+                best[i] = _merge(best[i], test @ train.T, number * TRAIN_ROWS, k)
+    return torch.cat([cosines for cosines, _ in best]).cpu(), torch.cat([rows for _, rows in best]).cpu()
+
+
+def _merge(best: tuple[Tensor, Tensor], cosine_TN: Tensor, first: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest among the best so far and a block of training rows from `first` on."""
+    cosines, rows = cosine_TN.topk(min(k, cosine_TN.shape[1]))
+    cosines, rows = torch.cat([best[0], cosines], dim=1), torch.cat([best[1], rows + first], dim=1)
+    cosines, order = cosines.topk(min(k, cosines.shape[1]))
+    return cosines, rows.gather(1, order)
+
+
 def write_table(path: Path, head: list[str], rows: Iterable[Iterable[Any]]) -> None:
     """Write a CSV file, whole or not at all."""
-    with write_aside(path) as staged, staged.open("w", newline="") as file:
+    with atomic_write(path) as staged, staged.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from semdict.pipeline.common.device import reduced_precision
 from semdict.pipeline.common.errors import SemdictError
-from semdict.pipeline.common.files import PART, remove, sha256_json, write_aside, write_json
+from semdict.pipeline.common.files import PART, atomic_write, remove, sha256_json, write_json
 from semdict.pipeline.execute.code_identity import code_identity
 from semdict.train.eval.sources import Source
 from semdict.train.masked.encoder import Encoder
 from semdict.train.masked.model import MaskedTokenTransformer
 
-CODE = "semdict.train.eval.common"  # imports this file and every source of tokens
+CODE = "semdict.train.eval.setup"  # imports this file and every source of tokens
 EVERY = 30.0  # seconds between lines of progress
 
 
@@ -123,7 +123,7 @@ class FeatureStore:
         count, bad = len(source.labels), []
         progress = Progress(f"features {view}", count)
         shape = (count, self.encoder.model.config.width)
-        with write_aside(path) as staged:
+        with atomic_write(path) as staged:
             rows = np.lib.format.open_memmap(staged, mode="w+", dtype=self.dtype, shape=shape)
             for batch in source.stream(view, self.batch):
                 features_BE = features(batch.tokens).cpu().numpy()

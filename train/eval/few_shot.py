@@ -11,9 +11,10 @@ import numpy as np
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.engine.rng import Stream, permutation
-from semdict.train.eval.common import Setup, add_common_arguments, write_table
-from semdict.train.eval.linear_head import HeadConfig
-from semdict.train.eval.linear_probe import fit_probe, training_batches
+from semdict.train.eval.common import write_table
+from semdict.train.eval.linear_head import HeadConfig, fit_probe
+from semdict.train.eval.linear_probe import training_batches
+from semdict.train.eval.setup import Setup, add_common_arguments
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema.evaluate import EvaluateFewShot

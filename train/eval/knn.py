@@ -1,6 +1,6 @@
 """`semdict evaluate knn`: k nearest neighbours on frozen features (Wu et al., arXiv:1805.01978), also shifted datasets.
 
-N training images, M test images, T of a block, E feature width, C classes, k neighbours.
+N training images, M test images, E feature width, C classes, k neighbours.
 """
 
 import argparse
@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from semdict.pipeline.common.errors import UsageError
-from semdict.pipeline.common.nearest import exact_float32
 from semdict.train.eval.class_map import ClassMap, load_class_map
-from semdict.train.eval.common import Setup, add_common_arguments, write_confusion
+from semdict.train.eval.common import TEST_ROWS, cosine_neighbours, top_accuracy, write_confusion
 from semdict.train.eval.features import FeatureSet
-from semdict.train.eval.linear_head import as_tensor, top_accuracy
+from semdict.train.eval.setup import Setup, add_common_arguments
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema.evaluate import SecondSet
@@ -32,38 +30,7 @@ EXAMPLE = """examples:
 A class map is YAML or JSON: class of the second dataset -> training class, or a list of them.
 Writes knn.json and knn_confusion.csv."""
 
-TEST_ROWS, TRAIN_ROWS = 1024, 65536  # of one block of cosines
-
 Classify = Callable[[np.ndarray, np.ndarray, np.ndarray], Tensor]  # training features, their labels, test features
-
-
-def cosine_neighbours(
-    train_NE: np.ndarray, test_ME: np.ndarray, k: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """(M, k) float32 cosines and int64 training rows of the k nearest, the nearest first, on the CPU.
-
-    The training features are read once, 65,536 at a time, and compared with 1,024 test images at a time, which bounds
-    memory. UsageError when there are fewer than k rows.
-    """
-    if not 1 <= k <= len(train_NE):
-        raise UsageError(f"k {k} must be between 1 and the {len(train_NE)} training images there are")
-    device = torch.device(device)
-    tests = F.normalize(as_tensor(test_ME).to(device).float()).split(TEST_ROWS)
-    best = [(test.new_empty(len(test), 0), test.new_empty(len(test), 0, dtype=torch.int64)) for test in tests]
-    with exact_float32():
-        for number, block in enumerate(as_tensor(train_NE).split(TRAIN_ROWS)):
-            train = F.normalize(block.to(device).float())
-            for i, test in enumerate(tests):
-                best[i] = _merge(best[i], test @ train.T, number * TRAIN_ROWS, k)
-    return torch.cat([cosines for cosines, _ in best]).cpu(), torch.cat([rows for _, rows in best]).cpu()
-
-
-def _merge(best: tuple[Tensor, Tensor], cosine_TN: Tensor, first: int, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest among the best so far and a block of training rows from `first` on."""
-    cosines, rows = cosine_TN.topk(min(k, cosine_TN.shape[1]))
-    cosines, rows = torch.cat([best[0], cosines], dim=1), torch.cat([best[1], rows + first], dim=1)
-    cosines, order = cosines.topk(min(k, cosines.shape[1]))
-    return cosines, rows.gather(1, order)
 
 
 def vote(

@@ -1,6 +1,6 @@
-"""Linear classifier on frozen features as in MoCo v3, MAE and MAGE: LARS, batch norm without affine, cosine schedule.
+"""Linear probe on frozen features as in MoCo v3, MAE and MAGE: LARS, batch norm without affine, cosine schedule.
 
-N images, V views, E feature width, C classes, B rows of a batch.
+N training images, M test images, V views, E feature width, C classes, B rows of a batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from semdict.pipeline.common.errors import SemdictError, UsageError
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
 from semdict.train.engine.rng import Stream, choice_per_row, permutation
+from semdict.train.eval.common import as_tensor, top_accuracy
 
 NORM_EPS = 1e-6  # of the released probe's batch norm
 HEAD_STD = 0.01  # of the released probe's weights
@@ -94,11 +95,6 @@ def views_of(features: np.ndarray | list[np.ndarray]) -> list[np.ndarray]:
     if features.ndim not in (2, 3):
         raise ValueError(f"features are {features.shape}, expected (N, E) or (N, V, E)")
     return [features] if features.ndim == 2 else [features[:, view] for view in range(features.shape[1])]
-
-
-def as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor that shares memory with the array (or its file); a read-only array is copied."""
-    return torch.from_numpy(array if array.flags.writeable else np.array(array))
 
 
 def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -191,8 +187,56 @@ def predict(head: LinearHead, features: np.ndarray, device: torch.device | str =
     return torch.cat(parts)
 
 
-def top_accuracy(ranked_M5: Tensor, labels_M: np.ndarray) -> dict[str, float]:
-    """top1 and top5: per cent of the images whose label is the first, or among the first five, ranked class."""
-    right_M5 = ranked_M5 == torch.from_numpy(np.asarray(labels_M, np.int64))[:, None]
-    hits = {"top1": right_M5[:, 0], "top5": right_M5.any(dim=1)}
-    return {name: 100.0 * float(hit_M.double().mean()) for name, hit_M in hits.items()}
+@dataclass(frozen=True)
+class ProbeResult:
+    """top1, top5: per cent of the test images after the last epoch. curve: per epoch loss (nats), top1, top5.
+
+    predicted: (M,) int64 class of each test image.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    curve: Curve
+    predicted: np.ndarray
+    head: LinearHead
+
+
+def linear_probe(
+    train_features: np.ndarray | list[np.ndarray],
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    cfg: HeadConfig | None = None,
+    classes: int | None = None,
+    device: torch.device | str = "cpu",
+    eval_every: int = 1,
+) -> ProbeResult:
+    """Accuracy of a linear classifier on any frozen features.
+
+    train_features (N, E), or (N, V, E) or a list of V (N, E) with one view per image and epoch, chosen at random;
+    test_features (M, E); floats of any precision, memory-mapped or not. Labels (N,), (M,) whole numbers in
+    [0, classes); classes None = the largest training label + 1. cfg None = tables A.2. UsageError when the batch
+    exceeds N. The same seed gives the same result.
+    """
+    cfg = cfg or HeadConfig()
+    batches = ArrayBatches(train_features, train_labels, cfg.batch, cfg.seed, device)
+    count = classes or int(np.max(train_labels)) + 1
+    return fit_probe(batches, test_features, test_labels, cfg, count, device, eval_every)
+
+
+def fit_probe(
+    batches: Batches, test_features: np.ndarray, test_labels: np.ndarray, cfg: HeadConfig, classes: int,
+    device: torch.device | str = "cpu", eval_every: int = 1,
+) -> ProbeResult:  # fmt: skip
+    """`linear_probe` for training features that `batches` yields, such as those of new crops in every epoch."""
+
+    def evaluate(epoch: int, head: LinearHead) -> dict[str, float]:
+        if epoch % eval_every and epoch != cfg.epochs:
+            return {}
+        return top_accuracy(predict(head, test_features, device), test_labels)
+
+    head, curve = fit_head(batches, classes, cfg, device, evaluate)
+    ranked = predict(head, test_features, device)
+    return ProbeResult(**top_accuracy(ranked, test_labels), loss=curve[-1]["loss"], curve=curve,
+                       predicted=ranked[:, 0].numpy(), head=head)  # fmt: skip

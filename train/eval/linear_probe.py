@@ -1,28 +1,16 @@
-"""`semdict evaluate probe`: linear probe on frozen features (LEASE and Sorcen, tables A.2), also as a function.
-
-N training images, V views, M test images, E feature width.
-"""
+"""`semdict evaluate probe`: linear probe on frozen features (LEASE and Sorcen, tables A.2)."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 
-from semdict.train.eval.common import Setup, add_common_arguments, write_confusion, write_curve
+from semdict.train.eval.common import write_confusion, write_curve
 from semdict.train.eval.features import encoder_features
 from semdict.train.eval.image_source import RandomCropFeatures
-from semdict.train.eval.linear_head import (
-    ArrayBatches,
-    Batches,
-    Curve,
-    HeadConfig,
-    LinearHead,
-    fit_head,
-    predict,
-    top_accuracy,
-)
+from semdict.train.eval.linear_head import ArrayBatches, Batches, HeadConfig, fit_probe
+from semdict.train.eval.setup import Setup, add_common_arguments
 
 EXAMPLE = """examples:
   semdict evaluate probe --model runs/demo/lease --shards shards/demo
@@ -30,61 +18,6 @@ EXAMPLE = """examples:
   semdict evaluate probe --model runs/in1k/lease --set evaluate.source=images     the published protocol, VQGAN online
 
 Writes probe.json, probe_curve.csv and probe_confusion.csv. Features of a shard directory's views are kept in work/."""
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """top1, top5: per cent of the test images after the last epoch. curve: per epoch loss (nats), top1, top5.
-
-    predicted: (M,) int64 class of each test image.
-    """
-
-    top1: float
-    top5: float
-    loss: float
-    curve: Curve
-    predicted: np.ndarray
-    head: LinearHead
-
-
-def linear_probe(
-    train_features: np.ndarray | list[np.ndarray],
-    train_labels: np.ndarray,
-    test_features: np.ndarray,
-    test_labels: np.ndarray,
-    cfg: HeadConfig | None = None,
-    classes: int | None = None,
-    device: torch.device | str = "cpu",
-    eval_every: int = 1,
-) -> ProbeResult:
-    """Accuracy of a linear classifier on any frozen features.
-
-    train_features (N, E), or (N, V, E) or a list of V (N, E) with one view per image and epoch, chosen at random;
-    test_features (M, E); floats of any precision, memory-mapped or not. Labels (N,), (M,) whole numbers in
-    [0, classes); classes None = the largest training label + 1. cfg None = tables A.2. UsageError when the batch
-    exceeds N. The same seed gives the same result.
-    """
-    cfg = cfg or HeadConfig()
-    batches = ArrayBatches(train_features, train_labels, cfg.batch, cfg.seed, device)
-    count = classes or int(np.max(train_labels)) + 1
-    return fit_probe(batches, test_features, test_labels, cfg, count, device, eval_every)
-
-
-def fit_probe(
-    batches: Batches, test_features: np.ndarray, test_labels: np.ndarray, cfg: HeadConfig, classes: int,
-    device: torch.device | str = "cpu", eval_every: int = 1,
-) -> ProbeResult:  # fmt: skip
-    """`linear_probe` for training features that `batches` yields, such as those of new crops in every epoch."""
-
-    def evaluate(epoch: int, head: LinearHead) -> dict[str, float]:
-        if epoch % eval_every and epoch != cfg.epochs:
-            return {}
-        return top_accuracy(predict(head, test_features, device), test_labels)
-
-    head, curve = fit_head(batches, classes, cfg, device, evaluate)
-    ranked = predict(head, test_features, device)
-    return ProbeResult(**top_accuracy(ranked, test_labels), loss=curve[-1]["loss"], curve=curve,
-                       predicted=ranked[:, 0].numpy(), head=head)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,10 +14,10 @@ import torch
 from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.config import paths
+from semdict.train.eval.common import cosine_neighbours
 from semdict.train.eval.extractors import PATCH_MEAN, extract, teacher
 from semdict.train.eval.fid import report_left_out, samples_name
 from semdict.train.eval.image_sets import ImageSet, open_images
-from semdict.train.eval.knn import cosine_neighbours
 
 EXAMPLE = """example:
   semdict evaluate nearest --samples runs/demo/lease-unconditional --split train

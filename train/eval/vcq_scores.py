@@ -21,8 +21,7 @@ from semdict.train.eval.common import same_classes, write_table
 from semdict.train.eval.fid import score_samples
 from semdict.train.eval.image_scores import teacher, val50k
 from semdict.train.eval.image_sets import ArrayImages
-from semdict.train.eval.linear_head import HeadConfig
-from semdict.train.eval.linear_probe import linear_probe
+from semdict.train.eval.linear_head import HeadConfig, linear_probe
 from semdict.train.eval.vcq_latents import CroppedImages, Latents, Originals, latents_of
 from semdict.train.vcq.tokenizer import Tokenizer1d, load_vcq_tokenizer
 from semdict.train.vcq.usage import CodeUsage
