@@ -175,7 +175,8 @@ def world(tmp_path_factory) -> Path:
     """A tokenizer and a model for its tokens, neither trained, and params.yaml."""
     root = tmp_path_factory.mktemp("ar")
     save_model(root / "runs/tiny/vcq/tokenizer.pt", Tokenizer1d(PRESETS["tiny"], seed=1), {})
-    save_model(root / "runs/tiny/ar/model.pt", alive(), {"token_set": {}, "classes": ["a", "b", "c", "d", "e"]})
+    about = {"token_set": {"recipe": {}}, "classes": ["a", "b", "c", "d", "e"]}
+    save_model(root / "runs/tiny/ar/model.pt", alive(), about)
     changes = {"preset": "tiny", "runtime": {"device": "cpu"}, "ar_sample": {"per_class": 6, "batch": 1, "scale": 2.0}}
     (root / "params.yaml").write_text(yaml.safe_dump(tiny.merged(tiny.params(root), changes)))
     return root
