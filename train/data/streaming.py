@@ -193,7 +193,7 @@ class StreamingLoader(Resumable):
         return self._windows[number]
 
     def _read(self, block: TarBlock) -> dict[str, np.ndarray]:
-        """Every column of a block: tokens (n, V, L) uint16, label (n,), row (n,); ShardError names what is wrong."""
+        """Every column of a block: ids (n, V, L), label (n,), row (n,); ShardError names what is wrong."""
         arrays = {"row": np.arange(block.first, block.first + block.rows)}
         with block.tar.open("rb") as file:
             for column, (offset, size) in block.columns.items():

@@ -169,6 +169,8 @@ class Generation:
 
     def batch(self, folder: Path, numbers: list[int]) -> tuple[dict[str, np.ndarray], Sequence[Callable[[], Any]]]:
         """Tokens of the images with these numbers, and jobs that write the images to `folder`."""
+        from semdict.pipeline.shards.ids import id_dtype
+
         context_BL = self.context_tokens(numbers)
         rng = ImageRng(self.cfg.seed, numbers)
         with torch.inference_mode(), reduced_precision(self.device, self.cfg.precision):
@@ -176,7 +178,7 @@ class Generation:
             tokens_BL = decode_iteratively(logits_at, context_BL, self.vocab.mask, rng, self.decoding)
         images = self.pixels(tokens_BL)
         jobs = [partial(save_png, folder / image_file(n), image) for n, image in zip(numbers, images, strict=True)]
-        return {"gen": tokens_BL.cpu().numpy().astype(np.uint16)}, jobs
+        return {"gen": tokens_BL.cpu().numpy().astype(id_dtype(self.vocab.codes))}, jobs
 
     def context_tokens(self, numbers: list[int]) -> Tensor:
         """(B, L) int64 tokens that the images start from, the mask id at cells to fill."""
