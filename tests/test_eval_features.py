@@ -113,7 +113,15 @@ def test_a_killed_view_is_made_again(tmp_path):
     source = FakeSource(tokens)
     assert len(store(encoder, tmp_path).get(source, []).first) == 20 and source.asked == 1
     assert sorted(path.name for path in folder.iterdir()) == ["v.json", "v.npy"]
-    (folder / "v.npy").write_bytes(b"half")
+    whole = (folder / "v.npy").read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    for damaged in (b"half", bytes(flipped)):
+        (folder / "v.npy").write_bytes(damaged)
+        with pytest.raises(SemdictError, match=r"v\.npy is damaged \(its SHA-256 is not the one in v\.json\)"):
+            store(encoder, tmp_path).get(source, [])
+    (folder / "v.npy").write_bytes(whole)
+    (folder / "v.json").write_text("[]")
     with pytest.raises(SemdictError, match=r"v\.npy is damaged"):
         store(encoder, tmp_path).get(source, [])
 

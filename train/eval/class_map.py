@@ -64,7 +64,7 @@ def _read(name: str, path: str) -> dict[str, object]:
     from ruamel.yaml.error import YAMLError
 
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
         # type "base" makes nothing but text, lists and mappings: a class may be called 010 or no
         tree = json.loads(text) if path.endswith(".json") else YAML(typ="base", pure=True).load(text)
     except OSError as error:

@@ -102,7 +102,7 @@ def _merge(best: tuple[Tensor, Tensor], cosine_TN: Tensor, first: int, k: int) -
 
 def write_table(path: Path, head: list[str], rows: Iterable[Iterable[Any]]) -> None:
     """Write a CSV file, whole or not at all."""
-    with atomic_write(path) as staged, staged.open("w", newline="") as file:
+    with atomic_write(path) as staged, staged.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)

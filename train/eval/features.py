@@ -1,11 +1,10 @@
 """Frozen features of a source, computed once per view and kept on disk in a folder named by model, data and code.
 
-N images, V views, E feature width. Files: work/features-<fingerprint>/<view>.npy (N, E) and, last, <view>.json.
+N images, B of a batch, L cells, E feature width. Files: work/features-<fingerprint>/<view>.npy (N, E) and, last,
+<view>.json with its SHA-256.
 """
 
 import json
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from semdict.pipeline.common.device import reduced_precision
 from semdict.pipeline.common.errors import SemdictError
-from semdict.pipeline.common.files import PART, atomic_write, remove, sha256_json, write_json
+from semdict.pipeline.common.files import PART, atomic_write, remove, sha256_file, sha256_json, write_json
+from semdict.pipeline.common.progress import progress
 from semdict.pipeline.execute.code_identity import code_identity
 from semdict.train.eval.sources import Source
 from semdict.train.masked.encoder import Encoder
 from semdict.train.masked.model import MaskedTokenTransformer
 
 CODE = "semdict.train.eval.setup"  # imports this file and every source of tokens
-EVERY = 30.0  # seconds between lines of progress
 
 
 @dataclass(frozen=True)
@@ -107,23 +106,21 @@ class FeatureStore:
         path, done = folder / f"{view}.npy", folder / f"{view}.json"
         if not done.exists():
             bad = self._make(source, view, path)
-            write_json(done, {"bad": bad, "made": time.strftime("%F %T")})
+            write_json(done, {"bad": bad, "sha256": sha256_file(path)})
         try:
-            rows = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write, so that torch may share it
-            bad = json.loads(done.read_text())["bad"]
-        except (OSError, ValueError, KeyError) as error:
+            card = json.loads(done.read_text())
+            if card["sha256"] != sha256_file(path):
+                raise ValueError(f"its SHA-256 is not the one in {done.name}")
+            return np.load(path, mmap_mode="c", allow_pickle=False), card["bad"]  # copy on write: torch may share it
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise SemdictError(f"{path} is damaged ({error}); remove {folder} and run again") from None
-        if rows.shape != (len(source.labels), self.encoder.model.config.width):
-            raise SemdictError(f"{path} is damaged: it holds {rows.shape}; remove {folder} and run again")
-        return rows, bad
 
     def _make(self, source: Source, view: str, path: Path) -> list[int]:
         """Compute (N, E) and write it whole; returns the images that have no tokens (their rows are zero)."""
         features = encoder_features(self.encoder.model, self.precision)
         count, bad = len(source.labels), []
-        progress = Progress(f"features {view}", count)
         shape = (count, self.encoder.model.config.width)
-        with atomic_write(path) as staged:
+        with atomic_write(path) as staged, progress(count, f"features {view}") as bar:
             rows = np.lib.format.open_memmap(staged, mode="w+", dtype=self.dtype, shape=shape)
             for batch in source.stream(view, self.batch):
                 features_BE = features(batch.tokens).cpu().numpy()
@@ -134,23 +131,7 @@ class FeatureStore:
                     )
                 rows[batch.start : batch.start + len(features_BE)] = features_BE
                 bad += [batch.start + i for i in batch.bad]
-                progress.update(batch.start + len(features_BE))
+                bar.update(len(features_BE))
             rows.flush()
             del rows
         return bad
-
-
-class Progress:
-    """A line on stderr every half minute."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total = name, total
-        self.start = self.last = time.monotonic()
-
-    def update(self, done: int) -> None:
-        """Print how many of `total` images are done."""
-        now = time.monotonic()
-        if now - self.last >= EVERY:
-            self.last = now
-            speed = done / (now - self.start)
-            print(f"{self.name}: {done:,}/{self.total:,} images, {speed:,.0f} img/s", file=sys.stderr, flush=True)

@@ -30,19 +30,20 @@ and counts; figures of different counts or protocols are not comparable."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The samples and the reference; the rest is in params.yaml, section scores."""
+    from semdict.pipeline.config.params import add_params_arguments
+
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--reference", type=Path, help="default scores.reference, or the preset's manifest")
     parser.add_argument("--protocol", choices=("val50k", "adm", "teacher"), help="default scores.protocol")
-    parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+    add_params_arguments(parser)
     parser.add_argument("--out", type=Path, help="score file (default reports/<preset>/<samples>/scores.json)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Score and write one JSON file; MissingWeightsError when no score could be computed."""
-    from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.config.params import params_of
 
-    params = load_params(args.params, args.set)
+    params = params_of(args)
     out = args.out or Path("reports") / params.preset / samples_name(args.samples) / "scores.json"
     check_output(out, "json")
     result, protocol = score_samples(args.samples, params, args.protocol, args.reference)

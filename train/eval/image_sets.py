@@ -217,7 +217,7 @@ def generator_settings(folder: Path) -> dict[str, Any]:
         path = folder / name
         if path.is_file():
             try:
-                return {"sampling": json.loads(path.read_text())}
+                return {"sampling": json.loads(path.read_text(encoding="utf-8"))}
             except ValueError as error:
                 raise UsageError(f"{path} is damaged ({error}); sample again") from None
     return {}

@@ -30,20 +30,21 @@ TYPICAL = 200  # training images whose own nearest neighbour gives the scale
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The samples and the training images."""
+    from semdict.pipeline.config.params import add_params_arguments
+
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--reference", type=Path, help="default data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--split", default="train", help="of a manifest")
-    parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+    add_params_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder (default reports/<preset>/<name of the samples>)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Find the nearest of the first `scores.shown` samples; write the picture and the cosines."""
-    from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.config.params import params_of
     from semdict.pipeline.images.visualize import save_grid
 
-    params = load_params(args.params, args.set)
+    params = params_of(args)
     device = torch.device(resolve_device(params.runtime.device))
     extractor, network = teacher(params, device)
     samples = open_images(args.samples, params)

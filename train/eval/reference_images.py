@@ -23,21 +23,22 @@ BATCH = 64  # images decoded ahead
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The images and the folder of the PNGs."""
+    from semdict.pipeline.config.params import add_params_arguments
+
     parser.add_argument("--manifest", type=Path, help="default data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--split", default="val")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+    add_params_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the folder whole or not at all."""
-    from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.config.params import params_of
     from semdict.pipeline.images.batches import good_or_bad, load_ahead
     from semdict.pipeline.images.decode import BadImage
     from semdict.pipeline.manifest.table import load_manifest
 
-    params = load_params(args.params, args.set)
+    params = params_of(args)
     check_output(args.out, "reference")
     if occupied(args.out):
         raise UsageError(f"{args.out} exists; give another --out or remove it")

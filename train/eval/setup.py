@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, data and score files; everything else is in params.yaml, section evaluate."""
+    from semdict.pipeline.config.params import add_params_arguments
+
     parser.add_argument("--model", type=Path, required=True, help="a run's folder, its model.pt or a released file")
     parser.add_argument("--num-heads", type=int, help="of a released encoder whose width is none of the published")
     parser.add_argument("--decoder-num-heads", type=int, help="likewise")
     parser.add_argument("--shards", type=Path, help="source tokens: token shards (default shards/<preset>)")
     parser.add_argument("--manifest", type=Path, help="source images (default data/<preset>/manifest/manifest.parquet)")
     parser.add_argument("--other-recipe", action="store_true", help="score on tokens of another recipe")
-    parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+    add_params_arguments(parser)
     parser.add_argument("--out", type=Path, help="score files (default reports/<preset>/<name of the model>)")
     parser.add_argument("--work", default="work", type=Path, help="where features are kept (default: work)")
 
@@ -51,10 +52,10 @@ class Setup:
     @classmethod
     def of(cls, args: argparse.Namespace, device: torch.device | None = None) -> "Setup":
         """Validated parameters and the encoder on its device."""
-        from semdict.pipeline.config.params import load_params
+        from semdict.pipeline.config.params import params_of
 
         keep_freed_memory()
-        params = load_params(args.params, args.set)
+        params = params_of(args)
         device = device or torch.device(resolve_device(params.runtime.device))
         encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads, device)
         return cls(args, params, device, encoder)

@@ -43,8 +43,9 @@ Metrics = dict[str, float]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The tokenizer and the samples; the rest is in params.yaml, sections vcq_evaluate and scores."""
-    parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+    from semdict.pipeline.config.params import add_params_arguments
+
+    add_params_arguments(parser)
     parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
     parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument(
@@ -56,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure everything and write it."""
-    from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.config.params import params_of
 
-    params = load_params(args.params, args.set)
+    params = params_of(args)
     folders = sample_folders(args.samples)
     path = args.tokenizer or Path("runs") / params.preset / "vcq"
     device = resolve_device(params.runtime.device)
