@@ -1,4 +1,4 @@
-"""The encoder under evaluation: any checkpoint of this project or of the released models, and what its tokens were."""
+"""The encoder under evaluation: a checkpoint of this project or of the released models, and the recipe of its tokens."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +13,14 @@ from semdict.train.engine.model_file import MODEL, load_model, model_kind, model
 from semdict.train.masked.model import MaskedTokenTransformer
 from semdict.train.masked.released import load_released
 
-# parts of a token recipe that do not change what a token means: the other dictionary, and which views were cut
-FREE = ("disc",)
-FREE_CROP = ("views", "random", "ten_crop")
+# parts of a token recipe that do not change the meaning of a generative token
+IGNORED = ("disc",)
+IGNORED_CROP = ("views", "random", "ten_crop")
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen model in evaluation mode; recipe: how its training tokens were made, None where the file is silent."""
+    """A frozen model in evaluation mode; recipe: of its training tokens, None where the file does not say."""
 
     model: MaskedTokenTransformer
     name: str
@@ -29,52 +29,57 @@ class Encoder:
     epochs: int | None
 
     def about(self) -> dict[str, Any]:
-        """What a score file says of the model."""
+        """The model's entry in score files."""
         config = self.model.config
         shape = {"family": config.family, "width": config.width, "depth": config.depth, "heads": config.heads}
         return {"name": self.name, "sha256": self.sha256, **shape, "epochs": self.epochs}
 
     def only(self, part: str) -> "Encoder":
-        """The same encoder, of whose token recipe only one part is held against other tokens."""
-        known = {part: self.recipe[part]} if self.recipe and part in self.recipe else None
-        return replace(self, recipe=known)
+        """The same encoder with only one part of its token recipe, for sources that differ in the other parts."""
+        recipe = {part: self.recipe[part]} if self.recipe and part in self.recipe else None
+        return replace(self, recipe=recipe)
 
-    def check_tokens(self, where: Path, codes: int, cells: int, recipe: dict[str, Any], ask: bool = False) -> str:
-        """ "same", "other" or "unknown": how tokens relate to those of training.
+    def check_tokens(
+        self, path: Path, codes: int, cells: int, recipe: dict[str, Any], allow_other: bool = False
+    ) -> str:
+        """ "same", "other" or "unknown": whether tokens at `path` have the recipe of the training tokens.
 
-        ShardError when they cannot be the model's (other codebook size or grid), or when they were made otherwise
-        (crop, decoder, precision, tokenizer) and that was not asked for.
+        ShardError when they cannot be the model's (other codebook size or grid), or, unless `allow_other`, when their
+        recipe differs (crop, decoder, precision, tokenizer).
         """
         config = self.model.config
         if (codes, cells) != (config.vocab.codes, config.grid**2):
             raise ShardError(
-                f"{where} has {codes} codes on {cells} cells, the model {self.name} knows {config.vocab.codes} codes "
-                f"on {config.grid**2} cells"
+                f"{path} has {codes} codes on {cells} cells, the model {self.name} has {config.vocab.codes} codes on "
+                f"{config.grid**2} cells"
             )
         if self.recipe is None:
             return "unknown"
         changed = differences(comparable(self.recipe), comparable(recipe))
-        if changed and not ask:
+        if changed and not allow_other:
             raise ShardError(
-                f"{where}: the model {self.name} was trained on other tokens, which differ in: {'; '.join(changed)} "
-                "(model -> tokens). Encode with the same recipe, or pass --other-recipe to score it all the same"
+                f"{path}: the model {self.name} was trained on other tokens, which differ in: {'; '.join(changed)} "
+                "(model -> tokens). Encode with the same recipe, or pass --other-recipe to score it anyway"
             )
         return "other" if changed else "same"
 
 
 def comparable(recipe: dict[str, Any]) -> dict[str, Any]:
     """The part of a token recipe in which a model's training and its evaluation must agree."""
-    kept = {name: value for name, value in recipe.items() if name not in FREE}
-    if isinstance(kept.get("crop"), dict):
-        kept["crop"] = {name: value for name, value in kept["crop"].items() if name not in FREE_CROP}
-    return kept
+    compared = {name: value for name, value in recipe.items() if name not in IGNORED}
+    if isinstance(compared.get("crop"), dict):
+        compared["crop"] = {name: value for name, value in compared["crop"].items() if name not in IGNORED_CROP}
+    return compared
 
 
 def load_encoder(
     path: str | Path, num_heads: int | None = None, decoder_num_heads: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Encoder:  # fmt: skip
-    """A run's folder, its model.pt, or a released MAGE, Sorcen or LEASE checkpoint; WeightsError when it is none."""
+    """The encoder of a run's folder, its model.pt, or a released MAGE, Sorcen or LEASE checkpoint.
+
+    WeightsError when `path` is none of them.
+    """
     path = Path(path)
     file = model_path(path)
     if not file.is_file():

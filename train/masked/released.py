@@ -1,7 +1,7 @@
 """Published MAGE, Sorcen and LEASE checkpoints: read into the one model, and written back in their own layouts.
 
-What a file holds beside the weights in use (unused embeddings, a tokenizer, an online classifier, the teacher) is kept
-with the model and written back unchanged. Optimiser state is not kept.
+Tensors of a file that the model does not use (unused embeddings, a tokenizer, an online classifier, the teacher) are
+kept with the model and written back unchanged. Optimiser state is not kept.
 """
 
 import os
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.common.files import write_aside
+from semdict.pipeline.common.files import atomic_write
 from semdict.pipeline.common.safeload import load_checkpoint, state_dict_of
 from semdict.train.engine.ema import Ema
 from semdict.train.engine.layers import pos2d
@@ -25,7 +25,7 @@ GRID, CELLS = 16, 256
 HEADS = {768: 12, 1024: 16}  # of the released encoders; a checkpoint does not hold head counts
 DECODER_HEADS = {768: 16, 1024: 16}
 
-# published name -> ours, by prefix; a name that starts with none of these is not used by the model
+# published prefix of a tensor's name -> prefix in this project; other tensors are not used by the model
 PREFIXES = {
     "token_emb.word_embeddings.": "token_emb.word.",
     "token_emb.position_embeddings.": "token_emb.position.",
@@ -49,7 +49,7 @@ TEACHER = {"blocks_momentum.": "parts.blocks.", "momentum_projector.projector.":
 
 @dataclass
 class Kept:
-    """What a released file holds beside the model: tensors by their published names, and its epoch."""
+    """Tensors of a released file that the model does not use, by their published names, and the file's epoch."""
 
     family: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -61,13 +61,13 @@ def load_released(
 ) -> MaskedTokenTransformer:
     """Read a published MAGE, Sorcen or LEASE checkpoint, or one written by `save_released`; evaluation mode, CPU.
 
-    Head counts are not in a checkpoint: released widths (768, 1024) have theirs by default, others must be given.
+    Head counts are not in a checkpoint: those of the released widths (768, 1024) are known, others must be passed.
     `model.released` keeps what the model does not use. WeightsError names both sides when the file is of another family
     or size. The model offers family, mask_token, codebook_size, features and logits.
     """
     path = Path(path)
-    found = load_checkpoint(path)
-    state = state_dict_of(found, path)
+    contents = load_checkpoint(path)
+    state = state_dict_of(contents, path)
     family = _family(path, state)
     config = _config(path, state, family, num_heads, decoder_num_heads)
     model = MaskedTokenTransformer(config)
@@ -77,7 +77,7 @@ def load_released(
         _expect(path, "pos2d", state["pos2d"], (1, *model.pos2d.shape))
         model.pos2d.copy_(state["pos2d"][0])
     used = {name for name, _ in ours.values()}
-    epoch = found.get("epoch", 0)
+    epoch = contents.get("epoch", 0)
     kept = {name: value for name, value in state.items() if name not in used}
     model.released = Kept(family, kept, epoch if isinstance(epoch, int) else 0)
     return model.eval()
@@ -103,10 +103,10 @@ def save_released(
 ) -> None:
     """Write `model` in the published layout of `family` ({"model": tensors by published name, "epoch": int}).
 
-    A model from `load_released` gives back the same tensors, kept ones included. A model trained here gets the
-    published vocabulary (unused rows zero) and zeros for tensors that the layout has but nothing uses. `teacher`: the
-    average of a Sorcen run, else the one that was kept, else a copy of the student; `centroids`: (K, D), unit rows are
-    stored, needed for LEASE unless kept. WeightsError when the model is of another family, grid or code count.
+    A model from `load_released` is written with the same tensors, unused ones included. A model trained here gets the
+    published vocabulary (unused rows zero) and zeros for tensors of the layout that nothing uses. `teacher`: the
+    average of a Sorcen run; by default the file's own, else a copy of the student. `centroids`: (K, D), stored as unit
+    rows, needed for LEASE unless the model's file had them. WeightsError when the model is of another family, grid or code count.
     """
     c = model.config
     kept = getattr(model, "released", None) or Kept(family)
@@ -118,16 +118,16 @@ def save_released(
     tensors = {**_unused(model, family, centroids, kept), **kept.tensors, **_published(model, family)}
     if family == "sorcen" and (teacher or "blocks_momentum.0.norm1.weight" not in kept.tensors):
         averaged = (teacher or Ema(model, ("blocks", "projector"))).state_dict()
-        tensors.update({_renamed(name, _turned(TEACHER)): value for name, value in averaged.items()})
+        tensors.update({_renamed(name, _inverse(TEACHER)): value for name, value in averaged.items()})
     if centroids is not None and family == "lease":
         tensors["dino_codebook"] = torch.nn.functional.normalize(centroids.float(), dim=1)
     whole = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-    with write_aside(path) as aside:
-        torch.save({"model": whole, "epoch": kept.epoch}, aside)
+    with atomic_write(path) as staged, staged.open("wb") as file:  # torch would store the temporary name of a path
+        torch.save({"model": whole, "epoch": kept.epoch}, file)
 
 
 def _family(path: Path, state: dict[str, Tensor]) -> str:
-    """Which published model a state dict belongs to, from the word table and the tensors that only one family has."""
+    """The family of a state dict, from its token table and the tensors that only one family has."""
     table = state.get("token_emb.word_embeddings.weight")
     rows = table.shape[0] if table is not None else None
     if rows == LEASE.rows and "proj_to_dino.0.weight" in state:
@@ -136,18 +136,18 @@ def _family(path: Path, state: dict[str, Tensor]) -> str:
         return "sorcen"
     if rows == MAGE.rows and "proj_to_dino.0.weight" not in state:
         return "mage"
-    got = f"a word table of {rows} rows" if rows else "no token_emb.word_embeddings.weight"
-    some = ", ".join(list(state)[:3]) or "no tensors"
+    got = f"a token table of {rows} rows" if rows else "no token_emb.word_embeddings.weight"
+    first = ", ".join(list(state)[:3]) or "no tensors"
     raise WeightsError(
         f"{path} is not a released checkpoint of MAGE or Sorcen ({MAGE.rows} rows) or LEASE ({LEASE.rows} rows, "
-        f"proj_to_dino.0.weight): it has {got}; first tensors: {some}"
+        f"proj_to_dino.0.weight): it has {got}; first tensors: {first}"
     )
 
 
 def _config(
     path: Path, state: dict[str, Tensor], family: str, heads: int | None, decoder_heads: int | None
 ) -> ModelConfig:
-    """The configuration that the tensors' shapes tell, with head counts from the caller or the released sizes."""
+    """The configuration from the tensors' shapes; head counts from the caller or the released sizes."""
     width = state["token_emb.word_embeddings.weight"].shape[1]
     if "decoder_embed.weight" not in state:
         raise WeightsError(f"{path} has no decoder (decoder_embed.weight): an encoder alone is not enough")
@@ -173,13 +173,13 @@ def _config(
     )
 
 
-def _heads(path: Path, name: str, given: int | None, known: dict[int, int], width: int) -> int:
-    if given is None and width not in known:
+def _heads(path: Path, name: str, heads: int | None, known: dict[int, int], width: int) -> int:
+    if heads is None and width not in known:
         raise WeightsError(
             f"{path}: width {width} is none of the released {sorted(known)}, and a checkpoint does not hold its head "
             f"count; pass {name}="
         )
-    heads = known[width] if given is None else given
+    heads = known[width] if heads is None else heads
     if heads < 1 or width % heads:
         raise WeightsError(f"{path}: {name} {heads} does not divide the width {width}")
     return heads
@@ -195,26 +195,26 @@ def _head_widths(shapes: dict[str, tuple], name: str) -> tuple[int, int] | None:
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:
-    """`name` with the prefix that it starts with exchanged, empty where it starts with none."""
+    """`name` with its prefix replaced, "" where it has none of `prefixes`."""
     for theirs, ours in prefixes.items():
         if name.startswith(theirs):
             return ours + name[len(theirs) :]
     return ""
 
 
-def _turned(prefixes: dict[str, str]) -> dict[str, str]:
+def _inverse(prefixes: dict[str, str]) -> dict[str, str]:
     return {ours: theirs for theirs, ours in prefixes.items()}
 
 
 def _fill(path: Path, model: MaskedTokenTransformer, ours: dict[str, tuple[str, Tensor]]) -> None:
-    """Put the tensors in; WeightsError names what is missing, left over or of another shape."""
+    """Load the tensors; WeightsError names those that are missing, unexpected or of another shape."""
     want = model.state_dict()
     if missing := sorted(want.keys() - ours.keys()):
-        names = ", ".join(_renamed(name, _turned(PREFIXES)) for name in missing[:4])
+        names = ", ".join(_renamed(name, _inverse(PREFIXES)) for name in missing[:4])
         raise WeightsError(f"{path} lacks {len(missing)} tensors of a {model.family} checkpoint: {names}")
-    if left := sorted(ours.keys() - want.keys()):
+    if unexpected := sorted(ours.keys() - want.keys()):
         raise WeightsError(
-            f"{path} holds tensors no {model.family} checkpoint has: {', '.join(ours[n][0] for n in left[:4])}"
+            f"{path} holds tensors no {model.family} checkpoint has: {', '.join(ours[n][0] for n in unexpected[:4])}"
         )
     for name, (theirs, value) in ours.items():
         shape = tuple(want[name].shape)
@@ -225,15 +225,15 @@ def _fill(path: Path, model: MaskedTokenTransformer, ours: dict[str, tuple[str, 
 
 def _expect(path: Path, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(value.shape) != tuple(shape):
-        raise WeightsError(f"{path}: {name} has shape {tuple(value.shape)}, the other tensors promise {tuple(shape)}")
+        raise WeightsError(f"{path}: {name} has shape {tuple(value.shape)}, the other tensors need {tuple(shape)}")
 
 
 def _published(model: MaskedTokenTransformer, family: str) -> dict[str, Tensor]:
     """The model's own tensors under their published names, in the published vocabulary and shapes."""
-    vocab, turned = model.config.vocab, _turned(PREFIXES)
-    tensors = {_renamed(name, turned): value for name, value in model.state_dict().items()}
+    vocab, names = model.config.vocab, _inverse(PREFIXES)
+    tensors = {_renamed(name, names): value for name, value in model.state_dict().items()}
     for name in ("token_emb.word_embeddings.weight", "mlm_layer.bias"):
-        tensors[name] = _respell(tensors[name], vocab, VOCABS[family])
+        tensors[name] = _reorder(tensors[name], vocab, VOCABS[family])
     tensors["mlm_layer.bias"] = tensors["mlm_layer.bias"][None, None]
     position = tensors["decoder_pos_embed_learned"]
     missing = max(0, DECODER_ROWS[family] - position.shape[0])
@@ -241,8 +241,8 @@ def _published(model: MaskedTokenTransformer, family: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _respell(table: Tensor, vocab: Vocab, want: Vocab) -> Tensor:
-    """Rows of `vocab` moved to their places in `want`; rows that are never used are zero."""
+def _reorder(table: Tensor, vocab: Vocab, want: Vocab) -> Tensor:
+    """A table of `vocab` with its rows where `want` has them; rows that are never used are zero."""
     if vocab == want:
         return table
     moved = table.new_zeros(want.rows, *table.shape[1:])
@@ -252,7 +252,7 @@ def _respell(table: Tensor, vocab: Vocab, want: Vocab) -> Tensor:
 
 
 def _unused(model: MaskedTokenTransformer, family: str, centroids: Tensor | None, kept: Kept) -> dict[str, Tensor]:
-    """What the published classes expect in a file though nothing reads it (and LEASE's dictionary must be given)."""
+    """Tensors that the published classes expect in a file though nothing reads them."""
     if kept.tensors:
         return {}
     c = model.config
@@ -263,7 +263,7 @@ def _unused(model: MaskedTokenTransformer, family: str, centroids: Tensor | None
     }
     if family == "lease":
         if centroids is None:
-            raise WeightsError("the LEASE layout holds the dictionary: pass centroids=")
+            raise WeightsError("the LEASE layout holds the centroids: pass centroids=")
         return {
             **tensors,
             "pos2d": pos2d(c.width, GRID)[None],
