@@ -2,7 +2,7 @@
 
 Example: python -m benchmarks.bench_generate --out benchmarks/results/generate.json    (--small for a quick look)
          python -m benchmarks.bench_generate --device cuda --size vit_base --batch 64 --out ...
-20 steps, random weights; only tokens are drawn, the VQGAN is not in the time. Needs torch and numpy.
+20 steps, random weights; the time is that of the tokens, without the tokenizer's decoder. Needs torch and numpy.
 """
 
 import math
@@ -24,40 +24,40 @@ CODES = 1024
 def whole_vocabulary(model: MaskedTokenTransformer, batch: int, steps: int, temperature: float) -> Tensor:
     """A straightforward loop: logits of every row of the table at every cell, cut to the codes afterwards."""
     vocab = model.config.vocab
-    canvas = torch.full((batch, 256), vocab.mask, device=model.token_emb.word.weight.device)
+    tokens_BL = torch.full((batch, 256), vocab.mask, device=model.token_emb.word.weight.device)
     for step in range(steps):
-        unknown = canvas == vocab.mask
-        features = model.decode(model.encode(canvas), unknown)[:, 1:]
+        unknown = tokens_BL == vocab.mask
+        features = model.decode(model.encode(tokens_BL), unknown)[:, 1:]
         logits = model.token_head(features, model.token_emb.word.weight)[..., : vocab.codes]
-        drawn = torch.where(unknown, torch.distributions.Categorical(logits=logits).sample(), canvas)
-        chance = logits.softmax(-1).gather(-1, drawn.clamp(max=vocab.codes - 1)[..., None])[..., 0]
-        chance = torch.where(unknown, chance, math.inf)
+        sampled_BL = torch.where(unknown, torch.distributions.Categorical(logits=logits).sample(), tokens_BL)
+        probability_BL = logits.softmax(-1).gather(-1, sampled_BL.clamp(max=vocab.codes - 1)[..., None])[..., 0]
+        probability_BL = torch.where(unknown, probability_BL, math.inf)
         ratio = (step + 1) / steps
         hidden = max(1, min(int(unknown[0].sum()) - 1, math.floor(256 * math.cos(math.pi / 2 * ratio))))
-        noise = -torch.log(-torch.log(torch.rand_like(chance)))
-        sure = chance.log() + temperature * (1 - ratio) * noise
+        noise = -torch.log(-torch.log(torch.rand_like(probability_BL)))
+        sure = probability_BL.log() + temperature * (1 - ratio) * noise
         cut = sure.sort(-1).values[:, hidden - 1 : hidden]
-        canvas = drawn.masked_fill(sure <= cut, vocab.mask)
-    return drawn
+        tokens_BL = sampled_BL.masked_fill(sure <= cut, vocab.mask)
+    return sampled_BL
 
 
-def versions(model: MaskedTokenTransformer, batch: int, how: Decoding) -> dict[str, Callable[[], Tensor]]:
-    """Each draws `batch` images."""
+def versions(model: MaskedTokenTransformer, batch: int, cfg: Decoding) -> dict[str, Callable[[], Tensor]]:
+    """Functions that each sample `batch` images."""
     device = model.token_emb.word.weight.device
 
-    def ours(numbers: list[int]) -> Tensor:
-        canvas = torch.full((len(numbers), 256), model.mask_token, device=device)
+    def sample(numbers: list[int]) -> Tensor:
+        tokens_BL = torch.full((len(numbers), 256), model.mask_token, device=device)
         return decode_iteratively(
-            share_equal_contexts(model.logits_at), canvas, model.mask_token, ImageRng(0, numbers), how
+            share_equal_contexts(model.logits_at), tokens_BL, model.mask_token, ImageRng(0, numbers), cfg
         )
 
     return {
-        "batched": lambda: ours(list(range(batch))),
-        "one_at_a_time": lambda: torch.cat([ours([n]) for n in range(batch)]),
+        "batched": lambda: sample(list(range(batch))),
+        "one_at_a_time": lambda: torch.cat([sample([n]) for n in range(batch)]),
         "whole_vocabulary_one_at_a_time": lambda: torch.cat(
-            [whole_vocabulary(model, 1, how.steps, how.temperature) for _ in range(batch)]
+            [whole_vocabulary(model, 1, cfg.steps, cfg.temperature) for _ in range(batch)]
         ),
-        "whole_vocabulary": lambda: whole_vocabulary(model, batch, how.steps, how.temperature),
+        "whole_vocabulary": lambda: whole_vocabulary(model, batch, cfg.steps, cfg.temperature),
     }
 
 
@@ -73,9 +73,9 @@ def main() -> None:
         args.size, args.batch, args.steps = "tiny", 4, 4
     config = model_config("lease", args.size, vocab=LEASE, decoder_rows=385, **Lease.architecture(64))
     model = MaskedTokenTransformer(config).to(args.device).eval().requires_grad_(False)
-    how = Decoding(args.steps, 6.0, "sampled")  # as many passes as the loop that it is compared with
+    cfg = Decoding(args.steps, 6.0, "sampled")  # as many passes as the loop that it is compared with
     with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-        wall, processor = alternate(versions(model, args.batch, how), args.repeats, args.device)
+        wall, processor = alternate(versions(model, args.batch, cfg), args.repeats, args.device)
     publish(
         args.out,
         {

@@ -1,4 +1,4 @@
-"""Linear probe from cached features against features made anew every epoch, in one process.
+"""Linear probe from cached features against features computed in every epoch, in one process.
 
     python -m benchmarks.bench_probe [--small] [--device cuda] [--out benchmarks/results/probe.json]
 
@@ -51,21 +51,21 @@ class Tokens:
             yield TokenBatch(start, self.ids[start : start + batch])
 
 
-class Anew:
-    """Training batches whose features are made when they are asked for."""
+class Recomputed:
+    """Training batches whose features are computed for every batch."""
 
-    def __init__(self, make: Callable[[np.ndarray], Tensor], like: ArrayBatches) -> None:
-        self.make, self.like, self.steps, self.width = make, like, like.steps, like.width
+    def __init__(self, compute: Callable[[np.ndarray], Tensor], like: ArrayBatches) -> None:
+        self.compute, self.like, self.steps, self.width = compute, like, like.steps, like.width
 
     def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = np.random.default_rng(epoch).permutation(len(self.like.labels))
         for start in range(0, self.steps * self.like.batch, self.like.batch):
             at = order[start : start + self.like.batch]
-            yield self.make(at), self.like.labels[torch.from_numpy(at).to(self.like.device)]
+            yield self.compute(at), self.like.labels[torch.from_numpy(at).to(self.like.device)]
 
 
 def epochs(args: Any, size: str, rows: int, root: Path) -> dict[str, Any]:
-    """Seconds of one epoch by each way, and of making the features once."""
+    """Seconds of one epoch with each kind of batches, and of computing the features once."""
     device, batch = args.device, args.batch
     precision = "bfloat16" if device.startswith("cuda") else "float32"
     model = MaskedTokenTransformer(model_config("mage", size)).to(device).eval()
@@ -89,9 +89,9 @@ def epochs(args: Any, size: str, rows: int, root: Path) -> dict[str, Any]:
         return torch.cat([features(vqgan.encode(pixels[:n])) for n in sizes])
 
     cfg = HeadConfig(epochs=1, batch=rows // 2)
-    ways: dict[str, Any] = {"cached": cached, "tokens_anew": Anew(from_tokens, cached)}
-    ways["pixels_anew"] = Anew(from_pixels, cached)
-    runs = {name: lambda way=way: fit_head(way, CLASSES, cfg, device) for name, way in ways.items()}
+    batches: dict[str, Any] = {"cached": cached, "tokens_anew": Recomputed(from_tokens, cached)}
+    batches["pixels_anew"] = Recomputed(from_pixels, cached)
+    runs = {name: lambda b=b: fit_head(b, CLASSES, cfg, device) for name, b in batches.items()}
     wall, _ = alternate(runs, args.repeats, device)
     whole = once + EPOCHS * wall["cached"]
     ratios = {name: round(EPOCHS * wall[name] / whole, 1) for name in ("tokens_anew", "pixels_anew")}
@@ -101,25 +101,25 @@ def epochs(args: Any, size: str, rows: int, root: Path) -> dict[str, Any]:
 
 def imagenet(args: Any, root: Path) -> dict[str, Any]:
     """One epoch and k-NN at ImageNet-1k's size (a tenth of it with --small), from a float16 map on disk."""
-    rows, asked = (IMAGENET // 10, VALIDATION // 100) if args.small else (IMAGENET, VALIDATION // args.share)
+    rows, queries = (IMAGENET // 10, VALIDATION // 100) if args.small else (IMAGENET, VALIDATION // args.share)
     path, rng = root / "large.npy", np.random.default_rng(0)
     written = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(rows, WIDTH))
     for start in range(0, rows, 1 << 14):
         written[start : start + (1 << 14)] = rng.standard_normal((min(1 << 14, rows - start), WIDTH), np.float32)
     del written
-    held = np.load(path, mmap_mode="c")
+    features = np.load(path, mmap_mode="c")
     labels = rng.integers(0, CLASSES, rows)
-    batches = ArrayBatches(held, labels, 4096, 0, args.device)
+    batches = ArrayBatches(features, labels, 4096, 0, args.device)
     before, began = status("VmRSS"), perf_counter()
     fit_head(batches, CLASSES, HeadConfig(epochs=1), args.device)
     wait(args.device)
     epoch = perf_counter() - began
     began = perf_counter()
-    knn(held, labels, held[:asked], device=args.device, classes=CLASSES)
+    knn(features, labels, features[:queries], device=args.device, classes=CLASSES)
     vote = perf_counter() - began
-    grown = round((status("VmRSS") - before) / 2**20)  # pages of the map among them: the kernel may take them back
+    grown = round((status("VmRSS") - before) / 2**20)  # includes pages of the map, which the kernel may take back
     return {"rows": rows, "width": WIDTH, "probe_epoch_s": epoch, "probe_90_epochs_min": EPOCHS * epoch / 60,
-            "knn_queries": asked, "knn_s": vote, "knn_50000_queries_min": vote * VALIDATION / asked / 60,
+            "knn_queries": queries, "knn_s": vote, "knn_50000_queries_min": vote * VALIDATION / queries / 60,
             "resident_mb": grown, "map_mb": math.ceil(path.stat().st_size / 2**20)}  # fmt: skip
 
 
@@ -130,14 +130,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="images per forward pass")
     parser.add_argument("--rows", type=int, default=64, help="images of the timed epoch")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--share", type=int, default=10, help="ask the k-NN one in so many of the 50,000")
+    parser.add_argument("--share", type=int, default=10, help="one in so many of the 50,000 k-NN queries is timed")
     args = parser.parse_args()
     size = "tiny" if args.small else "vit_base"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        found = {"epochs": epochs(args, size, args.rows, root), "imagenet_size": imagenet(args, root)}
+        result = {"epochs": epochs(args, size, args.rows, root), "imagenet_size": imagenet(args, root)}
     setting = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
-    publish(args.out, {**found, "setting": setting, "machine": machine(args.device)})
+    publish(args.out, {**result, "setting": setting, "machine": machine(args.device)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`semdict evaluate` as a user runs it, on a tiny world: the numbers are those of a plain computation."""
+"""`semdict evaluate` on a small project: its scores equal those of a direct computation."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ def images(root: Path, split: str, classes: int, each: int, start: int) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Images, shards with two views, a trained model; nothing scored yet."""
+    """Images, shards with two views, a trained model."""
     root = tmp_path_factory.mktemp("world")
     folders = {split: str(root / "images" / split) for split in ("train", "val")}
     tiny.make_world(root, manifest={"images": folders}, encode={"views": ["centre", "flip"]})
@@ -53,8 +53,8 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def place(world, tmp_path) -> Path:
-    """A copy to score in and to damage."""
+def project(world, tmp_path) -> Path:
+    """A copy that a test may score in and damage."""
     root = tmp_path / "world"
     shutil.copytree(world, root, ignore=shutil.ignore_patterns("work"))
     return root
@@ -65,9 +65,9 @@ def evaluate(root: Path, action: str, *options: str) -> int:
 
 
 def report(root: Path, name: str) -> dict:
-    found = json.loads((root / "reports" / "tiny" / "mage" / name).read_text())
-    assert all(isinstance(value, float) for score, value in found.items() if score != "protocol")  # what DVC shows
-    return {**found, "protocol": found["protocol"][0]}
+    scores = json.loads((root / "reports" / "tiny" / "mage" / name).read_text())
+    assert all(isinstance(value, float) for score, value in scores.items() if score != "protocol")  # what DVC shows
+    return {**scores, "protocol": scores["protocol"][0]}
 
 
 def table(root: Path, name: str) -> list[dict]:
@@ -76,7 +76,7 @@ def table(root: Path, name: str) -> list[dict]:
 
 
 def plain_features(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(N, V, E) features and labels by the shortest way."""
+    """(N, V, E) features and labels of a split, straight from the model."""
     shards = open_shards(root / "shards" / "tiny")
     model, _ = load_model(root / "runs" / "tiny" / "mage", MaskedTokenTransformer)
     rows = np.flatnonzero(np.asarray(shards.index["split"].to_pylist()) == split)
@@ -86,52 +86,52 @@ def plain_features(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return torch.stack(views, dim=1).numpy(), shards.label[:][rows]
 
 
-def test_probe(place):
-    assert evaluate(place, "probe") == 0
-    found = report(place, "probe.json")
-    (x, y), (xt, yt) = plain_features(place, "train"), plain_features(place, "val")
+def test_probe(project):
+    assert evaluate(project, "probe") == 0
+    scores = report(project, "probe.json")
+    (x, y), (xt, yt) = plain_features(project, "train"), plain_features(project, "val")
     want = linear_probe(x, y, xt[:, 0], yt, HeadConfig(3, 8, 4.0))
-    assert found["top1"] == pytest.approx(want.top1) and found["loss"] == pytest.approx(want.loss, rel=1e-4)
-    said = found["protocol"]
-    assert said["source"] == "tokens" and said["train"]["views"] == ["centre", "flip"] and said["test"]["images"] == 6
-    assert said["test"]["views"] == ["centre"] and said["train"]["images"] == 12 and said["classes"] == 3
-    assert (
-        said["epochs"] == 3 and said["base_lr"] == 4.0 and said["seed"] == 0 and said["train"]["features"] == "cached"
-    )
-    assert len(said["model"]["sha256"]) == 64 and said["train"]["same_recipe_as_training"] == "same"
-    rows = table(place, "probe_confusion.csv")
+    assert scores["top1"] == pytest.approx(want.top1) and scores["loss"] == pytest.approx(want.loss, rel=1e-4)
+    protocol = scores["protocol"]
+    train, test = protocol["train"], protocol["test"]
+    assert protocol["source"] == "tokens" and train["views"] == ["centre", "flip"] and test["images"] == 6
+    assert test["views"] == ["centre"] and train["images"] == 12 and protocol["classes"] == 3
+    assert (protocol["epochs"], protocol["base_lr"], protocol["seed"]) == (3, 4.0, 0) and train["features"] == "cached"
+    assert len(protocol["model"]["sha256"]) == 64 and train["same_recipe_as_training"] == "same"
+    rows = table(project, "probe_confusion.csv")
     assert [row["actual"] for row in rows] == [f"c{label}" for label in yt]
     assert [row["predicted"] for row in rows] == [f"c{label}" for label in want.predicted]
-    curve = table(place, "probe_curve.csv")
+    curve = table(project, "probe_curve.csv")
     assert [row["epoch"] for row in curve] == ["1", "2", "3"] and float(curve[-1]["top1"]) == pytest.approx(want.top1)
 
 
-def test_features_are_kept_between_measures(place):
-    assert evaluate(place, "probe") == 0
-    made = {p: p.stat().st_mtime_ns for p in place.glob("work/features-*/*.npy")}
+def test_features_are_kept_between_measures(project):
+    assert evaluate(project, "probe") == 0
+    made = {p: p.stat().st_mtime_ns for p in project.glob("work/features-*/*.npy")}
     assert len(made) == 3  # centre and flip of train, centre of val
-    assert evaluate(place, "knn") == 0 and evaluate(place, "few-shot") == 0
-    assert {p: p.stat().st_mtime_ns for p in place.glob("work/features-*/*.npy")} == made
+    assert evaluate(project, "knn") == 0 and evaluate(project, "few-shot") == 0
+    assert {p: p.stat().st_mtime_ns for p in project.glob("work/features-*/*.npy")} == made
 
 
-def test_knn_and_a_second_dataset(place):
-    mapping = place / "map.yaml"
+def test_knn_and_a_second_dataset(project):
+    mapping = project / "map.yaml"
     mapping.write_text("c0: c2\nc1: [c0, c2]\n")
     second = "evaluate.knn.second.again"
     set_ = ("--set", f"{second}.shards=shards/tiny", "--set", f"{second}.splits=[val]", "--set")
-    assert evaluate(place, "knn", *set_, f"{second}.class_map=map.yaml") == 0
-    found = report(place, "knn.json")
-    (x, y), (xt, yt) = plain_features(place, "train"), plain_features(place, "val")
+    assert evaluate(project, "knn", *set_, f"{second}.class_map=map.yaml") == 0
+    scores = report(project, "knn.json")
+    (x, y), (xt, yt) = plain_features(project, "train"), plain_features(project, "val")
     x, xt = x[:, 0], xt[:, 0]
-    assert found["top1"] == pytest.approx(100 * np.mean(knn(x, y, xt, 5)[:, 0].numpy() == yt))
-    bank, asked = y != 1, yt != 2  # c1 is nobody's target, c2 is not in the map
-    predicted = knn(x[bank], y[bank], xt[asked], 5)[:, 0].tolist()
-    hits = [p in ({2}, {0, 2})[label] for p, label in zip(predicted, yt[asked], strict=True)]
-    assert found["again_top1"] == pytest.approx(100 * np.mean(hits))
-    said = found["protocol"]["second"]["again"]
-    assert (said["mapped_classes"], said["training_classes"], said["images_of_unmapped_classes"]) == (2, 2, 2)
-    assert evaluate(place, "knn", *set_[:4]) == 0  # equal names need no map
-    assert report(place, "knn.json")["again_top1"] == pytest.approx(report(place, "knn.json")["top1"])
+    assert scores["top1"] == pytest.approx(100 * np.mean(knn(x, y, xt, 5)[:, 0].numpy() == yt))
+    trained, mapped = y != 1, yt != 2  # no class maps to c1, c2 is not in the map
+    predicted = knn(x[trained], y[trained], xt[mapped], 5)[:, 0].tolist()
+    hits = [p in ({2}, {0, 2})[label] for p, label in zip(predicted, yt[mapped], strict=True)]
+    assert scores["again_top1"] == pytest.approx(100 * np.mean(hits))
+    protocol = scores["protocol"]["second"]["again"]
+    assert (protocol["mapped_classes"], protocol["training_classes"]) == (2, 2)
+    assert protocol["images_of_unmapped_classes"] == 2
+    assert evaluate(project, "knn", *set_[:4]) == 0  # equal names need no map
+    assert report(project, "knn.json")["again_top1"] == pytest.approx(report(project, "knn.json")["top1"])
 
 
 @pytest.mark.parametrize(
@@ -147,23 +147,23 @@ def test_knn_and_a_second_dataset(place):
         ("{" * 5000, "neither YAML nor JSON"),
     ],
 )
-def test_wrong_class_maps_are_refused(place, capsys, text, words):
-    (place / "map.yaml").write_text(text)
+def test_wrong_class_maps_are_refused(project, capsys, text, words):
+    (project / "map.yaml").write_text(text)
     second = "evaluate.knn.second.again"
     options = ("--set", f"{second}.shards=shards/tiny", "--set", f"{second}.class_map=map.yaml")
-    assert evaluate(place, "knn", *options) == 2
-    assert words in capsys.readouterr().err and not (place / "reports/tiny/mage/knn.json").exists()
+    assert evaluate(project, "knn", *options) == 2
+    assert words in capsys.readouterr().err and not (project / "reports/tiny/mage/knn.json").exists()
 
 
-def test_few_shot(place):
-    assert evaluate(place, "few-shot") == 0
-    found = report(place, "few_shot.json")
-    runs = found["protocol"]["runs"]
-    assert found["top1_2_shot"] == pytest.approx(np.mean(runs["2_shot"]))
-    assert found["std_3_shot"] == pytest.approx(np.std(runs["3_shot"], ddof=1))
-    assert [row["shots"] for row in table(place, "few_shot.csv")] == ["2", "3"]
-    assert found["protocol"]["train"]["images"] == 9 and found["protocol"]["seeds"] == [0, 1]
-    assert evaluate(place, "few-shot") == 0 and report(place, "few_shot.json") == found
+def test_few_shot(project):
+    assert evaluate(project, "few-shot") == 0
+    scores = report(project, "few_shot.json")
+    runs = scores["protocol"]["runs"]
+    assert scores["top1_2_shot"] == pytest.approx(np.mean(runs["2_shot"]))
+    assert scores["std_3_shot"] == pytest.approx(np.std(runs["3_shot"], ddof=1))
+    assert [row["shots"] for row in table(project, "few_shot.csv")] == ["2", "3"]
+    assert scores["protocol"]["train"]["images"] == 9 and scores["protocol"]["seeds"] == [0, 1]
+    assert evaluate(project, "few-shot") == 0 and report(project, "few_shot.json") == scores
 
 
 def protocol_crop(path: Path) -> torch.Tensor:
@@ -174,44 +174,44 @@ def protocol_crop(path: Path) -> torch.Tensor:
     return T.Compose(steps)(Image.open(path).convert("RGB"))
 
 
-def test_images_instead_of_tokens(place):
+def test_images_instead_of_tokens(project):
     free = ("--set", "evaluate.source=images")
-    assert evaluate(place, "knn", *free) == 0
-    model, _ = load_model(place / "runs/tiny/mage", MaskedTokenTransformer)
-    vqgan = load_tokenizer(place / "vqgan.ckpt")
+    assert evaluate(project, "knn", *free) == 0
+    model, _ = load_model(project / "runs/tiny/mage", MaskedTokenTransformer)
+    vqgan = load_tokenizer(project / "vqgan.ckpt")
     features, labels = {}, {}
     for split in ("train", "val"):
-        paths = sorted((place / "images" / split).rglob("*.png"))
+        paths = sorted((project / "images" / split).rglob("*.png"))
         with torch.no_grad():
             features[split] = model.features(vqgan.encode(torch.stack([protocol_crop(p) for p in paths]))).numpy()
         labels[split] = np.array([int(p.parent.name[1:]) for p in paths])
     ranked = knn(features["train"], labels["train"], features["val"], 5)
-    assert report(place, "knn.json")["top1"] == pytest.approx(100 * np.mean(ranked[:, 0].numpy() == labels["val"]))
-    assert report(place, "knn.json")["protocol"]["test"]["views"] == ["resize-292"]
-    kept = next(p for p in place.glob("work/features-*/resize-292.npy") if len(np.load(p)) == 6)
+    assert report(project, "knn.json")["top1"] == pytest.approx(100 * np.mean(ranked[:, 0].numpy() == labels["val"]))
+    assert report(project, "knn.json")["protocol"]["test"]["views"] == ["resize-292"]
+    kept = next(p for p in project.glob("work/features-*/resize-292.npy") if len(np.load(p)) == 6)
     gap = np.abs(np.load(kept) - features["val"]).max(axis=1)  # the random VQGAN has codes that nearly tie
     assert gap.max() < 0.1 and np.sort(gap)[3] < 1e-4
-    assert evaluate(place, "probe", *free) == 0
-    said = report(place, "probe.json")["protocol"]
-    assert said["source"] == "images" and said["train"]["features"] == "made every epoch"
-    assert said["train"]["embedding_dropout"] == 0.1 and said["train"]["same_recipe_as_training"] == "same"
-    loss = report(place, "probe.json")["loss"]
-    assert evaluate(place, "probe", *free, "--set", "evaluate.batch=3") == 0
-    assert report(place, "probe.json")["loss"] == pytest.approx(loss, rel=1e-5)
-    assert evaluate(place, "few-shot", *free) == 0
-    assert report(place, "few_shot.json")["protocol"]["train"]["images"] == 9
+    assert evaluate(project, "probe", *free) == 0
+    protocol = report(project, "probe.json")["protocol"]
+    assert protocol["source"] == "images" and protocol["train"]["features"] == "made every epoch"
+    assert protocol["train"]["embedding_dropout"] == 0.1 and protocol["train"]["same_recipe_as_training"] == "same"
+    loss = report(project, "probe.json")["loss"]
+    assert evaluate(project, "probe", *free, "--set", "evaluate.batch=3") == 0
+    assert report(project, "probe.json")["loss"] == pytest.approx(loss, rel=1e-5)
+    assert evaluate(project, "few-shot", *free) == 0
+    assert report(project, "few_shot.json")["protocol"]["train"]["images"] == 9
 
 
-def test_an_image_that_cannot_be_decoded_is_replaced(place):
-    victim = sorted((place / "images" / "train").rglob("*.png"))[5]
+def test_an_image_that_cannot_be_decoded_is_replaced(project):
+    victim = sorted((project / "images" / "train").rglob("*.png"))[5]
     data = victim.read_bytes()
     victim.write_bytes(data[: len(data) // 2])  # its header is whole: the manifest accepts it
-    assert tiny.semdict(place, "manifest", "--set", f"manifest.images.train={place}/images/train",
-                        "--set", f"manifest.images.val={place}/images/val") == 0  # fmt: skip
-    free = ("--set", "evaluate.source=images", "--set", f"manifest.images.train={place}/images/train",
-            "--set", f"manifest.images.val={place}/images/val")  # fmt: skip
-    assert evaluate(place, "probe", *free) == 0 and evaluate(place, "knn", *free) == 0
-    assert report(place, "knn.json")["protocol"]["train"]["images"] == 11
+    assert tiny.semdict(project, "manifest", "--set", f"manifest.images.train={project}/images/train",
+                        "--set", f"manifest.images.val={project}/images/val") == 0  # fmt: skip
+    free = ("--set", "evaluate.source=images", "--set", f"manifest.images.train={project}/images/train",
+            "--set", f"manifest.images.val={project}/images/val")  # fmt: skip
+    assert evaluate(project, "probe", *free) == 0 and evaluate(project, "knn", *free) == 0
+    assert report(project, "knn.json")["protocol"]["train"]["images"] == 11
 
 
 @pytest.mark.parametrize(
@@ -222,19 +222,19 @@ def test_an_image_that_cannot_be_decoded_is_replaced(place):
     ],
 )
 @pytest.mark.parametrize("measure", ["knn", "probe", "few-shot", "fine-tune"])
-def test_a_test_class_without_training_images_is_refused(place, capsys, measure, trained, tested, words):
+def test_a_test_class_without_training_images_is_refused(project, capsys, measure, trained, tested, words):
     folders = {"train": trained, "val": tested}
     for split, names in folders.items():
         for n, name in enumerate(names):
-            (place / split / name).mkdir(parents=True)
-            Image.fromarray(tiny.draw_image(n)).save(place / split / name / "i.png")
-    options = [word for split in folders for word in ("--set", f"manifest.images.{split}={place / split}")]
-    assert tiny.semdict(place, "manifest", *options) == 0
-    assert evaluate(place, measure, *options, "--set", "evaluate.source=images") == 1
+            (project / split / name).mkdir(parents=True)
+            Image.fromarray(tiny.draw_image(n)).save(project / split / name / "i.png")
+    options = [word for split in folders for word in ("--set", f"manifest.images.{split}={project / split}")]
+    assert tiny.semdict(project, "manifest", *options) == 0
+    assert evaluate(project, measure, *options, "--set", "evaluate.source=images") == 1
     error = capsys.readouterr().err
     assert words in error and f"training classes are {trained[0]!r}" in error
-    scores = {path.name for path in place.glob("reports/tiny/mage/*.json")}
-    assert scores == {"metrics.json"} and not list(place.glob("work/features-*"))
+    scores = {path.name for path in project.glob("reports/tiny/mage/*.json")}
+    assert scores == {"metrics.json"} and not list(project.glob("work/features-*"))
 
 
 def test_classes_are_compared_by_name_and_label():
@@ -276,20 +276,20 @@ def test_a_second_dataset_is_not_mapped_to_a_class_without_training_images():
         (("knn", "--set", "evaluate.knn.second.a.splits=[x]"), 2, "either shards or manifest"),
     ],
 )
-def test_mistakes_are_named(place, capsys, options, status, words):
-    assert evaluate(place, *options) == status
+def test_mistakes_are_named(project, capsys, options, status, words):
+    assert evaluate(project, *options) == status
     assert words in capsys.readouterr().err
 
 
-def test_a_model_of_other_tokens_is_refused(place, capsys):
-    tiny.make_vqgan(place / "other.ckpt", seed=1)
-    assert tiny.semdict(place, "encode", *tiny.other_vqgan("other.ckpt"), "--out", "other") == 0
-    assert evaluate(place, "probe", "--shards", "other") == 1
+def test_a_model_of_other_tokens_is_refused(project, capsys):
+    tiny.make_vqgan(project / "other.ckpt", seed=1)
+    assert tiny.semdict(project, "encode", *tiny.other_vqgan("other.ckpt"), "--out", "other") == 0
+    assert evaluate(project, "probe", "--shards", "other") == 1
     assert "gen.sha256" in capsys.readouterr().err
-    assert evaluate(place, "probe", "--shards", "other", "--other-recipe") == 0
-    assert report(place, "probe.json")["protocol"]["test"]["same_recipe_as_training"] == "other"
+    assert evaluate(project, "probe", "--shards", "other", "--other-recipe") == 0
+    assert report(project, "probe.json")["protocol"]["test"]["same_recipe_as_training"] == "other"
     images_ = ("--set", "evaluate.source=images", *tiny.other_vqgan("other.ckpt"))
-    assert evaluate(place, "knn", *images_) == 1 and "gen.sha256" in capsys.readouterr().err
+    assert evaluate(project, "knn", *images_) == 1 and "gen.sha256" in capsys.readouterr().err
 
 
 def test_help(capsys):
@@ -341,8 +341,8 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     few = sources.RandomCropFeatures(source, lambda tokens: tokens[:, :1].float(), 1, 3, 0, within=np.array([4, 7, 9]))
     assert sorted(next(few(0))[1].tolist()) == sorted(source.labels[[4, 7, 9]].tolist())
     seen.clear()
-    place = next(i for i in range(9) if source.labels[order[i]] != source.labels[order[i + 1]])
-    bad = int(source.rows[order[place]])
+    first = next(i for i in range(9) if source.labels[order[i]] != source.labels[order[i + 1]])
+    bad = int(source.rows[order[first]])
 
     def load(row, view, seed):
         if row == bad:
@@ -351,6 +351,6 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
 
     source._crop = load
     labels = torch.cat([label for _, label in batches(1)]).tolist()
-    shown = [int(row) for row in np.concatenate(seen)[:, 0, 0, 0]]  # a picture here tells its row
-    assert shown[place] == source.rows[order[place + 1]] and len(shown) == 10
+    shown = [int(row) for row in np.concatenate(seen)[:, 0, 0, 0]]  # every pixel is the row's number
+    assert shown[first] == source.rows[order[first + 1]] and len(shown) == 10
     assert labels == source.labels[[source.rows.tolist().index(row) for row in shown]].tolist()

@@ -1,4 +1,4 @@
-"""Frozen features: the published numbers, kept once, never mixed up between models, tokens or settings."""
+"""Frozen features: the published numbers, computed once, one folder per model, tokens and settings."""
 
 import shutil
 from dataclasses import replace
@@ -54,33 +54,33 @@ def test_published_features(golden, family, tmp_path):
     kept = store(encoder, tmp_path).get(source, []).first
     assert np.abs(kept - io["feat_after_fc_norm"]).max() < 2e-5 and kept.dtype == np.float32
     if family == "lease":
-        assert np.abs(got - io["feat_encoder_norm_then_pool"]).max() > 1e-2  # the tempting other order is far off
+        assert np.abs(got - io["feat_encoder_norm_then_pool"]).max() > 1e-2  # the other order is far off
     assert encoder.recipe is None and encoder.about()["family"] == family
     assert encoder.check_tokens(tmp_path, 1024, 256, {"any": 1}) == "unknown"
 
 
 class FakeSource:
-    """Tokens as a source; counts how often they are asked for."""
+    """A source of tokens that counts its passes."""
 
     def __init__(self, tokens: torch.Tensor, name: str = "t", bad: tuple = ()) -> None:
         self.tokens, self.labels, self.names = tokens, np.zeros(len(tokens), np.int64), ["0"]
         self.views, self.left_out, self.identity, self.about = ["v"], 0, {"tokens": name}, {}
-        self.bad, self.asked = bad, 0
+        self.bad, self.passes = bad, 0
 
     def stream(self, view, batch):
-        self.asked += 1
+        self.passes += 1
         for start in range(0, len(self.tokens), batch):
             part = self.tokens[start : start + batch]
             yield TokenBatch(start, part, tuple(i - start for i in self.bad if start <= i < start + len(part)))
 
 
-def test_features_are_made_once_and_never_mixed_up(tmp_path):
+def test_features_are_computed_once_per_model_tokens_and_settings(tmp_path):
     tokens = torch.randint(0, 40, (20, 16), generator=torch.Generator().manual_seed(0))
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=1)
     source, copy = FakeSource(tokens), FakeSource(tokens)
     first = store(a, tmp_path).get(source, [])
     again = store(a, tmp_path).get(copy, [])
-    assert copy.asked == 0 and np.array_equal(first.first, again.first)
+    assert copy.passes == 0 and np.array_equal(first.first, again.first)
     want = encoder_features(a.model)(tokens).numpy()
     np.testing.assert_allclose(first.first, want, atol=1e-6)
     other = store(b, tmp_path).get(FakeSource(tokens), [])
@@ -97,7 +97,7 @@ def test_features_are_made_once_and_never_mixed_up(tmp_path):
     assert half.dtype == np.float16 and np.abs(half - want).max() < 5e-3
 
 
-def test_a_killed_view_is_made_again(tmp_path):
+def test_an_interrupted_view_is_computed_again(tmp_path):
     encoder, tokens = saved(tmp_path / "a"), torch.zeros(20, 16, dtype=torch.long)
 
     class Dies(FakeSource):
@@ -111,7 +111,7 @@ def test_a_killed_view_is_made_again(tmp_path):
     assert list(folder.iterdir()) == []
     (folder / "v.npy.1.part").write_bytes(b"left by kill -9")
     source = FakeSource(tokens)
-    assert len(store(encoder, tmp_path).get(source, []).first) == 20 and source.asked == 1
+    assert len(store(encoder, tmp_path).get(source, []).first) == 20 and source.passes == 1
     assert sorted(path.name for path in folder.iterdir()) == ["v.json", "v.npy"]
     whole = (folder / "v.npy").read_bytes()
     flipped = bytearray(whole)
@@ -126,7 +126,7 @@ def test_a_killed_view_is_made_again(tmp_path):
         store(encoder, tmp_path).get(source, [])
 
 
-def test_a_view_cannot_be_written_elsewhere(tmp_path):
+def test_a_view_is_never_written_outside_its_folder(tmp_path):
     source = FakeSource(torch.zeros(3, 16, dtype=torch.long))
     source.views = ["../../out"]
     with pytest.raises(SemdictError, match="no name for a view"):
@@ -138,9 +138,10 @@ def test_bad_images_are_left_out(tmp_path):
     tokens = torch.arange(20)[:, None].expand(20, 16) % 40
     source = FakeSource(tokens, bad=(0, 9))
     source.labels = np.arange(20)
-    found = store(saved(tmp_path / "a"), tmp_path).get(source, [])
-    assert found.labels.tolist() == [n for n in range(20) if n not in (0, 9)] and len(found.first) == 18
-    assert found.about["images"] == 18 and found.about["left_out"] == 2 and np.abs(found.first).min(axis=1).any()
+    features = store(saved(tmp_path / "a"), tmp_path).get(source, [])
+    assert features.labels.tolist() == [n for n in range(20) if n not in (0, 9)] and len(features.first) == 18
+    assert features.about["images"] == 18 and features.about["left_out"] == 2
+    assert np.abs(features.first).min(axis=1).any()
 
 
 def test_a_damaged_model_is_noticed(tmp_path):
@@ -150,7 +151,7 @@ def test_a_damaged_model_is_noticed(tmp_path):
         store(encoder, tmp_path).get(FakeSource(torch.zeros(3, 16, dtype=torch.long)), [])
 
 
-def test_dropout_belongs_to_the_embedding_and_to_its_own_calls(tmp_path):
+def test_dropout_is_of_the_embedding_alone_and_only_where_requested(tmp_path):
     model, tokens = small_model(dropout=0.5).eval(), torch.zeros(4, 16, dtype=torch.long)
     plain, noisy = encoder_features(model), encoder_features(model, dropout=0.3)
     before = plain(tokens)
@@ -177,9 +178,9 @@ def test_token_sources(shards, tmp_path):
         assert [part.start for part in parts] == np.cumsum([0, *(len(part.tokens) for part in parts)])[:-1].tolist()
     with pytest.raises(ShardError, match=r"no view 'centre' among v0, v1"):
         next(source.stream("centre", 7))
-    found = store(encoder, tmp_path).get(source, [])
-    assert list(found.views) == ["v0", "v1"] and found.about["same_recipe_as_training"] == "same"
-    assert np.abs(found.views["v0"] - found.views["v1"]).max() > 0.1
+    features = store(encoder, tmp_path).get(source, [])
+    assert list(features.views) == ["v0", "v1"] and features.about["same_recipe_as_training"] == "same"
+    assert np.abs(features.views["v0"] - features.views["v1"]).max() > 0.1
 
 
 def test_tokens_of_another_recipe_are_refused(shards, tmp_path):
@@ -196,7 +197,7 @@ def test_tokens_of_another_recipe_are_refused(shards, tmp_path):
             TokenSource(shards, [], encoder, CPU, other_recipe=True)
 
 
-def test_views_and_the_other_dictionary_are_no_other_recipe():
+def test_views_and_the_discriminative_codebook_do_not_make_another_recipe():
     recipe = {"gen": {"sha256": "1"}, "disc": {"k": 1}, "crop": {"crop": "resize-256", "views": ["centre"]}}
     encoder = Encoder(small_model(), "m", "0", recipe, None)
     more = {"gen": {"sha256": "1"}, "disc": {"k": 2},
@@ -209,7 +210,7 @@ def test_views_and_the_other_dictionary_are_no_other_recipe():
     assert encoder.only("gen").check_tokens("x", 40, 16, {"gen": {"sha256": "1"}}) == "same"
 
 
-def test_models_are_found_and_named(tmp_path):
+def test_names_of_models(tmp_path):
     encoder = saved(tmp_path / "runs" / "lease")
     assert (
         encoder.name == "lease" and encoder.epochs == 7 and not any(p.requires_grad for p in encoder.model.parameters())

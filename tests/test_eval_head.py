@@ -1,4 +1,4 @@
-"""The probe, few-shot subsets and k-NN on plain arrays, against scikit-learn and arithmetic in float64."""
+"""Linear probe, few-shot subsets and k-NN on arrays, against scikit-learn and arithmetic in float64."""
 
 import numpy as np
 import pytest
@@ -112,7 +112,7 @@ def test_lars_is_maes(weight_decay):
 
 
 def positions(batches: ArrayBatches, epoch: int, x: np.ndarray) -> list[torch.Tensor]:
-    """Rows of each batch, found again by their values."""
+    """Rows of each batch, identified by their values."""
     return [(torch.from_numpy(x)[None] == rows[:, None]).all(2).int().argmax(1) for rows, _ in batches(epoch)]
 
 
@@ -128,7 +128,7 @@ def test_the_probe_reaches_logistic_regression():
     assert result.top5 == 100.0 and len(result.curve) == 60 and result.curve[-1]["top1"] == result.top1
 
 
-def test_features_need_no_scaling_but_labels_must_be_right():
+def test_features_need_no_scaling_and_random_labels_give_chance():
     (x, y), (xt, yt) = blobs(600, 0), blobs(400, 1)
     cfg = HeadConfig(epochs=20, batch=64, base_lr=20.0)
     good = linear_probe(x[:, 0] * 1000 - 5e4, y, xt[:, 0] * 1000 - 5e4, yt, cfg).top1
@@ -152,7 +152,7 @@ def test_same_seed_same_result_and_half_precision_maps(tmp_path):
     assert np.array_equal(maps[0], x[:, 0].astype(np.float16))
 
 
-def test_every_epoch_draws_other_rows_and_views():
+def test_rows_and_views_differ_between_epochs():
     x = np.arange(40, dtype=np.float32).reshape(20, 2, 1)  # row n, view v holds 2n + v
     batches = ArrayBatches(x, np.arange(20), 6, seed=0)
     seen = [torch.cat([rows[:, 0] for rows, _ in batches(epoch)]).numpy().astype(int) for epoch in range(30)]
@@ -183,14 +183,14 @@ def test_knn_equals_scikit_learn(k, weighted, monkeypatch):
         monkeypatch.setattr(f"semdict.train.eval.{module}.TEST_ROWS", 19)
     (x, y), (xt, yt) = blobs(300, 0), blobs(101, 1)
     weights = (lambda d: np.exp((1 - d) / 0.07)) if weighted else "uniform"
-    theirs = sklearn.KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute").fit(x[:, 0], y)
+    reference = sklearn.KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute").fit(x[:, 0], y)
     ranked = knn(x[:, 0], y, xt[:, 0], k, 0.07, weighted)
-    assert np.array_equal(ranked[:, 0].numpy(), theirs.predict(xt[:, 0]))
-    distance, rows = theirs.kneighbors(xt[:, 0])
-    similar, mine = cosine_neighbours(x[:, 0], xt[:, 0], k)
-    assert np.array_equal(mine.numpy(), rows)
+    assert np.array_equal(ranked[:, 0].numpy(), reference.predict(xt[:, 0]))
+    distance, rows = reference.kneighbors(xt[:, 0])
+    similar, nearest = cosine_neighbours(x[:, 0], xt[:, 0], k)
+    assert np.array_equal(nearest.numpy(), rows)
     np.testing.assert_allclose(similar.numpy(), 1 - distance, atol=1e-5)
-    assert top_accuracy(ranked, yt)["top1"] == pytest.approx(100 * theirs.score(xt[:, 0], yt))
+    assert top_accuracy(ranked, yt)["top1"] == pytest.approx(100 * reference.score(xt[:, 0], yt))
 
 
 def test_votes():
@@ -214,19 +214,19 @@ def test_few_shot_subsets(labels, shots, seed):
         with pytest.raises(UsageError, match="fewer than"):
             balanced_subset(labels, shots, seed)
         return
-    chosen = balanced_subset(labels, shots, seed)
-    assert len(set(chosen.tolist())) == len(chosen)
-    assert set(np.bincount(labels[chosen])) - {0} == {shots}
-    assert np.array_equal(chosen, balanced_subset(labels, shots, seed))
+    subset = balanced_subset(labels, shots, seed)
+    assert len(set(subset.tolist())) == len(subset)
+    assert set(np.bincount(labels[subset])) - {0} == {shots}
+    assert np.array_equal(subset, balanced_subset(labels, shots, seed))
     if (counts[counts > 0] > shots).all():
-        assert set(chosen) <= set(balanced_subset(labels, shots + 1, seed))
+        assert set(subset) <= set(balanced_subset(labels, shots + 1, seed))
 
 
-def test_few_shot_seeds_differ_and_are_summed_up():
+def test_few_shot_seeds_differ_and_are_summarised():
     labels = np.repeat(np.arange(3), 20)
-    draws = [balanced_subset(labels, 4, seed) for seed in range(5)]
-    assert len({tuple(d) for d in draws}) == 5
-    assert len({tuple(np.sort(d % 20)[:4]) for d in draws[0].reshape(3, 4)}) > 1  # classes are drawn apart
+    subsets = [balanced_subset(labels, 4, seed) for seed in range(5)]
+    assert len({tuple(d) for d in subsets}) == 5
+    assert len({tuple(np.sort(d % 20)[:4]) for d in subsets[0].reshape(3, 4)}) > 1  # other images in each class
     scores = summary({4: [50.0, 60.0], 8: [70.0]})
     assert scores["top1_4_shot"] == 55 and scores["std_4_shot"] == pytest.approx(50**0.5)
     assert scores["top1_8_shot"] == 70 and scores["std_8_shot"] == 0

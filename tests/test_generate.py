@@ -1,4 +1,4 @@
-"""`semdict generate` as a user runs it: every task, what is refused, and what a second call does."""
+"""`semdict generate`: every task, guidance, kill and resume, torchrun, and refusals."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def write_model(path: Path, codes: int = tiny.CODES) -> None:
 
 
 def write_conditional(path: Path, words: int, disc: str = "d", **dropouts: float) -> None:
-    """The model of `write_model` that was told three classes, and words where `words` is not 0."""
+    """The model of `write_model` with three classes, and centroids of `words` words."""
     base = load_model(path.parent / "mage", MaskedTokenTransformer)[0]
     model = ConditionalTransformer(ConditionalConfig(base.config, 3, 0, words, 6 if words else 0), base, seed=1)
     rng = torch.Generator().manual_seed(0)
@@ -81,13 +81,13 @@ def world(tmp_path_factory) -> Path:
     tiny.make_vqgan(root / "vqgan.ckpt")
     write_model(root / "runs" / "mage")
     write_model(root / "runs" / "wide", codes=128)
-    for name, words, told in (("classes", 0, {}), ("words", tiny.WORDS, {}), ("always", 0, {"label_dropout": 0.0})):
-        write_conditional(root / "runs" / name, words, **told)
+    for name, words, dropouts in (("classes", 0, {}), ("words", tiny.WORDS, {}), ("always", 0, {"label_dropout": 0.0})):
+        write_conditional(root / "runs" / name, words, **dropouts)
     write_conditional(root / "runs" / "strange", tiny.WORDS, disc="e")
     np.save(root / "tokens.npy", write_tokens(root / "shards" / "tiny", {"crop": {"name": "a"}}))
     write_tokens(root / "shards" / "other", {"crop": {"name": "b"}})
-    given = {"images": 4, "steps": 3, "batch": 3, "shown": 4}
-    tree = tiny.replaced(tiny.params(root), generate=given, runtime={"device": "cpu"})
+    cfg = {"images": 4, "steps": 3, "batch": 3, "shown": 4}
+    tree = tiny.replaced(tiny.params(root), generate=cfg, runtime={"device": "cpu"})
     (root / "params.yaml").write_text(yaml.safe_dump(tree))
     return root
 
@@ -119,20 +119,20 @@ def differ(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
-def test_files_say_what_was_drawn(world, capsys):
+def test_files_of_an_output(world, capsys):
     assert generate("--out", "a") == 0
     card = json.loads((world / "a" / "generate.json").read_text())
     assert (card["steps"], card["temperature"], card["seed"], card["last"]) == (3, 6.0, 0, "sampled")
     assert card["uint8"] == "truncate" and len(card["model_sha256"]) == 64
     assert sorted(p.name for p in (world / "a").iterdir()) == ["generate.json", "grid.png", "images", "tokens.npz"]
-    drawn = tokens(world / "a")
-    decoded = load_tokenizer(world / "vqgan.ckpt").decode(torch.from_numpy(drawn)).clamp(0, 1) * 255
+    sampled = tokens(world / "a")
+    decoded = load_tokenizer(world / "vqgan.ckpt").decode(torch.from_numpy(sampled)).clamp(0, 1) * 255
     exact = decoded.permute(0, 2, 3, 1).numpy()
     assert differ(pixels(world / "a"), np.floor(exact)) <= 1
     assert np.mean(pixels(world / "a") != np.floor(exact)) < 0.01, "cut off, not rounded"
     assert generate("--out", "rounded", "--set", "generate.uint8=round") == 0
     assert np.mean(pixels(world / "rounded") != np.floor(exact + 0.5)) < 0.01
-    assert len(np.unique(drawn)) > 20 and len({tuple(row) for row in drawn}) == 4
+    assert len(np.unique(sampled)) > 20 and len({tuple(row) for row in sampled}) == 4
 
 
 def test_the_tokenizer_decodes_a_few_images_at_a_time(world, monkeypatch):
@@ -142,7 +142,7 @@ def test_the_tokenizer_decodes_a_few_images_at_a_time(world, monkeypatch):
     assert differ(pixels(world / "at-once"), pixels(world / "apart")) <= 1
 
 
-def test_batch_size_changes_nothing_and_the_seed_everything(world):
+def test_tokens_depend_on_the_seed_and_not_on_the_batch(world):
     for name, change in {"b1": "batch=1", "b4": "batch=4", "seed": "seed=1"}.items():
         assert generate("--out", name, "--set", f"generate.{change}") == 0
     assert np.array_equal(tokens(world / "b1"), tokens(world / "b4"))
@@ -153,11 +153,11 @@ def test_batch_size_changes_nothing_and_the_seed_everything(world):
 @pytest.mark.parametrize("task", ["inpaint", "outpaint", "reconstruct"])
 def test_known_tokens_are_those_of_the_image(world, task):
     assert generate("--task", task, "--out", task, "--set", "generate.box=[2,3,5,6]") == 0
-    drawn = np.load(world / task / "tokens.npz")["gen"]
+    sampled = np.load(world / task / "tokens.npz")["gen"]
     whole = originals(world / task)
     inside = np.zeros((16, 16), bool)
     inside[2:7, 3:9] = True
-    same = drawn == whole
+    same = sampled == whole
     if task == "reconstruct":
         assert (same.sum(1) >= 64).all() and (same.sum(1) < 100).all()
     else:
@@ -264,61 +264,63 @@ def test_a_family_without_an_objective_is_named(world, capsys, monkeypatch):
     assert json.loads((world / "new" / "generate.json").read_text())["last"] == "argmax"
 
 
-def drawn(name: str, task: str, *options: str) -> tuple[np.ndarray, np.ndarray | None]:
+def sampled_by(name: str, task: str, *options: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Tokens and labels of a call on runs/`name`."""
     out = "-".join([name, task, *options]).replace("/", "_")
-    given = [word for option in options for word in ("--set", f"generate.{option}")]
-    assert main(["generate", "--model", f"runs/{name}", "--task", task, "--out", out, *given]) == 0
-    found = np.load(Path(out) / "tokens.npz")
-    labels = found.get("labels")
-    if "rows" in found:
-        assert np.array_equal(labels, found["rows"] % 3), "the classes of the images themselves"
-    return found["gen"].astype(np.int64), labels
+    cfg = [word for option in options for word in ("--set", f"generate.{option}")]
+    assert main(["generate", "--model", f"runs/{name}", "--task", task, "--out", out, *cfg]) == 0
+    sampled = np.load(Path(out) / "tokens.npz")
+    labels = sampled.get("labels")
+    if "rows" in sampled:
+        assert np.array_equal(labels, sampled["rows"] % 3), "the classes of the images themselves"
+    return sampled["gen"].astype(np.int64), labels
 
 
-def test_classes_are_drawn_in_turn_and_matter(world):
-    everything, labels = drawn("classes", "class")
+def test_classes_are_sampled_in_turn_and_matter(world):
+    everything, labels = sampled_by("classes", "class")
     assert labels.tolist() == [0, 1, 2, 0]
-    chosen, labels = drawn("classes", "class", "classes=[2,0]")
+    chosen, labels = sampled_by("classes", "class", "classes=[2,0]")
     assert labels.tolist() == [2, 0, 2, 0]
     assert (everything == chosen).all(axis=1).tolist() == [False, False, True, True]
-    assert np.array_equal(drawn("classes", "class", "classes=[2,0]", "batch=1")[0], chosen)
-    assert (drawn("classes", "class", "scale=3.0")[0] != everything).any(axis=1).all()
-    nothing, labels = drawn("classes", "unconditional")
+    assert np.array_equal(sampled_by("classes", "class", "classes=[2,0]", "batch=1")[0], chosen)
+    assert (sampled_by("classes", "class", "scale=3.0")[0] != everything).any(axis=1).all()
+    nothing, labels = sampled_by("classes", "unconditional")
     assert labels.tolist() == [3] * 4 and (nothing != everything).any(axis=1).all()
 
 
-def test_words_of_real_images_guide_where_the_model_knows_them(world):
-    told, labels = drawn("words", "class")
+def test_a_model_with_centroids_is_conditioned_on_real_images(world):
+    with_words, labels = sampled_by("words", "class")
     assert sorted(labels) == [0, 0, 1, 1], "the classes of the good rows"
-    untold, labels = drawn("words", "class", "words=false")
-    assert labels.tolist() == [0, 1, 2, 0] and (told[:2] != untold[:2]).any(axis=1).all()
-    only, labels = drawn("words", "class", "classes=[1]", "images=2")
+    without, labels = sampled_by("words", "class", "words=false")
+    assert labels.tolist() == [0, 1, 2, 0] and (with_words[:2] != without[:2]).any(axis=1).all()
+    only, labels = sampled_by("words", "class", "classes=[1]", "images=2")
     assert labels.tolist() == [1, 1] and only.shape == (2, 256)
 
 
 def test_a_conditional_model_keeps_known_tokens(world):
-    found, labels = drawn("words", "inpaint", "box=[0,0,4,16]")
-    assert np.array_equal(found[:, 64:], originals(world / "words-inpaint-box=[0,0,4,16]")[:, 64:])
+    sampled, labels = sampled_by("words", "inpaint", "box=[0,0,4,16]")
+    assert np.array_equal(sampled[:, 64:], originals(world / "words-inpaint-box=[0,0,4,16]")[:, 64:])
     assert sorted(labels) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.5])
-def test_guidance_contrasts_the_class_with_nothing(world, scale):
+def test_guidance_contrasts_conditional_and_unconditional_logits(world, scale):
     """Against two separate whole passes, and no guidance is the class alone."""
-    given = Generate(**{**tiny.base()["generate"], "scale": scale, "images": 4})
-    sampler = open_sampler(Path("runs/words"), None, None, given, "class", torch.device("cpu"))
+    cfg = Generate(**{**tiny.base()["generate"], "scale": scale, "images": 4})
+    sampler = open_sampler(Path("runs/words"), None, None, cfg, "class", torch.device("cpu"))
     known = load_context(Path("shards/tiny"), "val", 4, [])
     tokens = torch.from_numpy(known.gen).masked_fill(torch.arange(256) % 2 == 0, sampler.vocab.mask)
     unknown = tokens == sampler.vocab.mask
     model = load_model("runs/words", ConditionalTransformer)[0]
     with torch.no_grad():
         got = sampler.logits_at([1, 3], known)(tokens[[1, 3]], unknown[[1, 3]])
-        told = model.conditioned(torch.from_numpy(known.labels[[1, 3]]).long(), torch.from_numpy(known.disc[[1, 3]]))
-        nothing = model.conditioned(torch.tensor([3, 3]), torch.full((2, 256), -1))
-        told, nothing = (one.logits_at(tokens[[1, 3]], unknown[[1, 3]]) for one in (told, nothing))
-    assert not torch.allclose(told, nothing, atol=1e-2)
-    assert torch.allclose(got, (1 + scale) * told - scale * nothing, atol=1e-4)
+        conditional = model.conditioned(
+            torch.from_numpy(known.labels[[1, 3]]).long(), torch.from_numpy(known.disc[[1, 3]])
+        )
+        unconditional = model.conditioned(torch.tensor([3, 3]), torch.full((2, 256), -1))
+        cond, uncond = (one.logits_at(tokens[[1, 3]], unknown[[1, 3]]) for one in (conditional, unconditional))
+    assert not torch.allclose(cond, uncond, atol=1e-2)
+    assert torch.allclose(got, (1 + scale) * cond - scale * uncond, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -350,17 +352,17 @@ def test_guidance_contrasts_the_class_with_nothing(world, scale):
 )
 def test_mistakes_are_named_and_leave_nothing(world, capsys, options, words):
     assert generate("--out", "wrong", *options) in (1, 2)
-    told = capsys.readouterr().err
-    assert all(word in told for word in words), told
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
     assert not list(world.glob("wrong*"))
 
 
 @pytest.mark.golden
-def test_a_released_checkpoint_draws(world, golden, tmp_path):
+def test_sampling_from_a_released_checkpoint(world, golden, tmp_path):
     """Published layouts, their own tokenizer, ids and last step."""
     options = ["--num-heads", "4", "--decoder-num-heads", "6", "--vqgan", str(golden / "vqgan_tiny.ckpt")]
-    given = ["--set", "generate.images=1", "--out", str(tmp_path / "out")]
-    assert main(["generate", "--model", str(golden / "lease_tiny.pth"), *options, *given]) == 0
+    cfg = ["--set", "generate.images=1", "--out", str(tmp_path / "out")]
+    assert main(["generate", "--model", str(golden / "lease_tiny.pth"), *options, *cfg]) == 0
     card = json.loads((tmp_path / "out" / "generate.json").read_text())
     assert (card["family"], card["last"]) == ("lease", "argmax")
     assert np.load(tmp_path / "out" / "tokens.npz")["gen"].max() < 1024

@@ -59,15 +59,15 @@ def errors(model, family, io):
     rows = io["logits_samples"] if family == "sorcen" else torch.arange(len(p.tokens))
     logits = model.token_logits(p.features[:, 1:])[rows][:, io["logits_positions"]]
     loss = io["rec_loss_vq_f64" if family == "lease" else "rec_loss_f64" if family == "sorcen" else "loss_f64"]
-    found = {
+    distances = {
         "latent": off(p.latents, io["encoder_x" if family == "lease" else "latent"]) / LATENT,
         "logits": off(logits, io["logits_1024"]) / LOGITS,
         "loss": off(Mage().reconstruction(model, p), loss) / LOSS,
         "feature": off(model.features(p.tokens), io["feat_after_fc_norm"]) / FEATURE,
     }
     if family == "lease":
-        found["cls"] = off(p.features[:, 0], io["decoder_feats_cls"]) / LATENT
-    return found
+        distances["cls"] = off(p.features[:, 0], io["decoder_feats_cls"]) / LATENT
+    return distances
 
 
 @pytest.mark.parametrize("family", ["lease", "mage", "sorcen"])
@@ -76,8 +76,8 @@ def test_golden_pass(golden, family):
     assert (model.family, model.codebook_size) == (family, 1024)
     assert model.mask_token == {"lease": 17029, "mage": 2024, "sorcen": 2024}[family]
     assert not model.training
-    found = errors(model, family, fixture(golden, family))
-    assert max(found.values()) <= 1, found
+    distances = errors(model, family, fixture(golden, family))
+    assert max(distances.values()) <= 1, distances
 
 
 def test_golden_lease_losses(golden):
@@ -210,8 +210,8 @@ def mutant(model, **changes):
     ],
 )
 def test_a_flipped_quirk_is_noticed(golden, family, changes):
-    found = errors(mutant(load(golden, family), **changes), family, fixture(golden, family))
-    assert max(found["loss"], found["logits"]) > 3, found
+    distances = errors(mutant(load(golden, family), **changes), family, fixture(golden, family))
+    assert max(distances["loss"], distances["logits"]) > 3, distances
 
 
 def test_a_wrong_epsilon_is_noticed(golden):

@@ -58,7 +58,7 @@ def world(tmp_path_factory) -> Path:
         torch.load = loaded
     for weight in net.parameters():
         if weight.ndim == 4:
-            torch.nn.init.kaiming_normal_(weight)  # as drawn by default, features vanish on their way
+            torch.nn.init.kaiming_normal_(weight)  # with the default initialisation, features vanish
     net.fc.weight.data.mul_(1e-4)
     torch.save(net.state_dict(), root / "inception.pth")
     return root
@@ -133,8 +133,8 @@ def test_statistics_of_another_network_are_refused():
 
 def test_val50k_is_torch_fidelitys_command_line(world, params, tmp_path):
     """The same folders and the same (random) weights: the numbers of `fidelity --fid --kid --prc --isc`."""
-    found = image_scores.val50k(images(world, "one", params), images(world, "two", params), params)
-    assert not found.missing and found.extractor["name"] == "inception-v3-compat"
+    result = image_scores.val50k(images(world, "one", params), images(world, "two", params), params)
+    assert not result.missing and result.extractor["name"] == "inception-v3-compat"
     command = [
         sys.executable, "-m", "torch_fidelity.fidelity", "--cpu", "--fid", "--kid", "--prc", "--isc", "--json",
         "--silent",
@@ -149,7 +149,7 @@ def test_val50k_is_torch_fidelitys_command_line(world, params, tmp_path):
     theirs = json.loads(done.stdout[done.stdout.index("{") :])
     assert theirs["frechet_inception_distance"] > 1e-4
     for key, name in image_scores.VAL50K.items():
-        assert found.scores[name] == pytest.approx(theirs[key], rel=1e-5, abs=1e-9), name
+        assert result.scores[name] == pytest.approx(theirs[key], rel=1e-5, abs=1e-9), name
 
 
 def test_adm_compares_with_the_stored_statistics(world, params, tmp_path):
@@ -163,13 +163,13 @@ def test_adm_compares_with_the_stored_statistics(world, params, tmp_path):
     same = image_scores.adm(images(world, "one", params), tmp_path / "same.npz", params)
     assert same.scores["fid_adm"] == pytest.approx(0, abs=1e-4)
     assert same.scores["precision_adm"] == same.scores["recall_adm"] == 1
-    found = image_scores.adm(images(world, "one", params), tmp_path / "other.npz", params)
+    result = image_scores.adm(images(world, "one", params), tmp_path / "other.npz", params)
     (m1, s1), (m2, s2) = gaussian(own), gaussian(other)
     want = (
         ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.sqrt(np.linalg.eigvals(s1 @ s2).astype(complex)).real.sum()
     )
-    assert found.scores["fid_adm"] == pytest.approx(want, rel=1e-4)
-    assert list(found.missing) == ["sfid_adm"]
+    assert result.scores["fid_adm"] == pytest.approx(want, rel=1e-4)
+    assert list(result.missing) == ["sfid_adm"]
 
 
 def test_inception_score_of_sure_and_unsure_guesses():
@@ -191,9 +191,9 @@ def test_adms_inception_score_is_of_consecutive_splits(monkeypatch):
 
 def test_without_weights_a_score_is_absent_with_its_reason(world, params):
     without = load_params(world / "params.yaml", ["runtime.device=cpu", "scores.inception=nowhere.pth"])
-    found = image_scores.val50k(images(world, "one", params), images(world, "two", params), without)
-    assert found.scores == {} and set(found.missing) == set(image_scores.VAL50K.values())
-    assert all("nowhere.pth" in reason for reason in found.missing.values())
+    result = image_scores.val50k(images(world, "one", params), images(world, "two", params), without)
+    assert result.scores == {} and set(result.missing) == set(image_scores.VAL50K.values())
+    assert all("nowhere.pth" in reason for reason in result.missing.values())
 
 
 def test_weights_of_another_sum_are_refused(world, params):
@@ -229,10 +229,10 @@ def test_precision_and_recall_by_brute_force(world, params):
 
 def test_a_set_against_itself(world, params):
     one = images(world, "one", params)
-    found = image_scores.teacher(one, one, params).scores
-    assert found["teacher_frechet_distance"] == pytest.approx(0, abs=1e-4)
-    assert found["teacher_precision"] == found["teacher_recall"] == 1
-    assert not any("fid" in name for name in found), "the teacher's distance is no FID"
+    result = image_scores.teacher(one, one, params).scores
+    assert result["teacher_frechet_distance"] == pytest.approx(0, abs=1e-4)
+    assert result["teacher_precision"] == result["teacher_recall"] == 1
+    assert not any("fid" in name for name in result), "the teacher's distance is no FID"
 
 
 # --- the commands ---
@@ -246,12 +246,12 @@ def fid(world: Path, *options: str) -> int:
 
 def test_the_command_says_what_was_compared(world):
     assert fid(world, "--samples", "one", "--protocol", "teacher", "--out", "a.json") == 0
-    found = json.loads((world / "a.json").read_text())
-    about = found["protocol"][0]
+    result = json.loads((world / "a.json").read_text())
+    about = result["protocol"][0]
     assert about["samples"]["images"] == COUNT and about["samples"]["sampling"]["seed"] == 3
     assert about["reference"]["images"] == 12 and about["reference"]["split"] == "train"
     assert about["extractor"]["name"].startswith("teacher") and len(about["extractor"]["sha256"]) == 64
-    assert found["teacher_frechet_distance"] > 0 and found["missing"] == [{}]
+    assert result["teacher_frechet_distance"] > 0 and result["missing"] == [{}]
 
 
 def test_the_reference_is_cropped_as_mage_does(world):
@@ -271,9 +271,9 @@ def test_nearest_training_images_are_found(world):
     assert tiny.semdict(world, "evaluate", "reference", "--split", "train", "--out", "copies") == 0
     options = ["--samples", "copies", "--set", "scores.shown=5", "--set", "runtime.device=cpu", "--out", "near"]
     assert tiny.semdict(world, "evaluate", "nearest", "--reference", "copies", *options) == 0
-    found = json.loads((world / "near" / "nearest.json").read_text())
-    assert [pair["training"][0] for pair in found["pairs"]] == list(range(5))
-    assert found["nearest_cosine"] == pytest.approx(1, abs=1e-5) and found["training_cosine"] < 0.9999
+    result = json.loads((world / "near" / "nearest.json").read_text())
+    assert [pair["training"][0] for pair in result["pairs"]] == list(range(5))
+    assert result["nearest_cosine"] == pytest.approx(1, abs=1e-5) and result["training_cosine"] < 0.9999
     assert Image.open(world / "near" / "nearest.png").size[1] > 4 * 128
 
 
@@ -386,8 +386,8 @@ def test_mistakes_are_named(world, capsys, options, words):
         Image.fromarray(textures(0)[0][:24]).save(world / "mixed" / "images" / "000001.png")
         (world / "zip.npz").write_bytes(b"PK" + bytes(100))
     assert fid(world, "--protocol", "teacher", *options, "--out", "wrong.json") in (1, 2)
-    told = capsys.readouterr().err
-    assert all(word in told for word in words), told
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
     assert not (world / "wrong.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""First-k features and probe (V5), and the one place of the paper's contradictions."""
+"""First-k features and probe (V5), and the list of the paper's contradictions."""
 
 import re
 from pathlib import Path
@@ -23,13 +23,13 @@ def codes(seed=0):
     return np.random.default_rng(seed).standard_normal((K, D)).astype(np.float32)
 
 
-def latents(n=400, seed=0, told=True, sizes=None):
-    """Tokens whose third position tells the class where `told`; z is the code and a little noise."""
+def latents(n=400, seed=0, informative=True, sizes=None):
+    """Tokens whose third position is the class if `informative`; z is the code and a little noise."""
     rng = np.random.default_rng(seed)
     sizes = codebook_sizes("cosine", L, 8, K).numpy() if sizes is None else sizes
     labels = rng.integers(0, CLASSES, n)
     ids = (rng.random((n, L)) * sizes).astype(np.uint16)
-    if told:
+    if informative:
         ids[:, 2] = labels
     z = codes()[ids] + 0.05 * rng.standard_normal((n, L, D))
     return Latents(ids, z.astype(np.float16), np.arange(n), labels, [f"c{label}" for label in range(10)])
@@ -48,13 +48,13 @@ def test_features_are_the_first_positions_and_no_others(feature):
     np.testing.assert_allclose(mean, want[:, :3].astype(np.float64).mean(axis=1), atol=1e-3)
 
 
-def test_probe_finds_what_a_token_tells_and_is_at_chance_otherwise():
-    found = first_k_probe(latents(seed=1), latents(seed=2), codes(), PLAN)
-    assert len(found) == 2 * 2 * 2 * 2
-    assert found["probe_code_concat_3_top1"] > 95
-    assert found["probe_pre_concat_3_top1"] > 95
-    assert all(value == 100 for name, value in found.items() if name.endswith("top5")), "five classes"
-    chance = first_k_probe(latents(seed=1, told=False), latents(seed=2, told=False), codes(), PLAN)
+def test_probe_finds_the_class_in_a_token_and_is_at_chance_without():
+    scores = first_k_probe(latents(seed=1), latents(seed=2), codes(), PLAN)
+    assert len(scores) == 2 * 2 * 2 * 2
+    assert scores["probe_code_concat_3_top1"] > 95
+    assert scores["probe_pre_concat_3_top1"] > 95
+    assert all(value == 100 for name, value in scores.items() if name.endswith("top5")), "five classes"
+    chance = first_k_probe(latents(seed=1, informative=False), latents(seed=2, informative=False), codes(), PLAN)
     assert all(value < 32 for name, value in chance.items() if name.endswith("top1")), chance
 
 
@@ -63,14 +63,14 @@ def test_probe_finds_what_a_token_tells_and_is_at_chance_otherwise():
 def test_codes_span_no_more_than_their_sizes_allow(kind, k):
     """Affine rank of concatenated codes <= min(k D, sum of (K_t - 1)) (section 5.2); reached with enough images."""
     sizes = codebook_sizes(kind, L, 2, K).numpy()
-    some = latents(3000, told=False, sizes=sizes)
+    some = latents(3000, informative=False, sizes=sizes)
     rows = first_features(some, codes(), k, "code", "concat").astype(np.float64)
     rank = np.linalg.matrix_rank(rows - rows.mean(axis=0), tol=1e-6)
     assert rank == min(k * D, int(np.minimum(sizes[:k] - 1, D).sum()))
     assert rank <= min(k * D, int((sizes[:k] - 1).sum()))
 
 
-def test_probe_refuses_what_it_cannot_do():
+def test_probe_refusals():
     some = latents(100)
     with pytest.raises(UsageError, match="the tokenizer has 16"):
         first_k_probe(some, some, codes(), PLAN.model_copy(update={"first": [17], "batch": 8}))
@@ -88,8 +88,8 @@ def test_sample_folders(tmp_path):
     (tmp_path / "drawn").mkdir()
     (tmp_path / "drawn" / "samples.npz").touch()
     (tmp_path / "pictures").mkdir()
-    found = sample_folders([f"guided={tmp_path}/drawn", f"plain={tmp_path}/pictures"])
-    assert found == {"guided": tmp_path / "drawn" / "samples.npz", "plain": tmp_path / "pictures"}
+    scores = sample_folders([f"guided={tmp_path}/drawn", f"plain={tmp_path}/pictures"])
+    assert scores == {"guided": tmp_path / "drawn" / "samples.npz", "plain": tmp_path / "pictures"}
     for wrong in ("drawn", "=drawn", "a b=x", f"x={tmp_path}/none"):
         with pytest.raises(UsageError, match="--samples"):
             sample_folders([wrong])

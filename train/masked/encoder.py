@@ -1,4 +1,4 @@
-"""The encoder under evaluation: a checkpoint of this project or of the released models, and the recipe of its tokens."""
+"""The encoder under evaluation: a checkpoint of this project or a released one, and the recipe of its tokens."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

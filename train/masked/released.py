@@ -106,7 +106,8 @@ def save_released(
     A model from `load_released` is written with the same tensors, unused ones included. A model trained here gets the
     published vocabulary (unused rows zero) and zeros for tensors of the layout that nothing uses. `teacher`: the
     average of a Sorcen run; by default the file's own, else a copy of the student. `centroids`: (K, D), stored as unit
-    rows, needed for LEASE unless the model's file had them. WeightsError when the model is of another family, grid or code count.
+    rows, needed for LEASE unless the model's file had them. WeightsError when the model is of another family, grid or
+    code count.
     """
     c = model.config
     kept = getattr(model, "released", None) or Kept(family)
