@@ -213,16 +213,16 @@ def test_a_killed_run_continues_with_the_next_image(world, monkeypatch):
     command = [sys.executable, "-m", "semdict", "ar", "sample", "--out", "killed"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=world, env=environment, stderr=subprocess.PIPE, text=True)
-    while not list(world.glob("work/ar-samples-*/chunk-000003.npz")):
+    while not list(world.glob("work/ar-sample-*/chunk-000003.npz")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
     process.kill()
     process.communicate()
-    (folder,) = world.glob("work/ar-samples-*")
+    (folder,) = world.glob("work/ar-sample-*")
     finished, computed, compute = len(list(folder.glob("chunk-*.npz"))), [], ArSampler.batch
     assert 4 <= finished < 30 and not (world / "killed").exists()
     monkeypatch.setattr(ArSampler, "batch", lambda self, numbers: (computed.append(numbers), compute(self, numbers))[1])
     assert ar_sample(world, "--out", "killed", "--resume") == 0
     assert tiny.digest(world / "killed") == tiny.digest(world / "whole")
     assert len(computed) == 30 - finished
-    assert not list(world.glob("work/ar-samples-*")) and not list(world.glob("**/*.part"))
+    assert not list(world.glob("work/ar-sample-*")) and not list(world.glob("**/*.part"))

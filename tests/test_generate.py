@@ -211,12 +211,12 @@ def whole(world) -> Path:
 
 def test_a_killed_run_continues_with_the_next_image(world, whole):
     process = start("--out", "killed", *LONG)
-    while not list(world.glob("work/generated-*/chunk-000003.npz")):
+    while not list(world.glob("work/generate-*/chunk-000003.npz")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
     process.kill()
     process.communicate()
-    (folder,) = world.glob("work/generated-*")
+    (folder,) = world.glob("work/generate-*")
     finished = [int(path.stem.removeprefix("chunk-")) for path in folder.glob("chunk-*.npz")]
     assert 4 <= len(finished) < 24 and not (world / "killed").exists()
     kept = {f"{n:06d}.png": (folder / f"result/images/{n:06d}.png").stat().st_mtime_ns for n in finished}
@@ -225,7 +225,7 @@ def test_a_killed_run_continues_with_the_next_image(world, whole):
     assert tiny.digest(world / "killed") == tiny.digest(whole)
     again = {name for name, made in kept.items() if (world / "killed/images" / name).stat().st_mtime_ns != made}
     assert again == {f"{finished[0]:06d}.png"}, "only the damaged batch is made again"
-    assert not list(world.glob("work/generated-*")) and not list(world.glob("**/*.part"))
+    assert not list(world.glob("work/generate-*")) and not list(world.glob("**/*.part"))
 
 
 def test_without_resume_an_interrupted_run_starts_again(world, whole, monkeypatch):
@@ -240,11 +240,29 @@ def test_without_resume_an_interrupted_run_starts_again(world, whole, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Generation, "batch", interrupted)
         assert generate("--out", "anew", *LONG) == 130
-    (folder,) = world.glob("work/generated-*")
+    (folder,) = world.glob("work/generate-*")
     assert list(folder.glob("chunk-*.npz"))
     (folder / "result" / "images" / "000099.png").write_bytes(b"left over")
     assert generate("--out", "anew", *LONG) == 0
     assert tiny.digest(world / "anew") == tiny.digest(whole)
+
+
+def test_another_run_is_not_replaced_at_the_end(world, monkeypatch, capsys):
+    """Two runs with one --out: the second to finish stays in its work folder."""
+    finish = Generation.finish
+
+    def overtaken(self, sampling) -> None:
+        monkeypatch.setattr(Generation, "finish", finish)
+        assert generate("--out", "race", "--set", "generate.seed=7") == 0
+        finish(self, sampling)
+
+    monkeypatch.setattr(Generation, "finish", overtaken)
+    assert generate("--out", "race") == 2
+    assert "race exists" in capsys.readouterr().err
+    assert json.loads((world / "race" / "generate.json").read_text())["seed"] == 7
+    (folder,) = world.glob("work/generate-*")
+    assert (folder / "result" / "generate.json").is_file()
+    assert generate("--out", "elsewhere", "--resume") == 0 and not folder.exists()
 
 
 def test_processes_share_the_images(world, whole):

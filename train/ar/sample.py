@@ -62,23 +62,16 @@ def run(args: argparse.Namespace) -> int:
     with dist.process_group(params.runtime.device) as world:
         sampler = ArSampler(args, params, world.device)
         settings, count = sampler.settings, len(sampler.labels)
-        sampling = SamplingRun(KIND, CARD, __name__, settings, count, sampler.cfg.batch, out, args.work, world)
+        batch = sampler.cfg.batch
+        sampling = SamplingRun("ar sample", KIND, CARD, __name__, settings, count, batch, out, args.work, world)
         if sampling.is_published(args.resume):
-            report(world, f"{out} is complete with these settings; nothing to do")
             return 0
         with sampling.opened(args.resume):
             sampling.sample(sampler.batch)
             if world.first:
                 sampler.finish(sampling)
                 sampling.publish()
-    report(world, f"{count} images in {out}")
     return 0
-
-
-def report(world: dist.World, text: str) -> None:
-    """One line on stderr, from rank 0."""
-    if world.first:
-        print(f"ar sample: {text}", file=sys.stderr)
 
 
 class ArSampler:

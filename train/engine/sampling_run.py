@@ -5,6 +5,7 @@ whichever process of torchrun does it: a resumed run publishes the same bytes as
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -32,11 +33,12 @@ ComputeBatch = Callable[[list[int]], tuple[Arrays, Sequence[Callable[[], Any]]]]
 class SamplingRun:
     """One run of a sampling command.
 
-    kind: of the output, a key of `publish.FOLDERS`. card: the output's JSON file that holds `fingerprint`. module: the
-    command's, for its code identity. settings: everything that shapes the result. count, batch: of images. files:
-    image number -> its file inside the output, for commands that write one per image.
+    command: its name. kind: of the output, a key of `publish.FOLDERS`. card: the output's JSON file that holds
+    `fingerprint`. module: the command's, for its code identity. settings: everything that shapes the result.
+    count, batch: of images. files: image number -> its file inside the output, for commands that write one per image.
     """
 
+    command: str
     kind: str
     card: str
     module: str
@@ -55,9 +57,9 @@ class SamplingRun:
 
     @cached_property
     def store(self) -> ChunkStore:
-        """Finished batches; the folder's name also has the borders of the batches and the code's identity."""
+        """Finished batches, in work/<command>-<hash of settings, borders of the batches and code>."""
         recipe = {"settings": self.settings, "batch": self.batch, "code": code_identity(self.module)}
-        return ChunkStore(self.work, self.kind, sha256_json(recipe)[:16])
+        return ChunkStore(self.work, self.command.replace(" ", "-"), sha256_json(recipe)[:16])
 
     @property
     def result(self) -> Path:
@@ -72,7 +74,9 @@ class SamplingRun:
         check_output(self.out, self.kind)
         if not occupied(self.out):
             return False
-        if resume and json.loads((self.out / self.card).read_text()).get("fingerprint") == self.fingerprint:
+        card = json.loads((self.out / self.card).read_text(encoding="utf-8"))
+        if resume and card.get("fingerprint") == self.fingerprint:
+            self.log(f"{self.out} is complete with these settings; nothing to do")
             return True
         raise UsageError(
             f"{self.out} exists; give another --out, or remove it (--resume keeps one of the same settings)"
@@ -96,11 +100,8 @@ class SamplingRun:
         """Compute the batches that are missing, shared out over the ranks."""
         batches = split_rows(self.count, self.batch)[self.world.rank :: self.world.size]
         pending: tuple[Chunk, Arrays, list[Future]] | None = None
-        label, total = f"{self.kind} {self.out.name}", sum(map(len, batches))
-        with (
-            progress(total, label, quiet=not self.world.first) as bar,
-            ThreadPoolExecutor(WRITERS) as pool,
-        ):
+        bar = progress(sum(map(len, batches)), self.command, quiet=not self.world.first)
+        with bar, ThreadPoolExecutor(WRITERS) as pool:
             for batch in batches:
                 if self._is_done(batch):
                     bar.update(len(batch))
@@ -119,9 +120,19 @@ class SamplingRun:
             yield self.store.read(batch)
 
     def publish(self) -> None:
-        """Put the result in the place of `out`, and remove the work folder."""
-        publish_staged(self.result, self.out, self.kind)
+        """Put the result in the place of `out`, and remove the work folder.
+
+        UsageError when another run was published there meanwhile: this one stays in its work folder.
+        """
+        if not self.is_published(resume=True):
+            publish_staged(self.result, self.out, self.kind)
         remove(self.store.folder)
+        self.log(f"{self.count} images in {self.out}")
+
+    def log(self, text: str) -> None:
+        """One line on stderr, from rank 0."""
+        if self.world.first:
+            print(f"{self.command}: {text}", file=sys.stderr)
 
     def _is_done(self, batch: Chunk) -> bool:
         """Whether a batch's arrays and files are there; a damaged file of arrays counts as none."""

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         missing |= {f"{name}_{metric}": why for metric, why in result.missing.items()}
     protocol |= {"tokenizer": model.identity, "device": str(device)}
     write_json(out / "evaluate.json", {**metrics, "missing": [missing], "protocol": [protocol]})
-    report(metrics, missing, out)
+    print_metrics(metrics, missing, out)
     return 0
 
 
@@ -201,7 +201,7 @@ def first_k_probe(train: Latents, test: Latents, codes_KD: np.ndarray, cfg: "Fir
     return metrics
 
 
-def report(metrics: dict[str, Any], missing: dict[str, str], out: Path) -> None:
+def print_metrics(metrics: dict[str, Any], missing: dict[str, str], out: Path) -> None:
     """Print the metrics, one per line, and the missing ones."""
     width = max(map(len, metrics))
     for name, value in metrics.items():

@@ -83,24 +83,16 @@ def run(args: argparse.Namespace) -> int:
         generation = Generation(args, params, world.device)
         cfg, settings = params.generate, generation.settings
         sampling = SamplingRun(
-            KIND, CARD, __name__, settings, cfg.images, cfg.batch, out, args.work, world, files=image_file
+            "generate", KIND, CARD, __name__, settings, cfg.images, cfg.batch, out, args.work, world, files=image_file
         )
         if sampling.is_published(args.resume):
-            report(world, f"{out} is complete with these settings; nothing to do")
             return 0
         with sampling.opened(args.resume):
             sampling.sample(partial(generation.batch, sampling.result))
             if world.first:
                 generation.finish(sampling)
                 sampling.publish()
-    report(world, f"{cfg.images} images in {out}")
     return 0
-
-
-def report(world: dist.World, text: str) -> None:
-    """One line on stderr, from rank 0."""
-    if world.first:
-        print(f"generate: {text}", file=sys.stderr)
 
 
 def image_file(number: int) -> str:
