@@ -1,5 +1,6 @@
 """params.yaml is checked before any work: complete, bounded, one YAML dialect; every mistake is named with its mend."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,11 @@ def test_yaml_is_that_of_version_1_2(tmp_path, tree):
         ("preset: a\npreset: b\n", "duplicate key"),
         ("preset: !!int abc\n", "tags"),
         ("preset: !!python/object:os.system x\n", "tags"),
-        ("a: &x [1]\nb: *x\n", "anchors and aliases"),
+        (
+            "a: &a [1, 1, 1]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefgh")),
+            "aliases expand",
+        ),
+        ("a: &a [*a]\n", "aliases expand"),
         ("preset: 2001-99-99\n", "month must be"),
         ("a: " + "[" * 5000, "nested deeper"),
         ("a: [1\n", "not valid YAML"),

@@ -1,7 +1,7 @@
 """The one YAML dialect of the project: YAML 1.2 as DVC reads it (ruamel), with bounds on what a file may contain.
 
-In YAML 1.2 `1e-05` is a number, `no` is text and `010` is ten. Duplicate keys are an error. Anchors, aliases and tags
-have no use in a parameter file and are refused: they are how a small file grows without end.
+In YAML 1.2 `1e-05` is a number, `no` is text and `010` is ten. Duplicate keys are errors, and so are tags, depth beyond
+MAX_DEPTH, and aliases that make a small file grow beyond MAX_VALUES.
 """
 
 from io import StringIO
@@ -10,12 +10,13 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from semdict.pipeline.common.errors import ParamsError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_VALUES = 100_000
 
 
 def read_yaml(path: Path) -> Any:
@@ -37,7 +38,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """Text as plain Python values; `source` names it in errors."""
     try:
         _check_events(text, source)
-        return YAML(typ="safe", pure=True).load(text)
+        value = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = " ".join(str(error.problem or error.context).split())
@@ -45,15 +46,16 @@ def parse_yaml(text: str, source: str) -> Any:
     except (YAMLError, ValueError, OverflowError, TypeError, AttributeError, RecursionError) as error:
         problem = " ".join(str(error).split())[:200] or type(error).__name__
         raise ParamsError(f"{source} is not valid YAML: {problem}") from None
+    if _values(value) > MAX_VALUES:
+        raise ParamsError(f"{source}: aliases expand it to more than {MAX_VALUES} values")
+    return value
 
 
 def _check_events(text: str, source: str) -> None:
-    """ParamsError for nesting beyond MAX_DEPTH, anchors, aliases and tags."""
+    """ParamsError for tags and for nesting beyond MAX_DEPTH."""
     depth = 0
     for event in YAML(typ="safe", pure=True).parse(StringIO(text)):
         line = event.start_mark.line + 1
-        if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
-            raise ParamsError(f"{source}, line {line}: anchors and aliases (&, *) have no use here")
         if getattr(event, "ctag", None) or getattr(event, "tag", None):
             raise ParamsError(f"{source}, line {line}: tags (!) have no use here")
         if isinstance(event, CollectionStartEvent):
@@ -62,3 +64,16 @@ def _check_events(text: str, source: str) -> None:
                 raise ParamsError(f"{source}, line {line}: nested deeper than {MAX_DEPTH} levels")
         elif isinstance(event, CollectionEndEvent):
             depth -= 1
+
+
+def _values(value: Any) -> int:
+    """Number of values in nested lists and mappings, aliases counted each time; counting stops beyond MAX_VALUES."""
+    count, waiting = 0, [value]
+    while waiting and count <= MAX_VALUES:
+        item = waiting.pop()
+        count += 1
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+    return count
