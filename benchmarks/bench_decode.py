@@ -18,10 +18,12 @@ from PIL import Image
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import alternate
 from semdict.pipeline.config import schema
+from semdict.pipeline.config.yaml import read_yaml
 from semdict.pipeline.images.crops import Crop, crop_views, expand_views
 from semdict.pipeline.images.decode import DecodeSpec, decode, decoder_identity
 from semdict.pipeline.manifest.stage import build_manifest
 
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
 LINKS = 10_000  # names per file: file systems limit them
 
 
@@ -93,7 +95,8 @@ def bench_manifest(files: int, data: bytes) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_tree(root, files, data)
-        settings = schema.Manifest(images={"train": str(root / "train")})
+        defaults = read_yaml(PRESETS / "base.yaml")["manifest"]
+        settings = schema.Manifest(**{**defaults, "images": {"train": str(root / "train")}})
         build = partial(build_manifest, settings, root / "m.parquet", root / "m.json", root / "cache", DecodeSpec())
         seconds = {}
         for name, run in (("first", build), ("again", build), ("plain", partial(plain_loop, root / "train"))):

@@ -80,7 +80,7 @@ def main() -> None:
             images=(("train", args.images),),
             recipe=CropRecipe(Crop("resize", 256), tuple(expand_views(["centre"]))),
             spec=spec,
-            streams=("gen", "disc"),
+            dtypes=(("gen", "uint16"), ("disc", "uint16")),
             length=256,
             batch=args.batch,
             workers=0,

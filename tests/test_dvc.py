@@ -226,6 +226,6 @@ def scale_down(tree: dict, world: Path) -> None:
     tree["vcq_encode"] |= {"batch": 4, "chunk": 4, "precision": "float32", "psnr_floor": 0.0, "psnr_images": 2}
     tree["ar"] |= {**short, "size": "tiny"}
     tree["ar_sample"] |= {"per_class": 2, "batch": 4}
-    probe = {"first": [2, 16], "epochs": 2, "batch": 4, "warmup_epochs": 1}
-    tree["vcq_evaluate"] |= {"batch": 4, "precision": "float32", "shown": 2, "probe": probe}
+    tree["vcq_evaluate"] |= {"batch": 4, "precision": "float32", "shown": 2}
+    tree["vcq_evaluate"]["probe"] |= {"first": [2, 16], "epochs": 2, "batch": 4, "warmup_epochs": 1}
     tree["scores"] |= {"protocol": "teacher", "batch": 4, "kid_subsets": 2}
