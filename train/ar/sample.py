@@ -97,15 +97,16 @@ class ArSampler:
         return {**cfg, **models, "draw": self.draw, "images": len(self.labels)}
 
     def batch(self, numbers: list[int]) -> tuple[dict[str, np.ndarray], Sequence[Callable[[], Any]]]:
-        """Images (B, H, W, 3) uint8 and tokens (B, L) uint16 of the images with these numbers."""
+        """Images (B, H, W, 3) uint8 and tokens (B, L) uint16 or uint32 of the images with these numbers."""
         from semdict.pipeline.images.visualize import to_uint8
+        from semdict.pipeline.shards.ids import id_dtype
 
-        cfg = self.cfg
+        cfg, dtype = self.cfg, id_dtype(max(self.model.config.sizes))
         labels_B = torch.tensor([self.labels[number] for number in numbers], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
             ids_BL = sample(self.model, labels_B, numbers, cfg.seed, cfg.temperature, self.guidance)
             pixels = self.tokenizer.decode(ids_BL)
-        return {"images": to_uint8(pixels), "tokens": ids_BL.cpu().numpy().astype(np.uint16)}, []
+        return {"images": to_uint8(pixels), "tokens": ids_BL.cpu().numpy().astype(dtype)}, []
 
     def finish(self, sampling: SamplingRun) -> None:
         """Write samples.npz, the grid and the card."""

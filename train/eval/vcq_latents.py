@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Latents:
-    """The tokenizer's output for N images: ids (N, L) uint16, z (N, L, D) float16, rows of the manifest, labels (N,).
+    """The tokenizer's output for N images: ids (N, L) unsigned, z (N, L, D) float16, rows of the manifest, labels (N,).
 
     z is compared with the codes in the search for the nearest. names: of the classes, by label. reconstructions:
     (N, H, W, 3) uint8 or None.
@@ -105,11 +105,13 @@ def latents_of(
     reconstruct: bool = False,
 ) -> Latents:  # fmt: skip
     """Encode every image of some splits and, with `reconstruct`, decode it again; arrays are files in `folder`."""
+    from semdict.pipeline.shards.ids import id_dtype
+
     cfg, device = params.vcq_evaluate, model.codebook_sizes.device
     folder.mkdir()
     rows, length, side = images.rows(splits), model.config.tokens, model.config.image_size
     arrays = {
-        "ids": _array(folder / "ids.npy", np.uint16, (len(rows), length)),
+        "ids": _array(folder / "ids.npy", id_dtype(model.config.k_max), (len(rows), length)),
         "z": _array(folder / "z.npy", np.float16, (len(rows), length, model.config.dim)),
     }
     if reconstruct:
@@ -137,5 +139,5 @@ def _encode(model: Tokenizer1d, images: Tensor, precision: str, reconstruct: boo
     return {"ids": ids_BL.cpu().numpy(), "z": z_BLD.cpu().numpy(), **result}
 
 
-def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+def _array(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.ndarray:
     return np.lib.format.open_memmap(path, "w+", dtype, shape)
