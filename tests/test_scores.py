@@ -350,6 +350,13 @@ def test_without_any_score_the_status_is_1(world, capsys, protocol):
     assert not (world / "none.json").exists()
 
 
+def test_files_of_other_programs_are_no_samples(world, params, tmp_path):
+    folder = write_pngs(tmp_path / "copied", textures(0))
+    for name in ("._000000.png", ".DS_Store", "Thumbs.db"):
+        (folder / "images" / name).write_bytes(b"no image")
+    assert len(open_images(folder, params)) == COUNT
+
+
 def test_batches_are_the_set_in_order():
     images = ArrayImages(textures(3, count=7), {"from": "textures"})
     parts = list(images.batches(3))

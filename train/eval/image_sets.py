@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from semdict.pipeline.common.errors import ManifestError, SemdictError, UsageError
-from semdict.pipeline.common.files import sha256_file, sha256_json
+from semdict.pipeline.common.files import is_foreign, sha256_file, sha256_json
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
@@ -101,7 +101,7 @@ class PngFolder(ImageSet):
     def __init__(self, path: Path, max_pixels: int) -> None:
         super().__init__()
         folder = path / "images" if (path / "images").is_dir() else path
-        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        files = sorted(p for p in folder.iterdir() if p.is_file() and not is_foreign(p.name))
         lossy = [p for p in files if p.suffix.lower() in LOSSY]
         if lossy:
             raise UsageError(f"{lossy[0]}: scores of lossy files are not comparable; save samples as PNG")
