@@ -21,7 +21,10 @@ from benchmarks.timing import alternate
 from semdict.train.engine.loop import Clock
 from semdict.train.masked.masking import draw_masks
 from semdict.train.masked.model import SIZES, MaskedTokenTransformer, model_config
-from semdict.train.masked.objectives import OBJECTIVES, Lease, Mage, Masking, Sorcen
+from semdict.train.masked.objectives import objective_class
+from semdict.train.masked.objectives.lease import Lease
+from semdict.train.masked.objectives.mage import Mage, Masking
+from semdict.train.masked.objectives.sorcen import Sorcen
 from semdict.train.masked.vocab import LEASE
 
 RATIO = 0.695  # about the mean of the truncated normal; constant, so that all steps cost the same
@@ -65,7 +68,7 @@ class Steps:
     def ours(self, version: str) -> Callable[[], float]:
         """The package's objectives; `mage_online_vqgan` encodes images in every step, as published."""
         family = version.partition("_")[0]
-        fields = Lease.architecture(self.words[1]) if family == "lease" else OBJECTIVES[family].architecture()
+        fields = Lease.architecture(self.words[1]) if family == "lease" else objective_class(family).architecture()
         config = model_config(family, self.size, dropout=self.dropout, **fields)
         model = MaskedTokenTransformer(config).to(self.device)
         if self.compile:

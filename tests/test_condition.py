@@ -30,7 +30,7 @@ from semdict.train.masked.conditional import (
     ConditionalTransformer,
 )
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
-from semdict.train.masked.objectives import Masking
+from semdict.train.masked.objectives.mage import Masking
 from semdict.train.masked.released import load_released
 from tests import tiny
 from tests.test_pretrain import CODES, ENV, WORDS, write_tokens

@@ -12,7 +12,9 @@ from semdict.train.engine.ema import Ema, beta
 from semdict.train.engine.loop import Clock
 from semdict.train.engine.rng import batch_generator
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
-from semdict.train.masked.objectives import Lease, Mage, Masking, Sorcen
+from semdict.train.masked.objectives.lease import Lease
+from semdict.train.masked.objectives.mage import Mage, Masking
+from semdict.train.masked.objectives.sorcen import Sorcen
 from tests.tiny import architecture
 
 SHAPE = {"grid": 4, "width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}

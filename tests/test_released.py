@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from semdict.pipeline.common.errors import WeightsError
 from semdict.train.engine.ema import Ema, beta
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
-from semdict.train.masked.objectives import Lease, Mage, Sorcen
+from semdict.train.masked.objectives.lease import Lease
+from semdict.train.masked.objectives.mage import Mage
+from semdict.train.masked.objectives.sorcen import Sorcen
 from semdict.train.masked.released import load_released, released_teacher, save_released
 from semdict.train.masked.vocab import LEASE, MAGE
 from tests.tiny import architecture

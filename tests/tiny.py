@@ -16,7 +16,7 @@ from semdict.pipeline.config.yaml import read_yaml
 from semdict.pipeline.tokenizers.base import save_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
 from semdict.pipeline.tokenizers.networks import Sizes
-from semdict.train.masked.objectives import OBJECTIVES
+from semdict.train.masked.objectives import objective_class
 
 VIT = {"patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 2}
 TEACHER = {"model": "deit_tiny_patch16_224", "kwargs": VIT}
@@ -26,7 +26,7 @@ PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
 def architecture(family: str, width: int = 6) -> dict:
     """Fields of the configuration of one objective's model; `width` is that of lease's centroids."""
-    return OBJECTIVES[family].architecture(**({"width": width} if family == "lease" else {}))
+    return objective_class(family).architecture(**({"width": width} if family == "lease" else {}))
 
 
 def draw_image(seed: int, width: int = 96, height: int = 80) -> np.ndarray:

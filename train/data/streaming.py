@@ -20,7 +20,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.train.data.loader import Resumable, share_of
-from semdict.train.data.tokens import recipe_of
+from semdict.train.data.token_set import recipe_of
 from semdict.train.engine.loop import Batch
 from semdict.train.engine.rng import Stream, choice_per_row, permutation
 
@@ -40,6 +40,17 @@ class TarBlock:
     columns: dict[str, tuple[int, int]]
     first: int
     rows: int
+
+
+def open_metadata(path: Path) -> tuple[dict[str, Any], str, None]:
+    """Metadata of an exported set and the digest of the shards that it was exported from; tars have no centroids."""
+    about = read_about(path)
+    return about, about.get("content_sha256", ""), None
+
+
+def open_loader(path: Path, splits: list[str], *share: Any) -> "StreamingLoader":
+    """The dataloader of an exported set's splits; `share`: batch, seed, rank, world, device."""
+    return StreamingLoader(path, splits, *share)
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from semdict.pipeline.common.errors import ShardError, UsageError
-from semdict.pipeline.common.files import sha256_json
 from semdict.train.data.loader import Resumable, epoch_order, share_of
+from semdict.train.data.token_set import recipe_of
 from semdict.train.engine.loop import Batch
 from semdict.train.engine.rng import Stream, choice_per_row
 
@@ -69,10 +69,17 @@ def table_from_shards(path: str | Path, splits: list[str] | None = None) -> Toke
     return TokenTable(gen, disc, label, np.arange(len(gen)), rows, left_out, recipe_of(shards.meta))
 
 
-def recipe_of(meta: dict[str, Any]) -> str:
-    """16 hex digits that identify a token set: recipe, images, codebooks and views."""
-    parts = {name: meta[name] for name in ("recipe", "fingerprint", "codebooks", "grid", "views", "rows")}
-    return sha256_json(parts)[:16]
+def open_metadata(path: Path) -> tuple[dict[str, Any], str, np.ndarray | None]:
+    """Metadata of a shard directory, the digest of its content, its centroids (K, D) or None."""
+    from semdict.pipeline.shards import open_shards
+
+    shards = open_shards(path)
+    return shards.meta, shards.content_sha256, shards.centroids
+
+
+def open_loader(path: Path, splits: list[str], *share: Any) -> "ResidentLoader":
+    """The dataloader of a shard directory's splits; `share`: batch, seed, rank, world, device."""
+    return ResidentLoader(table_from_shards(path, splits), *share)
 
 
 def _joined(arrays: list[np.ndarray | None]) -> np.ndarray | None:

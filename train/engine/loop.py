@@ -63,6 +63,9 @@ class Clock:
         return self.step / self.steps_per_epoch
 
 
+START = Clock()
+
+
 # (model, this rank's rows, generator of the rows' random numbers, clock) -> (mean loss over the rows, scalars to log)
 Objective = Callable[[nn.Module, Batch, torch.Generator, Clock], tuple[Tensor, dict[str, Tensor]]]
 # called after every step with the clock of that step and rank 0's log (None on other ranks)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.engine.layers import init_weights
-from semdict.train.engine.loop import Batch, Clock
+from semdict.train.engine.loop import START, Batch, Clock
 from semdict.train.engine.rng import rand_rows
 from semdict.train.masked.model import MaskedTokenTransformer, ModelConfig
-from semdict.train.masked.objectives.mage import START, Mage, Masking, Scalars
+from semdict.train.masked.objectives.mage import Mage, Masking, Scalars
 
 DECODER = ("decoder_embed", "decoder_position", "decoder_blocks", "decoder_norm")  # fine-tuned, unlike the token head
 

@@ -19,7 +19,7 @@ from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import atomic_write, write_json
 from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.common.publish import check_output
-from semdict.train.data.tokens import recipe_of
+from semdict.train.data.token_set import recipe_of
 from semdict.train.engine import dist
 from semdict.train.engine.sampling_run import SamplingRun
 from semdict.train.masked.context import Context, hidden_cells, load_context

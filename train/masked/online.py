@@ -1,12 +1,16 @@
 """An online classifier on detached latents: the encoder's accuracy as a curve, without influence on the training."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semdict.train.engine.layers import init_weights
-from semdict.train.engine.loop import Batch, Clock
-from semdict.train.masked.objectives.mage import START, Mage
+from semdict.train.engine.loop import START, Batch, Clock
+
+if TYPE_CHECKING:
+    from semdict.train.masked.objectives.mage import Mage
 
 HIDDEN = 512  # as released: width -> 512 -> classes
 
@@ -19,7 +23,7 @@ class WithClassifier(nn.Module):
     Images without a label (-1) do not count.
     """
 
-    def __init__(self, objective: Mage, model: nn.Module, width: int, classes: int, seed: int) -> None:
+    def __init__(self, objective: "Mage", model: nn.Module, width: int, classes: int, seed: int) -> None:
         super().__init__()
         self.objective = objective
         self.classifier = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes))

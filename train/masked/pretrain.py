@@ -9,7 +9,6 @@ from torch import nn
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.data.token_set import TokenSet
-from semdict.train.data.tokens import ResidentLoader, table_from_shards
 from semdict.train.engine import dist
 from semdict.train.engine.logging import RunLog
 from semdict.train.engine.loop import Clock, Hook, Loader, Phase
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     params = params_of(args)
     with dist.process_group(params.runtime.device) as world:
         shards = args.shards or Path("shards") / params.preset
-        token_set = TokenSet.open(shards, params.pretrain.loader == "streaming", args.centroids)
+        token_set = TokenSet.open(shards, params.pretrain.loader, args.centroids)
         recipe = Pretraining(args.objective, params, token_set)
         Trainer.for_command(recipe, args, params, world, args.objective).run()
     return 0
@@ -61,28 +60,24 @@ class Pretraining:
     def __init__(self, objective: str, params: "Params", token_set: TokenSet) -> None:
         self.name, self.cfg = f"pretrain-{objective}", params.pretrain
         self.objective, self.token_set, self.vqgan = objective, token_set, params.vqgan
+        self.objective_class = objective_class(objective)
 
     def settings(self) -> dict[str, Any]:
         """Section pretrain without the other objectives' sections, and the tokens."""
         others = OBJECTIVES.keys() - {self.objective}
         cfg = {name: value for name, value in self.cfg.model_dump(by_alias=True).items() if name not in others}
-        extra = OBJECTIVES[self.objective].settings(self.token_set)
+        extra = self.objective_class.settings(self.token_set)
         return {"objective": self.objective, "pretrain": cfg, "data": self.token_set.identity, **extra}
 
     def loader(self, trainer: Trainer) -> Loader:
         """Tokens in memory, or streamed from tars."""
-        cfg, world, path = self.cfg, trainer.world, self.token_set.path
-        share = (cfg.batch, cfg.seed, world.rank, world.size, world.device)
-        if cfg.loader == "streaming":
-            from semdict.train.data.streaming import StreamingLoader
-
-            return StreamingLoader(path, cfg.splits, *share)
-        return ResidentLoader(table_from_shards(path, cfg.splits), *share)
+        cfg, world = self.cfg, trainer.world
+        return self.token_set.dataloader(cfg.splits, cfg.batch, cfg.seed, world.rank, world.size, world.device)
 
     def build(self, loader: Loader, trainer: Trainer) -> Components:
         cfg, device = self.cfg, trainer.world.device
         model = self.model().to(device)
-        objective = OBJECTIVES[self.objective].from_cfg(cfg, model, self.token_set)
+        objective = self.objective_class.from_cfg(cfg, model, self.token_set)
         if cfg.online_classifier:
             if loader.classes < 1:
                 raise UsageError("online_classifier needs labels and a resident loader; set it to false")
@@ -105,7 +100,7 @@ class Pretraining:
         """The objective's model at the size of section pretrain, initialised from the seed."""
         cfg, token_set = self.cfg, self.token_set
         changes = {name: getattr(cfg, name) for name in SIZES if getattr(cfg, name) is not None}
-        changes |= OBJECTIVES[self.objective].architecture_from(cfg, token_set)
+        changes |= self.objective_class.architecture_from(cfg, token_set)
         changes |= {"grid": token_set.grid, "dropout": cfg.dropout}
         config = model_config(self.objective, cfg.size, token_set.codebook_size, **changes)
         return MaskedTokenTransformer(config, cfg.seed)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.data.token_set import TokenSet
-from semdict.train.engine.loop import Batch, Clock
+from semdict.train.engine.loop import START, Batch, Clock
 from semdict.train.masked.losses import dictionary_loss, masked_dictionary, neighbour_table
 from semdict.train.masked.model import MaskedTokenTransformer
-from semdict.train.masked.objectives.mage import START, Mage, Masking, Pass, Scalars
+from semdict.train.masked.objectives.mage import Mage, Masking, Pass, Scalars
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Pretrain

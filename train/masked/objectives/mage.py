@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from semdict.train.data.token_set import TokenSet
-from semdict.train.engine.loop import Batch, Clock
+from semdict.train.engine.loop import START, Batch, Clock
 from semdict.train.masked.losses import reconstruction_loss
 from semdict.train.masked.masking import draw_masks, draw_ratio
 from semdict.train.masked.model import MaskedTokenTransformer
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from semdict.pipeline.config.schema.masked import Mask
 
 Scalars = dict[str, Tensor]  # detached, 0-d
-START = Clock()
 
 
 @dataclass(frozen=True)

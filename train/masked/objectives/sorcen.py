@@ -14,11 +14,11 @@ from semdict.pipeline.common.errors import UsageError
 from semdict.train.data.token_set import TokenSet
 from semdict.train.engine import dist
 from semdict.train.engine.ema import Ema, beta
-from semdict.train.engine.loop import Batch, Clock
+from semdict.train.engine.loop import START, Batch, Clock
 from semdict.train.engine.rng import rand_rows
 from semdict.train.masked.losses import Gather, info_nce, local, uniformity
 from semdict.train.masked.model import MaskedTokenTransformer
-from semdict.train.masked.objectives.mage import START, Mage, Masking, Pass, Scalars
+from semdict.train.masked.objectives.mage import Mage, Masking, Pass, Scalars
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Pretrain
