@@ -73,3 +73,9 @@ def test_centroids_of_another_teacher_are_refused(spec, tmp_path):
     np.save(tmp_path / "centroids.npy", np.zeros((10, 32), np.float32))
     with pytest.raises(WeightsError, match=r"centroids of width 32, .* features of width 24"):
         spec.open()
+
+
+def test_centroids_beyond_float32_are_refused(spec, tmp_path):
+    np.save(tmp_path / "centroids.npy", np.full((10, 24), 1e306))
+    with pytest.raises(WeightsError, match="not finite in float32"), np.errstate(over="ignore"):
+        spec.open()

@@ -68,6 +68,8 @@ class PairSpec:
                 f"{self.centroids} holds centroids of width {centroids.shape[1]}, {model} gives features "
                 f"of width {teacher.dim}: the codebook was made with another teacher"
             )
+        if not torch.isfinite(centroids).all():
+            raise WeightsError(f"{self.centroids} holds values that are not finite in float32")
         return PairTokenizer(tokenizer, teacher, centroids.to(self.device), torch.device(self.device))
 
 
