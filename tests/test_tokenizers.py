@@ -304,3 +304,10 @@ def test_odd_shapes_are_refused():
         model.encode(pictures(1, 30))
     with pytest.raises(ValueError, match="square"):
         model.decode(torch.zeros(1, 60, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("size", "near"), [(30, 32), (1, 4), (0, 4), (-8, 4)])
+def test_a_size_that_the_stride_does_not_divide_is_refused(size, near):
+    with pytest.raises(WeightsError, match=rf"image size {size} is not a multiple of .* stride 4: .* such as {near}$"):
+        build().grid(size)
+    assert build().grid(36) == (9, 9)

@@ -115,7 +115,11 @@ class ConvTokenizer(nn.Module):
     def grid(self, image_size: int) -> tuple[int, int]:
         """(rows, columns) of the cells of a square image; WeightsError when the stride does not divide its side."""
         if image_size % self.stride or image_size <= 0:
-            raise WeightsError(f"image size {image_size} is not a multiple of the tokenizer's stride {self.stride}")
+            near = max(1, round(image_size / self.stride)) * self.stride
+            raise WeightsError(
+                f"image size {image_size} is not a multiple of the tokenizer's stride {self.stride}: set pixels.size to "
+                f"one, such as {near}"
+            )
         return image_size // self.stride, image_size // self.stride
 
     def encode_features(self, images: Tensor) -> Tensor:
