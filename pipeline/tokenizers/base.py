@@ -117,8 +117,8 @@ class ConvTokenizer(nn.Module):
         if image_size % self.stride or image_size <= 0:
             near = max(1, round(image_size / self.stride)) * self.stride
             raise WeightsError(
-                f"image size {image_size} is not a multiple of the tokenizer's stride {self.stride}: set pixels.size to "
-                f"one, such as {near}"
+                f"image size {image_size} is not a multiple of the tokenizer's stride {self.stride}: set pixels.size "
+                f"to one, such as {near}"
             )
         return image_size // self.stride, image_size // self.stride
 
