@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semdict.pipeline.common import nearest as search
-from semdict.pipeline.common.errors import SemdictError
+from semdict.pipeline.common.errors import SemdictError, WeightsError
 from semdict.pipeline.kmeans import clustering
 from semdict.pipeline.kmeans.clustering import assign, train_centroids
+from semdict.pipeline.kmeans.stage import existing_centroids
 
 ENGINES = ("faiss", "torch")
 
@@ -88,7 +89,7 @@ def test_assignment_memory_holds_no_points_by_words_tensor():
     assert 0 < peak <= 80e6
 
 
-def test_assignment_refuses_what_has_no_nearest_word():
+def test_assignment_refuses_points_without_a_nearest_centroid():
     points = np.zeros((7, 3), np.float32)
     points[4, 1] = np.nan
     for bad in (points, torch.from_numpy(points)):
@@ -132,7 +133,7 @@ def test_engines_start_alike_without_init():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_words_are_numbered_by_falling_frequency(engine):
+def test_centroids_are_numbered_by_falling_frequency(engine):
     points = blobs(seed=7)
     got = train_centroids(points, 12, 5, engine=engine, device="cpu")
     counts = np.bincount(assign(points, got.centroids), minlength=12)
@@ -196,7 +197,7 @@ def test_reading_memory_is_flat(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_unsound_features_are_refused_by_row(engine, bad, monkeypatch):
+def test_features_that_are_not_finite_are_refused_by_row(engine, bad, monkeypatch):
     monkeypatch.setattr(clustering, "SLAB_BYTES", 8 * 4 * 100)
     points = blobs()
     points[433, 5] = bad
@@ -207,14 +208,14 @@ def test_unsound_features_are_refused_by_row(engine, bad, monkeypatch):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_too_few_distinct_points(engine):
     points = np.repeat(blobs(7), 30, axis=0)
-    with pytest.raises(SemdictError, match=r"8 distinct points.*210 points holds 7"):
+    with pytest.raises(SemdictError, match=r"8 distinct points.*210 points has 7"):
         train_centroids(points, 8, 2, engine=engine, device="cpu")
     got = train_centroids(points, 7, 3, engine=engine, device="cpu")
     assert got.objective[-1] == pytest.approx(0, abs=1e-4) and got.counts.tolist() == [30] * 7
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_as_many_words_as_points(engine):
+def test_as_many_centroids_as_points(engine):
     points = blobs(9)
     got = train_centroids(points, 9, 2, engine=engine, device="cpu")
     assert got.counts.tolist() == [1] * 9 and len(got.objective) == 2
@@ -231,7 +232,49 @@ def test_wrong_requests_are_refused():
             train_centroids(blobs(), 3, device="cuda")
 
 
-def test_without_faiss_the_torch_engine_serves_and_faiss_is_imported_late():
+def test_faiss_is_tried_on_a_gpu_in_a_process_of_its_own(monkeypatch):
+    """Some GPU builds abort the process where they lack kernels for the GPU; the trial reports that instead."""
+    clustering.faiss_gpu_error.cache_clear()
+    if not torch.cuda.is_available():
+        assert clustering.faiss_gpu_error() != ""
+    trials = {"import os; os.abort()": "status -6", "raise RuntimeError('no kernel image')": "no kernel", "pass": ""}
+    for script, reason in trials.items():
+        clustering.faiss_gpu_error.cache_clear()
+        monkeypatch.setattr(clustering, "GPU_TRIAL", script)
+        error = clustering.faiss_gpu_error()
+        assert reason in error and bool(error) == bool(reason)
+    clustering.faiss_gpu_error.cache_clear()
+
+
+def test_a_gpu_that_faiss_cannot_use_is_left_to_torch(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(clustering, "faiss_gpu_error", lambda: "no kernel image")
+    assert clustering._select_engine("auto", "auto")[1:] == (f"torch {torch.__version__} cuda", "cuda")
+    assert "no kernel image" in capsys.readouterr().err
+    assert clustering._select_engine("faiss", "auto")[2] == "cpu"
+    with pytest.raises(SemdictError, match=r"no kernel image.*kmeans\.engine: torch"):
+        clustering._select_engine("faiss", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (np.zeros((3, 4), np.int64), r"int64 \(3, 4\)"),
+        (np.zeros(12), r"float64 \(12,\)"),
+        (np.ones((4, 4), np.float16), "4 centroids, kmeans.k is 3"),
+        (np.array([[1.0], [1e306], [2.0]]), "centroid 1 holds NaN, Inf or more than float32"),
+        (np.array([[1.0], [2.0], [np.nan]], np.float32), "centroid 2"),
+    ],
+)
+def test_existing_centroids_are_checked_as_they_are_used(tmp_path, stored, message):
+    np.save(tmp_path / "c.npy", stored)
+    with pytest.raises(WeightsError, match=message):
+        existing_centroids(str(tmp_path / "c.npy"), 3)
+    np.save(tmp_path / "c.npy", np.arange(6.0).reshape(3, 2))
+    assert existing_centroids(str(tmp_path / "c.npy"), 3).dtype == np.float32
+
+
+def test_without_faiss_the_torch_engine_is_used_and_faiss_is_imported_late():
     code = (
         "import sys; import semdict.pipeline.kmeans.clustering as km; assert 'faiss' not in sys.modules\n"
         "km.importlib.util.find_spec = lambda name: None\n"

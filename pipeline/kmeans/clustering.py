@@ -1,12 +1,15 @@
-"""k-means over patch features: training by FAISS or by a plain torch Lloyd iteration, and assignment to words.
+"""k-means over patch features: training by FAISS or by a plain torch Lloyd iteration, and assignment to centroids.
 
-Both engines get the same initial centroids, deal with empty clusters in the same way and number their words alike.
+Both engines get the same initial centroids, split empty clusters in the same way and number the centroids alike.
 """
 
 import importlib.util
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,10 +25,10 @@ SLAB_BYTES = 64 << 20  # features read at once
 
 @dataclass(frozen=True)
 class KmeansResult:
-    """A dictionary and how it came about; the lists have one entry per iteration."""
+    """Centroids and the course of their training; the lists have one entry per iteration."""
 
-    centroids: np.ndarray  # (K, D) float32, word 0 is the most frequent
-    counts: np.ndarray  # (K,) int64, points of the sample per word, falling
+    centroids: np.ndarray  # (K, D) float32, the most frequent first
+    counts: np.ndarray  # (K,) int64, points of the sample per centroid, falling
     objective: list[float] = field(default_factory=list)  # mean squared distance to the nearest centroid
     splits: list[int] = field(default_factory=list)  # empty clusters that took half of a large one
     imbalance: list[float] = field(default_factory=list)  # K sum n_k^2 / N^2; 1 = all clusters of equal size
@@ -43,16 +46,16 @@ def train_centroids(
     device: str = "auto",
     init: np.ndarray | None = None,
 ) -> KmeansResult:
-    """Cluster features (N, D), any float dtype, into k words by squared Euclidean distance (Lloyd's iteration).
+    """Cluster features (N, D), any float dtype, around k centroids by squared Euclidean distance (Lloyd's iteration).
 
     `features` may be an array, a tensor, a memory map or a zarr array: at most `max_points_per_centroid * k` rows,
     drawn by `seed`, are held in memory. `engine` is auto, faiss or torch; auto takes FAISS (its GPU build when there),
     and torch on a GPU that FAISS cannot use. `init` (k, D) replaces k distinct random points as the start.
-    SemdictError: a row with NaN or Inf (named), fewer distinct points than k, an engine that is not there.
+    Raises SemdictError for a row with NaN or Inf (named), fewer distinct points than k, and an engine that is missing.
     """
     if len(features.shape) != 2 or k < 1 or iterations < 1:
         raise SemdictError(f"k-means of {tuple(features.shape)} features, k {k}, iterations {iterations}: not possible")
-    run, name, place = _choose(engine, device)
+    run, name, place = _select_engine(engine, device)
     rows = _draw_rows(features.shape[0], max_points_per_centroid * k, seed)
     sample_ND = _read(features, rows, keep_half=run is _lloyd)
     start_KD = _distinct_start(sample_ND, k, seed)
@@ -78,7 +81,7 @@ def assign(features: Tensor | np.ndarray, centroids: Tensor | np.ndarray) -> Ten
     return nearest(features, centroids_KD)
 
 
-def _choose(engine: str, device: str) -> tuple[Any, str, str]:
+def _select_engine(engine: str, device: str) -> tuple[Any, str, str]:
     """(engine function, its name with version, device)."""
     if engine not in ("auto", "faiss", "torch"):
         raise SemdictError(f"k-means engine {engine} is unknown: auto, faiss or torch")
@@ -93,13 +96,31 @@ def _choose(engine: str, device: str) -> tuple[Any, str, str]:
         raise SemdictError("k-means engine faiss is not installed; install faiss-cpu or faiss-gpu, or use engine torch")
     import faiss
 
-    if place.startswith("cuda") and faiss.get_num_gpus() == 0:
+    if place.startswith("cuda") and (why := faiss_gpu_error()):
         if engine == "auto":
+            print(f"k-means: torch instead of FAISS, which cannot use this GPU ({why})", file=sys.stderr)
             return torch_engine
         if device != "auto":
-            raise SemdictError("this FAISS build has no GPU support; use engine torch, or device cpu")
+            raise SemdictError(f"FAISS cannot use this GPU ({why}); use kmeans.engine: torch, or runtime.device: cpu")
         place = "cpu"
     return _faiss, f"faiss {faiss.__version__} {torch.device(place).type}", place
+
+
+GPU_TRIAL = """
+import sys, numpy, faiss
+if faiss.get_num_gpus() == 0:
+    sys.exit("this build of FAISS has no GPU support")
+faiss.Kmeans(4, 2, niter=1, gpu=True, min_points_per_centroid=1).train(numpy.eye(4, dtype=numpy.float32))
+"""
+
+
+@cache
+def faiss_gpu_error() -> str:
+    """Why FAISS cannot train on a GPU here, "" if it can: tried in a child, for builds without kernels may abort."""
+    child = subprocess.run([sys.executable, "-c", GPU_TRIAL], capture_output=True, text=True, check=False)
+    if child.returncode == 0:
+        return ""
+    return (child.stderr.strip().splitlines() or [f"the trial ended with status {child.returncode}"])[-1][:200]
 
 
 def _draw_rows(total: int, limit: int, seed: int) -> np.ndarray:
@@ -110,7 +131,7 @@ def _draw_rows(total: int, limit: int, seed: int) -> np.ndarray:
 
 
 def _read(features: Any, rows_N: np.ndarray, keep_half: bool) -> np.ndarray:
-    """The chosen rows in memory, (N, D) float32, or float16 as stored when the engine can use it; all finite."""
+    """Rows `rows_N` in memory, (N, D) float32, or float16 as stored when the engine can use it; all finite."""
     width = features.shape[1]
     half = keep_half and str(features.dtype).removeprefix("torch.") == "float16"
     sample_ND = np.empty((len(rows_N), width), dtype=np.float16 if half else np.float32)
@@ -142,8 +163,8 @@ def _distinct_start(sample_ND: np.ndarray, k: int, seed: int) -> np.ndarray:
             if len(picks) == k:
                 return sample_ND[picks].astype(np.float32)
     raise SemdictError(
-        f"k-means of {k} words needs {k} distinct points, the sample of {len(sample_ND)} points holds {len(picks)}; "
-        "lower kmeans.k or sample more images"
+        f"k-means around {k} centroids needs {k} distinct points, the sample of {len(sample_ND)} points has "
+        f"{len(picks)}; lower kmeans.k or sample more images"
     )
 
 
@@ -247,7 +268,7 @@ def _split_draws() -> Iterator[float]:
 
 
 def _assign_array(points_ND: np.ndarray, centroids_KD: Tensor) -> np.ndarray:
-    """(N,) int64 words of an array, searched on the centroids' device slab by slab."""
+    """(N,) int64 ids of the nearest centroids of an array, searched on the centroids' device slab by slab."""
     ids_N = np.empty(points_ND.shape[0], dtype=np.int64)
     slab = max(1, SLAB_BYTES // (4 * points_ND.shape[1]))
     for first in range(0, len(ids_N), slab):

@@ -1,4 +1,4 @@
-"""Stage `sample_features`: teacher features of a few patches of every image, enough for k-means and no more."""
+"""Stage `sample_features`: teacher features of a few patches of every image, which k-means clusters."""
 
 import argparse
 import math
@@ -18,15 +18,14 @@ from semdict.pipeline.common.hub import absolute, local_file
 from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.common.progress import progress
 from semdict.pipeline.common.publish import check_output, publish_folder
-from semdict.pipeline.config import paths as places
+from semdict.pipeline.config import paths
 from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.config.schema import Params
 from semdict.pipeline.execute.code_identity import code_identity
 from semdict.pipeline.execute.executor import run_chunks
 from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 from semdict.pipeline.execute.store import WORK, Advance, Arrays, Chunk, ChunkStore, fingerprint, split_rows
-from semdict.pipeline.images import batches as flow
-from semdict.pipeline.manifest.reader import Reader
+from semdict.pipeline.images.batches import CropBatch, CropRecipe, Source, stream_batches
 from semdict.pipeline.manifest.table import Manifest, load_manifest
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 from semdict.pipeline.tokenizers.teachers import GRID
@@ -46,121 +45,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sample, or say why there is nothing to sample."""
-    settings = params_of(args)
-    out = args.out or places.features(settings.preset)
+    """Sample the features; a note takes their place if kmeans.centroids names existing centroids."""
+    params = params_of(args)
+    out = args.out or paths.features(params.preset)
     check_output(out, "features")
-    with lock(f"sample_features-{settings.preset}", args.work), interrupt_on_signals():
-        if settings.kmeans.centroids:
-            print(f"kmeans.centroids = {settings.kmeans.centroids} is used: nothing to sample", file=sys.stderr)
+    with lock(f"sample_features-{params.preset}", args.work), interrupt_on_signals():
+        if params.kmeans.centroids:
+            print(f"kmeans.centroids is {params.kmeans.centroids}: no features are needed", file=sys.stderr)
             with publish_folder(out, "features") as folder:
-                write_json(folder / "not-needed.json", {"kmeans.centroids": settings.kmeans.centroids})
-            return 0
-        scheduler = args.scheduler or settings.runtime.scheduler
-        sample(settings, args.manifest or places.manifest(settings.preset), out, args.work, scheduler)
+                write_json(folder / "not-needed.json", {"kmeans.centroids": params.kmeans.centroids})
+        else:
+            scheduler = args.scheduler or params.runtime.scheduler
+            sample(params, args.manifest or paths.manifest(params.preset), out, args.work, scheduler)
     return 0
 
 
-def points_per_row(rows: int, points: int, length: int) -> np.ndarray:
-    """(rows,) int64 patches to draw from each image: `points` spread evenly, at most `length` from one image."""
-    edges = np.arange(rows + 1, dtype=np.int64) * points // max(rows, 1)
-    return np.minimum(np.diff(edges), length)
-
-
-def positions_of(row: int, count: int, length: int, seed: int) -> np.ndarray:
-    """`count` distinct grid positions of manifest row `row`, ascending; depends on (seed, row) alone."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[row, 0, 0, 0]))
-    return np.sort(rng.choice(length, size=count, replace=False))
-
-
-@dataclass(frozen=True)
-class SampleJob:
-    """Picklable: chunks are slices of the list of sampled rows, not of the manifest."""
-
-    fingerprint: str
-    manifest: str
-    images: tuple[tuple[str, str], ...]
-    splits: tuple[str, ...]
-    recipe: flow.CropRecipe
-    features: Mapping[str, Any]  # arguments of load_features
-    grid: int  # cells a side
-    device: str
-    precision: str
-    points: int
-    seed: int
-    batch: int
-    workers: int
-
-    def open(self) -> "SampleWorker":
-        """Load manifest, reader and teacher in this process."""
-        keep_freed_memory()
-        manifest = load_manifest(self.manifest)
-        teacher = load_features(**self.features, device=self.device, grid=self.grid)
-        counts = np.zeros(len(manifest), np.int64)
-        rows = manifest.rows_of(self.splits)
-        counts[rows] = points_per_row(len(rows), self.points, math.prod(teacher.grid))
-        return SampleWorker(self, manifest, manifest.reader(dict(self.images)), teacher, counts)
-
-
-@dataclass
-class SampleWorker:
-    """Teacher plus how many patches each manifest row gives."""
-
-    job: SampleJob
-    manifest: Manifest
-    reader: Reader
-    teacher: Any
-    counts: np.ndarray
-
-    def process(self, chunks: Iterable[Chunk], advance: Advance) -> Iterator[tuple[Chunk, dict[str, np.ndarray]]]:
-        """Yield (chunk, {features (m, D) float16, row (m,) int64, position (m,) int16}) in row order."""
-        job, parts = self.job, []
-        for batch in flow.stream_batches(self.reader, self.manifest, chunks, job.recipe, job.batch, job.workers):
-            if len(batch.rows):
-                parts.append(self._draw(batch))
-            advance(batch.size, batch.size - len(batch.rows))
-            if batch.last:
-                yield batch.chunk, self._joined(parts)
-                parts = []
-
-    @torch.inference_mode()
-    def _draw(self, batch: flow.CropBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Features of the drawn positions of one batch."""
-        pixels = to_device(batch.pixels[:, 0], torch.device(self.job.device))
-        with reduced_precision(pixels.device, self.job.precision):
-            features_BLD = self.teacher(pixels).float()
-        L = features_BLD.shape[1]
-        drawn = [positions_of(int(row), int(self.counts[row]), L, self.job.seed) for row in batch.rows]
-        index = np.repeat(np.arange(len(drawn)), [len(d) for d in drawn])
-        position = np.concatenate(drawn) if drawn else np.zeros(0, np.int64)
-        picked = features_BLD[torch.from_numpy(index), torch.from_numpy(position)]
-        return picked.half().cpu().numpy(), batch.rows[index], position.astype(np.int16)
-
-    def _joined(self, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        if not parts:
-            empty = np.zeros(0)
-            return {
-                "features": np.zeros((0, self.teacher.dim), np.float16),
-                "row": empty.astype(np.int64),
-                "position": empty.astype(np.int16),
-            }
-        features_MD, row, position = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return {"features": features_MD, "row": row, "position": position}
-
-
-def sample(settings: Params, manifest_path: Path, out: Path, root: Path, scheduler: str) -> None:
-    """Run the missing chunks and publish one float16 zarr array of all drawn features, in row order."""
+def sample(params: Params, manifest_path: Path, out: Path, work: Path, scheduler: str) -> None:
+    """Compute the missing chunks and publish one zarr group of all sampled features, in row order."""
+    cfg = params.sample_features
     manifest = load_manifest(manifest_path)
-    rows = manifest.rows_of(settings.sample_features.splits)
+    rows = manifest.rows_of(cfg.splits)
     if not len(rows):
-        known = sorted(settings.manifest.images)
-        raise ManifestError(
-            f"sample_features.splits {settings.sample_features.splits} has no good image; known: {known}"
-        )
-    job = make_job(settings, manifest, manifest_path)
-    store = ChunkStore(root, f"sample_features-{settings.preset}", job.fingerprint)
-    size = settings.sample_features.chunk
-    chunks = [c for c in split_rows(len(manifest), size) if _overlaps(rows, c)]
+        known = ", ".join(sorted(params.manifest.images))
+        raise ManifestError(f"sample_features.splits {list(cfg.splits)} has no image; known splits: {known}")
+    job = make_job(params, manifest, manifest_path)
+    store = ChunkStore(work, f"sample_features-{params.preset}", job.fingerprint)
+    chunks = [chunk for chunk in split_rows(len(manifest), cfg.chunk) if _overlaps(rows, chunk)]
     shapes: dict[Chunk, tuple[int, int]] = {}  # (m, D) of each chunk's features
 
     def finished(chunk: Chunk, arrays: Arrays) -> None:
@@ -172,50 +82,133 @@ def sample(settings: Params, manifest_path: Path, out: Path, root: Path, schedul
     store.sweep()
 
 
-def _overlaps(rows: np.ndarray, chunk: Chunk) -> bool:
-    """True when any of the sorted `rows` lies in the chunk: chunks of other splits are not even read."""
-    return bool(np.searchsorted(rows, chunk.stop) > np.searchsorted(rows, chunk.start))
+def points_per_row(rows: int, points: int, length: int) -> np.ndarray:
+    """(rows,) int64 patches to sample from each image: `points` spread evenly, at most `length` from one image."""
+    edges = np.arange(rows + 1, dtype=np.int64) * points // max(rows, 1)
+    return np.minimum(np.diff(edges), length)
 
 
-def make_job(settings: Params, manifest: Manifest, manifest_path: Path) -> SampleJob:
-    """The picklable job and its fingerprint."""
-    chosen, weights = settings.sample_features, settings.features.weights
-    recipe = flow.CropRecipe.of(settings.pixels, ["centre"])
-    where = resolve_device(settings.runtime.device)
-    grid = _grid(settings)
+def positions_of(row: int, count: int, length: int, seed: int) -> np.ndarray:
+    """`count` distinct grid positions of manifest row `row`, ascending; a function of (seed, row) alone."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[row, 0, 0, 0]))
+    return np.sort(rng.choice(length, size=count, replace=False))
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """Picklable: paths, recipe and teacher; the fingerprint names what shapes the result."""
+
+    fingerprint: str
+    manifest: str
+    images: tuple[tuple[str, str], ...]  # (split, folder or pattern of its images)
+    splits: tuple[str, ...]
+    recipe: CropRecipe
+    features: Mapping[str, Any]  # arguments of load_features
+    grid: int  # cells a side
+    device: str
+    precision: str
+    points: int
+    seed: int
+    batch: int
+    workers: int
+
+    def open(self) -> "SampleWorker":
+        """Load the manifest, the image reader and the teacher in this process."""
+        keep_freed_memory()
+        manifest = load_manifest(self.manifest)
+        teacher = load_features(**self.features, device=self.device, grid=self.grid)
+        counts = np.zeros(len(manifest), np.int64)
+        rows = manifest.rows_of(list(self.splits))
+        counts[rows] = points_per_row(len(rows), self.points, math.prod(teacher.grid))
+        return SampleWorker(self, manifest, manifest.reader(dict(self.images)), teacher, counts)
+
+
+@dataclass
+class SampleWorker:
+    """The loaded teacher, the images, and the number of patches to sample from each manifest row."""
+
+    job: SampleJob
+    manifest: Manifest
+    reader: Source
+    teacher: Any
+    counts: np.ndarray
+
+    def process(self, chunks: Iterable[Chunk], advance: Advance) -> Iterator[tuple[Chunk, Arrays]]:
+        """Yield (chunk, {features (m, D) float16, row (m,) int64, position (m,) int16}) in row order."""
+        job = self.job
+        parts = [self._nothing()]
+        for batch in stream_batches(self.reader, self.manifest, chunks, job.recipe, job.batch, job.workers):
+            if len(batch.rows):
+                parts.append(self._sample(batch))
+            advance(batch.size, batch.size - len(batch.rows))
+            if batch.last:
+                yield batch.chunk, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+                parts = [self._nothing()]
+
+    @torch.inference_mode()
+    def _sample(self, batch: CropBatch) -> Arrays:
+        """Features of the sampled positions of one batch."""
+        pixels = to_device(batch.pixels[:, 0], torch.device(self.job.device))
+        with reduced_precision(pixels.device, self.job.precision):
+            features_BLD = self.teacher(pixels).float()
+        L = features_BLD.shape[1]
+        positions = [positions_of(int(row), int(self.counts[row]), L, self.job.seed) for row in batch.rows]
+        index = np.repeat(np.arange(len(positions)), [len(part) for part in positions])
+        position = np.concatenate(positions)
+        features_MD = features_BLD[torch.from_numpy(index), torch.from_numpy(position)].half().cpu().numpy()
+        return {"features": features_MD, "row": batch.rows[index], "position": position.astype(np.int16)}
+
+    def _nothing(self) -> Arrays:
+        """Arrays without a row: a chunk may have no good image."""
+        features_MD = np.zeros((0, self.teacher.dim), np.float16)
+        return {"features": features_MD, "row": np.zeros(0, np.int64), "position": np.zeros(0, np.int16)}
+
+
+def make_job(params: Params, manifest: Manifest, manifest_path: Path) -> SampleJob:
+    """The picklable job; its fingerprint covers images, teacher, crop, sample, kind of device and code."""
+    cfg, features = params.sample_features, params.features
+    recipe = CropRecipe.of(params.pixels, ["centre"])
+    device, grid = resolve_device(params.runtime.device), _grid(params)
     name = fingerprint(
         manifest=manifest.sha256,
-        sample=chosen.model_dump(),
-        features=settings.features.model_dump(),
+        sample=cfg.model_dump(),
+        features=features.model_dump(),
         grid=grid,
-        weights=sha256_file(local_file(weights)) if weights else None,
+        weights=sha256_file(local_file(features.weights)) if features.weights else None,
         **recipe.identity(),
-        device=where.partition(":")[0],
+        limits=[params.pixels.max_pixels, params.pixels.decode_memory],
+        device=device.partition(":")[0],
         code=code_identity(__name__),
     )
+    images = params.manifest.images.items()
     return SampleJob(
         fingerprint=name,
-        manifest=str(Path(manifest_path).resolve()),
-        images=tuple((split, str(Path(where).absolute())) for split, where in settings.manifest.images.items()),
-        splits=tuple(chosen.splits),
+        manifest=str(manifest_path.resolve()),
+        images=tuple((split, str(Path(pattern).absolute())) for split, pattern in images),
+        splits=tuple(cfg.splits),
         recipe=recipe,
-        features={**settings.features.model_dump(), "weights": absolute(weights) if weights else None},
+        features={**features.model_dump(), "weights": absolute(features.weights) if features.weights else None},
         grid=grid,
-        device=where,
-        precision=chosen.precision,
-        points=chosen.points,
-        seed=chosen.seed,
-        batch=chosen.batch,
-        workers=settings.runtime.workers,
+        device=device,
+        precision=cfg.precision,
+        points=cfg.points,
+        seed=cfg.seed,
+        batch=cfg.batch,
+        workers=params.runtime.workers,
     )
 
 
-def _grid(settings: Params) -> int:
+def _grid(params: Params) -> int:
     """Cells a side: of the tokenizer, which is read for that only where features.image_size does not decide it."""
-    if settings.features.image_size is not None:
+    if params.features.image_size is not None:
         return GRID
-    tokenizer = load_tokenizer(settings.vqgan.weights, layout=settings.vqgan.layout)
-    return math.isqrt(math.prod(tokenizer.grid(settings.pixels.size)))
+    tokenizer = load_tokenizer(params.vqgan.weights, layout=params.vqgan.layout)
+    return math.isqrt(math.prod(tokenizer.grid(params.pixels.size)))
+
+
+def _overlaps(rows: np.ndarray, chunk: Chunk) -> bool:
+    """True if any of the sorted `rows` lies in the chunk; chunks of other splits are skipped."""
+    return bool(np.searchsorted(rows, chunk.stop) > np.searchsorted(rows, chunk.start))
 
 
 def _publish(store: ChunkStore, chunks: list[tuple[Chunk, tuple[int, int]]], out: Path) -> None:
