@@ -20,6 +20,8 @@ from semdict.pipeline.shards.formats import export_tokens
 from semdict.train.engine.logging import read_log
 from semdict.train.engine.model_file import load_model
 from semdict.train.masked.model import MaskedTokenTransformer
+from semdict.train.masked.objectives import OBJECTIVES
+from semdict.train.masked.objectives.mage import Mage, Masking
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,12 +29,17 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 ROWS, CODES, WORDS, WIDTH = 50, 16, 12, 6
 
 
-def write_tokens(path: Path, seed: int = 0) -> None:
-    """Learnable tokens: an image repeats a few codes of its class, and a code's word follows from the code."""
+def write_tokens(path: Path, seed: int = 0, swap: bool = False) -> None:
+    """Learnable tokens: an image repeats a few codes of its class, and a code's word follows from the code.
+
+    swap: other tokens of equal counts, so that the metadata stays the same.
+    """
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 4, ROWS).astype(np.int32)
     gen = (label[:, None, None] * 4 + rng.integers(0, 2, (ROWS, 2, 16))).astype(np.uint16)
     disc = (gen * 3 % WORDS).astype(np.uint16)
+    if swap:
+        gen, disc = gen[:, :, ::-1].copy(), disc[:, :, ::-1].copy()
     status = np.zeros(ROWS, np.uint8)
     status[7], gen[7], disc[7] = 3, 65535, 65535
     index = pa.table({"key": [str(n) for n in range(ROWS)], "split": ["train"] * ROWS,
@@ -232,3 +239,48 @@ def test_mistakes_are_named(place, shards, capsys, options, status, words):
 def test_a_folder_without_shards_is_named(place, capsys):
     assert pretrain(place / "nowhere", "mage") == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+class Rotated(Mage):
+    """An objective of its own: reconstruction of ids that are shifted by `shift`."""
+
+    last_step = "argmax"
+
+    def __init__(self, shift: int, masking: Masking, smoothing: float) -> None:
+        super().__init__(masking, smoothing)
+        self.shift = shift
+
+    @classmethod
+    def architecture(cls) -> dict:
+        return {"grid_code": True}
+
+    @classmethod
+    def from_cfg(cls, cfg, own, model, token_set):
+        return cls(own.shift, Masking.from_cfg(cfg.mask), cfg.label_smoothing)
+
+    def masked_pass(self, model, batch, rng):
+        return super().masked_pass(model, {**batch, "gen": (batch["gen"] + self.shift) % model.codebook_size}, rng)
+
+
+def test_an_objective_takes_a_file_a_line_and_a_section(place, shards, monkeypatch, capsys):
+    """Nothing else: it trains under its name, its section is part of the run's identity, unknown names are refused."""
+    monkeypatch.setitem(OBJECTIVES, "rotated", (__name__, "Rotated"))
+    assert pretrain(shards, "rotated") == 2
+    assert "pretrain: rotated is missing; `semdict preset --complete`" in capsys.readouterr().err
+    section = ("--set", "pretrain.rotated={shift: 3}")
+    assert pretrain(shards, "rotated", *section) == 0
+    model, file = load_model(place / "runs/demo/rotated", MaskedTokenTransformer)
+    assert model.family == "rotated" and model.pos2d is not None and file.about["cfg"]["rotated"] == {"shift": 3}
+    assert not {"lease", "sorcen", "mage"} & file.about["cfg"].keys()
+    assert pretrain(shards, "rotated", "--resume", "--set", "pretrain.rotated={shift: 4}") == 2
+    assert "pretrain.rotated.shift: 3 -> 4" in capsys.readouterr().err
+    assert pretrain(shards, "mage", *section, "--set", "pretrain.epochs=1") == 0
+    other = ("--set", "pretrain.rotated={shift: 5}", "--set", "pretrain.sorcen.top=3", "--set", "pretrain.epochs=1")
+    assert pretrain(shards, "mage", "--resume", *other) == 0  # another objective's keys are no part of this run
+    assert "nothing to do" in capsys.readouterr().err
+    assert pretrain(shards, "rotatd", *section) == 2 and "did you mean 'rotated'?" in capsys.readouterr().err
+
+
+def test_an_unknown_section_is_refused(place, shards, capsys):
+    assert pretrain(shards, "mage", "--set", "pretrain.rotated={shift: 3}") == 2
+    assert "pretrain.rotated is unknown" in capsys.readouterr().err

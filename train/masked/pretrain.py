@@ -60,14 +60,12 @@ class Pretraining:
     def __init__(self, objective: str, params: "Params", token_set: TokenSet) -> None:
         self.name, self.cfg = f"pretrain-{objective}", params.pretrain
         self.objective, self.token_set, self.vqgan = objective, token_set, params.vqgan
-        self.objective_class = objective_class(objective)
+        self.objective_class, self.own = objective_class(objective), self.cfg.section(objective)
 
     def settings(self) -> dict[str, Any]:
         """Section pretrain without the other objectives' sections, and the tokens."""
-        others = OBJECTIVES.keys() - {self.objective}
-        cfg = {name: value for name, value in self.cfg.model_dump(by_alias=True).items() if name not in others}
-        extra = self.objective_class.settings(self.token_set)
-        return {"objective": self.objective, "pretrain": cfg, "data": self.token_set.identity, **extra}
+        values, extra = self.cfg.values(self.objective), self.objective_class.settings(self.token_set)
+        return {"objective": self.objective, "pretrain": values, "data": self.token_set.identity, **extra}
 
     def loader(self, trainer: Trainer) -> Loader:
         """Tokens in memory, or streamed from tars."""
@@ -77,7 +75,7 @@ class Pretraining:
     def build(self, loader: Loader, trainer: Trainer) -> Components:
         cfg, device = self.cfg, trainer.world.device
         model = self.model().to(device)
-        objective = self.objective_class.from_cfg(cfg, model, self.token_set)
+        objective = self.objective_class.from_cfg(cfg, self.own, model, self.token_set)
         if cfg.online_classifier:
             if loader.classes < 1:
                 raise UsageError("online_classifier needs labels and a resident loader; set it to false")
@@ -100,7 +98,7 @@ class Pretraining:
         """The objective's model at the size of section pretrain, initialised from the seed."""
         cfg, token_set = self.cfg, self.token_set
         changes = {name: getattr(cfg, name) for name in SIZES if getattr(cfg, name) is not None}
-        changes |= self.objective_class.architecture_from(cfg, token_set)
+        changes |= self.objective_class.architecture_from(self.own, token_set)
         changes |= {"grid": token_set.grid, "dropout": cfg.dropout}
         config = model_config(self.objective, cfg.size, token_set.codebook_size, **changes)
         return MaskedTokenTransformer(config, cfg.seed)
@@ -112,13 +110,11 @@ class Pretraining:
         from semdict.pipeline.tokenizers import load_tokenizer
         from semdict.train.masked.pictures import Pictures
 
-        vqgan, token_set = (
-            load_tokenizer(self.vqgan.weights, trainer.world.device, self.vqgan.layout, self.vqgan.ema),
-            self.token_set,
-        )
+        cfg, token_set = self.vqgan, self.token_set
+        vqgan = load_tokenizer(cfg.weights, trainer.world.device, cfg.layout, cfg.ema)
         if vqgan.codebook_size != token_set.codebook_size:
             raise UsageError(
-                f"{self.vqgan.weights} has {vqgan.codebook_size} codes, {token_set.path} has {token_set.codebook_size}"
+                f"{cfg.weights} has {vqgan.codebook_size} codes, {token_set.path} has {token_set.codebook_size}"
             )
         tokens_BL = loader.sample(trainer.runtime.pictures)
         pictures = Pictures(vqgan, tokens_BL, self.cfg.seed, trainer.folder / "pictures")
