@@ -10,12 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "extending.md"
+BASE = "presets/base.yaml"
 TABLES = {  # section -> files of the project that its change edits
+    "An objective": {"train/masked/objectives/__init__.py", BASE},
     "A tokenizer": {"pipeline/tokenizers/registry.py"},
-    "A measure": {"train/eval/measures.py"},
+    "A teacher": {"pipeline/tokenizers/teachers.py"},
+    "A measure": {"train/eval/measures.py", BASE},
     "An import layout": {"pipeline/shards/formats.py"},
     "An export layout": {"pipeline/shards/formats.py"},
 }
@@ -89,7 +93,7 @@ def test_every_extension_point_has_a_change():
 
 
 @pytest.mark.parametrize("section", TABLES)
-def test_a_change_adds_a_file_and_a_line_in_a_table(section):
+def test_a_change_adds_a_file_a_line_in_a_table_and_a_section_of_the_base(section):
     """No other file is touched: nothing else in the project knows the names."""
     files = re.findall(r"^\+\+\+ b/(.+)$", CHANGES[section], re.MULTILINE)
     new = [name for name in files if not (ROOT / name).exists()]
@@ -97,8 +101,54 @@ def test_a_change_adds_a_file_and_a_line_in_a_table(section):
     assert set(files) - set(new) == TABLES[section]
     edits = CHANGES[section].split("diff --git ")[1:]
     added = {edit.split(" ")[0][2:]: re.findall(r"^\+(?!\+\+)(.+)$", edit, re.MULTILINE) for edit in edits}
-    for name in TABLES[section]:
+    for name in TABLES[section] - {BASE}:
         assert len([line for line in added[name] if not line.startswith("from ")]) == 1, "one line in the table"
+
+
+@pytest.mark.slow
+def test_the_objective_trains_and_its_model_samples(project, world):
+    def final(objective: str, *options: str) -> dict:
+        semdict(project, world, "pretrain", "--objective", objective, "--resume", *options)
+        return json.loads((world / "reports/tiny" / objective / "metrics.json").read_text())
+
+    focal, mage = final("focal", "--set", "pretrain.focal.gamma=0.0"), final("mage")
+    assert focal["final"]["reconstruction"] == pytest.approx(mage["final"]["reconstruction"], rel=1e-5), "gamma 0"
+    weighted = final("focal", "--out", "runs/tiny/weighted")
+    assert 0 < weighted["final"]["reconstruction"] < mage["final"]["reconstruction"]
+    assert weighted["chance"]["reconstruction"] == pytest.approx((63 / 64) ** 2 * np.log(64))
+    semdict(project, world, "generate", "--model", "runs/tiny/weighted", "--out", "samples")
+    assert len(list((world / "samples").rglob("*.png"))) > 2, "two samples and their grid"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("pretrain.focal.gama=1.0", "pretrain.focal.gama is unknown; did you mean 'gamma'?"),
+        ("pretrain.focal.gamma=much", "pretrain.focal.gamma: Input should be a valid number (the value is 'much')"),
+        ("pretrain.focal=1.0", "pretrain: focal must be a section"),
+        ("pretrain.focal={}", "pretrain.focal.gamma is missing; `semdict preset --complete` adds what is missing"),
+        ("pretrain.fokal={gamma: 1.0}", "pretrain.fokal is unknown; "),
+        ("pretrain.lamda=1.0", "pretrain.lamda is unknown; did you mean pretrain.lambda?"),
+    ],
+)
+def test_wrong_settings_of_the_objective_are_named(project, world, option, message):
+    command = [sys.executable, "-m", "semdict", "pretrain", "--objective", "focal", "--out", "new", "--set", option]
+    env = {**os.environ, "PYTHONPATH": str(project)}
+    done = subprocess.run(command, cwd=world, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_the_preset_command_adds_the_new_sections(project, tmp_path):
+    for name in ("dvc.yaml", "presets", "params.yaml", "demo"):
+        source = project / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, tmp_path / name)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=tmp_path, check=True)
+    semdict(project, tmp_path, "preset", "--complete")
+    assert "gamma: 2.0" in (tmp_path / "params.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -116,6 +166,25 @@ def test_the_tokenizer_encodes_and_decodes(project, tmp_path):
     )
     layout, digest = python(project, tmp_path, "-c", code).split()
     assert (layout, len(digest)) == ("patches", 64)
+
+
+@pytest.mark.slow
+def test_the_teacher_gives_the_networks_own_features(project, tmp_path):
+    code = (
+        "import torch, torchvision; from semdict import load_features\n"
+        "torch.manual_seed(0)\n"
+        "network = torchvision.models.resnet18().eval()\n"
+        "torch.save(network.state_dict(), 'resnet18.pth')\n"
+        "teacher = load_features('torchvision:resnet18', 'resnet18.pth', layer=-2, grid=4)\n"
+        "images = torch.rand(2, 3, 64, 64)\n"
+        "network.layer4, network.avgpool, network.fc = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()\n"
+        "mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))\n"
+        "with torch.no_grad():\n"
+        "    want = network((images - mean) / std).view(2, 256, 16).mT\n"
+        "torch.testing.assert_close(teacher(images), want)\n"
+        "print(teacher.grid, teacher.dim, len(teacher.identity['sha256']))\n"
+    )
+    assert python(project, tmp_path, "-c", code) == "(4, 4) 256 64\n"
 
 
 @pytest.mark.slow
@@ -138,8 +207,8 @@ def test_the_measure_scores_a_model(project, world):
 def test_the_layouts_give_back_the_same_tokens(project, world, tmp_path):
     rng = np.random.default_rng(0)
     arrays = {"gen": rng.integers(0, 1024, (5, 16)), "label": rng.integers(0, 3, 5)}
-    np.savez(tmp_path / "tokens.npz", **arrays)
-    semdict(project, tmp_path, "shards", "import", "tokens.npz", "shards/mine")
+    save_file(arrays, tmp_path / "tokens.safetensors")
+    semdict(project, tmp_path, "shards", "import", "tokens.safetensors", "shards/mine")
     semdict(project, tmp_path, "shards", "export", "shards/mine", "tokens.jsonl", "--to", "jsonl")
     rows = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
     assert [row["gen"] for row in rows] == arrays["gen"].tolist()

@@ -1,31 +1,31 @@
-"""Errors whose message is for the user: one line that names what is wrong and what mends it."""
+"""What a user is told when something they gave cannot be used: one line that names it and the way out."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class SemdictError(Exception):
-    """Wrong input or damaged data; the command line prints the message without a traceback, exit status 1."""
+    """A mistake in the input, or data found unsound; the command line prints it without a traceback, exit 1."""
 
     exit_code = 1
 
 
 class UsageError(SemdictError):
-    """A wrong command, argument or parameter: no work was started, exit status 2."""
+    """A wrong command, argument or parameter: nothing was started, exit 2."""
 
     exit_code = 2
 
 
 class ParamsError(UsageError):
-    """params.yaml has an unknown key, a wrong type or a value out of range."""
+    """params.yaml holds an unknown key, a wrong type or a value out of range."""
 
 
 class WeightsError(SemdictError):
-    """A checkpoint or array file is damaged, unsafe, of another family or of another size."""
+    """A checkpoint or array file is unsafe, of another family, or of another size than promised."""
 
 
 class ManifestError(SemdictError):
-    """The images cannot be listed, or are no longer those of the manifest."""
+    """The images cannot be listed, or no longer are what the manifest says."""
 
 
 class ShardError(SemdictError):
@@ -33,11 +33,11 @@ class ShardError(SemdictError):
 
 
 class BusyError(SemdictError):
-    """Another process holds the lock."""
+    """Another run holds the lock."""
 
 
 class InterruptedRun(SemdictError):  # noqa: N818
-    """A signal ended the run (SIGINT, SIGTERM, SIGHUP); the same command continues it; exit status 130."""
+    """SIGINT or SIGTERM arrived; finished chunks are kept, the same command continues."""
 
     exit_code = 130
 

@@ -10,7 +10,6 @@ from ruamel.yaml.comments import CommentedMap
 
 from semdict.pipeline.common.errors import ParamsError, UsageError
 from semdict.pipeline.common.hub import is_hub_name
-from semdict.pipeline.config.params import known_keys
 from semdict.pipeline.config.schema import NO_FILE
 from semdict.pipeline.config.yaml import read_yaml
 
@@ -122,7 +121,7 @@ def _leaves(overlay: dict[str, Any], base: dict[str, Any], path: Path, above: tu
         here = (*above, key)
         if key not in base:
             raise ParamsError(f"{path}: {'.'.join(map(str, here))} is unknown; known: {', '.join(map(str, base))}")
-        if isinstance(value, dict) and known_keys(list(here)):
+        if isinstance(value, dict) and isinstance(base[key], dict) and base[key]:  # empty in the base: any keys
             leaves += _leaves(value, base[key], path, here)
         else:
             leaves.append(here)

@@ -4,9 +4,23 @@ Types, bounds and rules only; every default stands in presets/base.yaml. Bounds 
 keyboard (a seed of 10^23, infinite epochs), not unusual experiments.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Collection
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+from semdict.pipeline.common.errors import ParamsError, suggestion
 
 BILLION = 1_000_000_000
 
@@ -29,6 +43,72 @@ class Section(BaseModel):
     """Frozen and without defaults; an unknown key is an error, and so is a number written as text, NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class AddedSection(Section):
+    """Keys of an entry of a table in semdict.train that has no class in the schema; the entry checks them itself."""
+
+    model_config = ConfigDict(extra="allow")
+    _key: str = PrivateAttr("")  # as in params.yaml: pretrain.NAME
+
+    def checked(self, **types: Any) -> Section:
+        """The section with keys of these types: `own.checked(gamma=Weight)`.
+
+        ParamsError for a key that is missing, unknown or of another type.
+        """
+        model = create_model(type(self).__name__, __base__=Section, **{key: (kind, ...) for key, kind in types.items()})
+        try:
+            return model.model_validate(self.model_dump())
+        except ValidationError as error:
+            raise ParamsError("\n".join(self._problem(item, types) for item in error.errors())) from None
+
+    def _problem(self, item: Any, types: dict[str, Any]) -> str:
+        key = str(item["loc"][0])
+        dotted = f"params.yaml: {self._key}.{key}"
+        if item["type"] == "missing":
+            return f"{dotted} is missing; `semdict preset --complete` adds what is missing with its default"
+        if item["type"] == "extra_forbidden":
+            return f"{dotted} is unknown; {suggestion(key, types)}"
+        return f"{dotted}: {item['msg']} (the value is {item['input']!r})"
+
+
+class Extensible(Section):
+    """A section with a subsection per entry of a table in semdict.train, which is imported by name.
+
+    The pipeline does not depend on the trainers: the table's names are all that is read from it.
+    """
+
+    table: ClassVar[tuple[str, str]]  # module and name of the table
+    needed: ClassVar[bool]  # every entry has a subsection; else an entry without settings has none
+    _added: dict[str, AddedSection] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def entries(cls) -> Collection[str]:
+        """Names of the subsections that the table allows."""
+        module, name = cls.table
+        return [entry.replace("-", "_") for entry in getattr(import_module(module), name)]
+
+    def section(self, name: str) -> Section:
+        """The subsection of one entry."""
+        return self._added[name] if name in self._added else getattr(self, name)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _sections(cls, tree: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Take the subsections without a field out of the mapping; the rest is validated as usual."""
+        if not isinstance(tree, dict):
+            return handler(tree)
+        names = sorted(set(cls.entries()) - set(cls.model_fields))
+        section = handler({key: value for key, value in tree.items() if key not in names})
+        for name in names:
+            if name in tree:
+                if not isinstance(tree[name], dict):
+                    raise ValueError(f"{name} must be a section (a YAML mapping)")
+                section._added[name] = AddedSection.model_validate(tree[name])
+                section._added[name]._key = f"{cls.__name__.lower()}.{name}"
+            elif cls.needed:
+                raise ValueError(f"{name} is missing; `semdict preset --complete` adds what is missing")
+        return section
 
 
 class Runtime(Section):

@@ -1,6 +1,6 @@
 """Sections `evaluate` and `scores`: measures of an encoder, and image scores of samples."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from semdict.pipeline.config.schema.base import (
     CountOrZero,
     CropProtocol,
     Dropout,
+    Extensible,
     Name,
     Precision,
     Rate,
@@ -127,8 +128,11 @@ class EvaluateFinetune(Section):
         return self
 
 
-class Evaluate(Section):
+class Evaluate(Extensible):
     """Where features come from, shared by all measures, and one subsection per measure."""
+
+    table: ClassVar = ("semdict.train.eval.measures", "MEASURES")
+    needed: ClassVar = False
 
     source: Literal["tokens", "images"]
     train_splits: Splits

@@ -1,16 +1,15 @@
 """Sections of the masked-token models: `pretrain` (LEASE, Sorcen, MAGE), `condition`, `generate`."""
 
-from collections.abc import Collection
-from importlib import import_module
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from semdict.pipeline.config.schema.base import (
     Betas,
     Count,
     CountOrZero,
     Dropout,
+    Extensible,
     Precision,
     Rate,
     SamplingPrecision,
@@ -41,17 +40,7 @@ class Mask(Section):
         return self
 
 
-class ObjectiveSection(Section):
-    """Keys of one pretraining objective."""
-
-
-class AddedObjective(ObjectiveSection):
-    """Keys of an objective that has no class here; the objective itself checks their values."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-class PretrainLease(ObjectiveSection):
+class PretrainLease(Section):
     """Codebook contrast (LEASE, table A.1)."""
 
     contrast: Literal["encoder", "decoder", "both"]
@@ -60,7 +49,7 @@ class PretrainLease(ObjectiveSection):
     alpha: Rate
 
 
-class PretrainSorcen(ObjectiveSection):
+class PretrainSorcen(Section):
     """Echo contrast (Sorcen, table A.1)."""
 
     temperature: Rate
@@ -73,17 +62,15 @@ class PretrainSorcen(ObjectiveSection):
     as_released: bool
 
 
-class PretrainMage(ObjectiveSection):
+class PretrainMage(Section):
     """Reconstruction only: no keys of its own."""
 
 
-def objective_names() -> Collection[str]:
-    """Names in the table of objectives, imported by name: the pipeline does not depend on the trainers."""
-    return import_module("semdict.train.masked.objectives").OBJECTIVES
+class Pretrain(Extensible):
+    """Masked-token training on token shards, with a section for every objective."""
 
-
-class Pretrain(Section):
-    """Masked-token training on token shards, with a section for every objective in the trainers' table."""
+    table: ClassVar = ("semdict.train.masked.objectives", "OBJECTIVES")
+    needed: ClassVar = True
 
     size: Literal["tiny", "small", "vit_base", "vit_large"]
     width: Count | None
@@ -113,29 +100,11 @@ class Pretrain(Section):
     lease: PretrainLease
     sorcen: PretrainSorcen
     mage: PretrainMage
-    _added: dict[str, AddedObjective] = PrivateAttr(default_factory=dict)
-
-    def section(self, objective: str) -> ObjectiveSection:
-        """The section of one objective."""
-        return self._added[objective] if objective in self._added else getattr(self, objective)
 
     def values(self, objective: str) -> dict[str, Any]:
         """Every value that a run of one objective uses, by key of params.yaml: shared keys and its own section."""
-        shared = self.model_dump(by_alias=True, exclude=set(objective_names()))
+        shared = self.model_dump(by_alias=True, exclude=set(self.entries()))
         return {**shared, objective: self.section(objective).model_dump()}
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _sections(cls, tree: Any, handler: ModelWrapValidatorHandler["Pretrain"]) -> "Pretrain":
-        """Take the sections of objectives without a field out of the mapping; the rest is validated as usual."""
-        if not isinstance(tree, dict):
-            return handler(tree)
-        names = sorted(set(objective_names()) - set(cls.model_fields))
-        pretrain = handler({key: value for key, value in tree.items() if key not in names})
-        if missing := [name for name in names if name not in tree]:
-            raise ValueError(f"{missing[0]} is missing; `semdict preset --complete` adds what is missing")
-        pretrain._added = {name: AddedObjective.model_validate(tree[name]) for name in names}
-        return pretrain
 
     @model_validator(mode="after")
     def _fits(self) -> "Pretrain":

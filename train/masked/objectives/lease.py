@@ -18,7 +18,8 @@ from semdict.train.masked.model import MaskedTokenTransformer
 from semdict.train.masked.objectives.mage import Mage, Masking, Pass, Scalars
 
 if TYPE_CHECKING:
-    from semdict.pipeline.config.schema.masked import ObjectiveSection, Pretrain
+    from semdict.pipeline.config.schema.base import Section
+    from semdict.pipeline.config.schema.masked import Pretrain
 
 
 class Lease(Mage):
@@ -63,13 +64,11 @@ class Lease(Mage):
         return {"grid_code": True, "canvas": "add", "encoder_words": sides[0], "decoder_words": sides[1]}
 
     @classmethod
-    def architecture_from(cls, own: "ObjectiveSection", token_set: TokenSet) -> dict[str, Any]:
+    def architecture_from(cls, own: "Section", token_set: TokenSet) -> dict[str, Any]:
         return cls.architecture(token_set.centroid_tensor().shape[1], own.contrast)
 
     @classmethod
-    def from_cfg(
-        cls, cfg: "Pretrain", own: "ObjectiveSection", model: MaskedTokenTransformer, token_set: TokenSet
-    ) -> "Lease":
+    def from_cfg(cls, cfg: "Pretrain", own: "Section", model: MaskedTokenTransformer, token_set: TokenSet) -> "Lease":
         masking = Masking.from_cfg(cfg.mask)
         return cls(
             token_set.centroid_tensor(), own.contrast, own.neighbours, cfg.contrast_weight, own.tau, own.alpha, masking,

@@ -17,7 +17,8 @@ from semdict.train.masked.masking import draw_masks, draw_ratio
 from semdict.train.masked.model import MaskedTokenTransformer
 
 if TYPE_CHECKING:
-    from semdict.pipeline.config.schema.masked import Mask, ObjectiveSection, Pretrain
+    from semdict.pipeline.config.schema.base import Section
+    from semdict.pipeline.config.schema.masked import Mask, Pretrain
 
 Scalars = dict[str, Tensor]  # detached, 0-d
 
@@ -73,14 +74,12 @@ class Mage(nn.Module):
         return {}
 
     @classmethod
-    def architecture_from(cls, own: "ObjectiveSection", token_set: TokenSet) -> dict[str, Any]:
+    def architecture_from(cls, own: "Section", token_set: TokenSet) -> dict[str, Any]:
         """`architecture` for the objective's own section of params.yaml and the tokens to train on."""
         return cls.architecture()
 
     @classmethod
-    def from_cfg(
-        cls, cfg: "Pretrain", own: "ObjectiveSection", model: MaskedTokenTransformer, token_set: TokenSet
-    ) -> "Mage":
+    def from_cfg(cls, cfg: "Pretrain", own: "Section", model: MaskedTokenTransformer, token_set: TokenSet) -> "Mage":
         """The objective for section pretrain of params.yaml, of which `own` is the objective's own section."""
         return cls(Masking.from_cfg(cfg.mask), cfg.label_smoothing)
 

@@ -21,7 +21,8 @@ from semdict.train.masked.model import MaskedTokenTransformer
 from semdict.train.masked.objectives.mage import Mage, Masking, Pass, Scalars
 
 if TYPE_CHECKING:
-    from semdict.pipeline.config.schema.masked import ObjectiveSection, Pretrain
+    from semdict.pipeline.config.schema.base import Section
+    from semdict.pipeline.config.schema.masked import Pretrain
 
 PROJECTOR, PREDICTOR = (4096, 512), (2048, 512)  # published widths; the paper's projector size is 512
 SMALLEST_SHARE = 0.5  # the square's side is uniform between half of the grid and all of it
@@ -79,13 +80,11 @@ class Sorcen(Mage):
         return {"projector": projector, "predictor": predictor}
 
     @classmethod
-    def architecture_from(cls, own: "ObjectiveSection", token_set: TokenSet) -> dict[str, Any]:
+    def architecture_from(cls, own: "Section", token_set: TokenSet) -> dict[str, Any]:
         return cls.architecture(tuple(own.projector), tuple(own.predictor))
 
     @classmethod
-    def from_cfg(
-        cls, cfg: "Pretrain", own: "ObjectiveSection", model: MaskedTokenTransformer, token_set: TokenSet
-    ) -> "Sorcen":
+    def from_cfg(cls, cfg: "Pretrain", own: "Section", model: MaskedTokenTransformer, token_set: TokenSet) -> "Sorcen":
         return cls(
             model, cfg.contrast_weight, own.temperature, own.top, None if own.as_released else own.echo_warmup_epochs,
             own.uniform_weight, own.momentum, own.as_released, masking=Masking.from_cfg(cfg.mask),
