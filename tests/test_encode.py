@@ -1,4 +1,4 @@
-"""From images to shards on a tiny world: the tokens are those of a plain loop, whatever the path that made them."""
+"""From images to shards on a tiny world: the tokens are those of a plain loop, for every scheduler, view and fault."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(world, tmp_path) -> Path:
-    """The same world before `encode`, free to be damaged."""
+    """A copy of the world before `encode`, which a test may change."""
     root = tmp_path / "copy"
     shutil.copytree(world, root, ignore=shutil.ignore_patterns("shards", "work", "reports"))
     tiny.write_params(root)
@@ -35,7 +35,7 @@ def copy(world, tmp_path) -> Path:
 
 
 def plain_tokens(root: Path) -> tuple[np.ndarray, np.ndarray]:
-    """One image at a time, PIL and matrix algebra only around the two models: what the tokens must be."""
+    """One image at a time, with PIL and matrix algebra around the two models: the expected tokens."""
     vqgan = load_tokenizer(root / "vqgan.ckpt")
     teacher = load_features(**tiny.TEACHER, weights=root / "teacher.pth")
     words = np.load(root / "data/tiny/kmeans/centroids.npy").astype(np.float64)
@@ -84,8 +84,8 @@ def test_rows_labels_and_keys_are_the_manifests(world):
     assert shards.label[:].tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_words_cluster_the_sampled_features(world):
-    """Every word is used by the sample, and numbered by falling frequency."""
+def test_centroids_cluster_the_sampled_features(world):
+    """The sample uses every centroid, and they are numbered by falling frequency."""
     words = np.load(world / "data/tiny/kmeans/centroids.npy")
     assert words.shape == (tiny.WORDS, 24)
     counts = np.bincount(open_shards(world / "shards" / "tiny").disc[:].ravel(), minlength=tiny.WORDS)
@@ -140,9 +140,9 @@ def test_lower_precision_is_counted_against_float32(copy):
 
 
 def test_an_image_that_turns_bad_keeps_its_row(copy):
-    """One truncated file: quarantined with its reason, no other row moves."""
-    victim = sorted((copy / "images" / "train").rglob("*.png"))[5]
-    victim.write_bytes(victim.read_bytes()[:-200])
+    """One truncated file: its row has a status and a reason, no other row changes."""
+    damaged = sorted((copy / "images" / "train").rglob("*.png"))[5]
+    damaged.write_bytes(damaged.read_bytes()[:-200])
     tiny.write_params(copy, manifest={"max_bad_fraction": 0.1})
     assert tiny.semdict(copy, "manifest") == 0
     assert tiny.semdict(copy, "encode") == 0
@@ -150,19 +150,19 @@ def test_an_image_that_turns_bad_keeps_its_row(copy):
     assert np.flatnonzero(shards.status[:]).tolist() == [5]
     assert (shards.gen[5] == 65535).all()
     assert shards.index.column("reason").to_pylist()[5]
-    gen, _ = plain_tokens_without(copy, victim)
+    gen, _ = plain_tokens_without(copy, damaged)
     assert np.mean(np.delete(shards.gen[:, 0], 5, axis=0) != gen) < 5e-3
     assert verify_shards(copy / "shards" / "tiny").ok
 
 
-def plain_tokens_without(root: Path, victim: Path) -> tuple[np.ndarray, np.ndarray]:
-    victim.unlink()
+def plain_tokens_without(root: Path, damaged: Path) -> tuple[np.ndarray, np.ndarray]:
+    damaged.unlink()
     return plain_tokens(root)
 
 
 def test_too_many_bad_images_stop_the_stage_and_name_them(copy, capsys):
-    for victim in sorted((copy / "images" / "train").rglob("*.png"))[:3]:
-        victim.write_bytes(victim.read_bytes()[:-200])
+    for damaged in sorted((copy / "images" / "train").rglob("*.png"))[:3]:
+        damaged.write_bytes(damaged.read_bytes()[:-200])
     tiny.write_params(copy, manifest={"max_bad_fraction": 0.1})
     codes = [tiny.semdict(copy, command) for command in ("manifest", "encode")]
     assert 1 in codes
@@ -173,27 +173,27 @@ def test_too_many_bad_images_stop_the_stage_and_name_them(copy, capsys):
 
 
 def test_a_file_changed_since_the_manifest_is_named(copy, capsys):
-    victim = sorted((copy / "images" / "train").rglob("*.png"))[7]
-    Image.fromarray(tiny.draw_image(999)).save(victim)
+    damaged = sorted((copy / "images" / "train").rglob("*.png"))[7]
+    Image.fromarray(tiny.draw_image(999)).save(damaged)
     assert tiny.semdict(copy, "encode") == 1
     errors = capsys.readouterr().err
-    assert victim.name in errors
+    assert damaged.name in errors
     assert "manifest" in errors
     assert not (copy / "shards" / "tiny").exists()
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"features": {"image_size": 112}}, "grids differ"),
         ({"vqgan": {"weights": "missing.ckpt"}, "inputs": {"vqgan": "missing.ckpt"}}, "missing.ckpt"),
         ({"features": {"kwargs": {**tiny.VIT, "embed_dim": 32}}}, "32"),
     ],
 )
-def test_models_that_do_not_fit_are_refused_with_both_sides(copy, capsys, sections, said):
+def test_models_that_do_not_fit_are_refused_with_both_sides(copy, capsys, sections, message):
     tiny.write_params(copy, **sections)
     assert tiny.semdict(copy, "encode") == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_centroids_of_another_width_are_refused(copy, capsys):
@@ -204,7 +204,7 @@ def test_centroids_of_another_width_are_refused(copy, capsys):
     assert "24" in errors
 
 
-def test_an_existing_dictionary_can_be_plugged_in(copy):
+def test_existing_centroids_can_be_used(copy):
     words = np.random.default_rng(0).normal(size=(tiny.WORDS, 24)).astype(np.float32)
     np.save(copy / "km.npy", words)
     km = str(copy / "km.npy")

@@ -1,4 +1,4 @@
-"""k-means against brute force, against itself by two engines, and the golden assignment."""
+"""k-means against brute force, the two engines against each other, and the golden assignment."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def blobs(points: int = 600, width: int = 8, centres: int = 12, seed: int = 0) -
 
 
 def plain_lloyd(points: np.ndarray, centroids: np.ndarray, iterations: int) -> tuple[np.ndarray, list[float]]:
-    """Float64, every distance written out; only for data where no cluster runs empty."""
+    """Lloyd's iteration in float64 with all distances; for data where no cluster gets empty."""
     points, centroids, curve = points.astype(np.float64), centroids.astype(np.float64), []
     for _ in range(iterations):
         distances = np.square(points[:, None] - centroids[None]).sum(-1)
@@ -81,7 +81,7 @@ def test_assignment_ignores_autocast_and_leaves_precision_as_it_was():
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_assignment_memory_holds_no_points_by_words_tensor():
+def test_assignment_makes_no_points_by_centroids_tensor():
     points, codes = torch.zeros(60_000, 4), torch.randn(2048, 4)  # (N, K) float32 would be 490 MB, (N, K, D) 2 GB
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         assign(points, codes)
@@ -180,7 +180,7 @@ def test_zarr_features(tmp_path):
 
 
 def test_reading_memory_is_flat(tmp_path, monkeypatch):
-    """Ten times the features, the same sample: no slab read is larger, and nothing else is held."""
+    """Ten times the features, the same sample: no slab read is larger."""
     reads = []
 
     class Counting:
@@ -222,7 +222,7 @@ def test_as_many_centroids_as_points(engine):
     assert {row.tobytes() for row in got.centroids} == {row.tobytes() for row in points}
 
 
-def test_wrong_requests_are_refused():
+def test_wrong_arguments_are_refused():
     with pytest.raises(SemdictError, match="auto, faiss or torch"):
         train_centroids(blobs(), 3, engine="scikit")
     with pytest.raises(SemdictError, match=r"\(3, 4\), expected \(3, 8\)"):

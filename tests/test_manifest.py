@@ -1,4 +1,4 @@
-"""The manifest stage: right rows, nothing read twice, nothing lost by a kill, nothing changed unnoticed."""
+"""The manifest stage: right rows, no image read twice, no progress lost by a kill, changed images found."""
 
 import csv
 import hashlib
@@ -54,7 +54,7 @@ def rows(manifest, *names):
     return list(zip(*(manifest.table[name].to_pylist() for name in names), strict=True))
 
 
-def test_rows_say_what_the_files_are(tmp_path):
+def test_rows_describe_the_files(tmp_path):
     tree = make_tree(tmp_path / "train")
     manifest = build(tmp_path, {"train": str(tree)})
     assert len(manifest) == 12 and manifest.table.schema.equals(COLUMNS)
@@ -70,7 +70,7 @@ def test_rows_say_what_the_files_are(tmp_path):
     assert manifest.rows_of(["train"]).tolist() == list(range(12)) and not len(manifest.rows_of(["val"]))
 
 
-def test_what_is_saved_is_what_was_built(tmp_path):
+def test_the_saved_manifest_equals_the_built_one(tmp_path):
     built = build(tmp_path, {"train": str(make_tree(tmp_path / "train"))})
     loaded = load_manifest(tmp_path / "manifest.parquet")
     assert loaded.table.equals(built.table) and loaded.classes == built.classes and loaded.sha256 == built.sha256
@@ -78,7 +78,7 @@ def test_what_is_saved_is_what_was_built(tmp_path):
     assert not any("time" in name or "stamp" in name for name in names)
 
 
-def test_the_fingerprint_follows_the_content_alone(tmp_path):
+def test_the_fingerprint_depends_on_the_content_only(tmp_path):
     tree = make_tree(tmp_path / "train")
     base = build(tmp_path, {"train": str(tree)}).sha256
     pq.write_table(load_manifest(tmp_path / "manifest.parquet").table, tmp_path / "other.parquet", row_group_size=3,
@@ -286,8 +286,8 @@ def test_readers_notice_every_change(tmp_path, layout):
     if layout == "classes":
         write(paths[0], data[0] + b"more")
         paths[2].unlink()
-        for row, words in ((0, "bytes, the manifest says"), (2, "cannot be read")):
-            with pytest.raises(ManifestError, match=rf"{row}\.png.*{words}.*dvc repro -f manifest"):
+        for row, message in ((0, "bytes, the manifest says"), (2, "cannot be read")):
+            with pytest.raises(ManifestError, match=rf"{row}\.png.*{message}.*dvc repro -f manifest"):
                 reader.read(row)
     with pytest.raises(ManifestError, match=r"'train'.*val"):
         manifest.reader({"val": images["train"]}).read(0)
@@ -334,7 +334,7 @@ def test_duplicates_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"text", b"other columns"])
-def test_a_manifest_that_is_none_is_named(tmp_path, content):
+def test_a_file_that_is_no_manifest_is_named(tmp_path, content):
     path = tmp_path / "m.parquet"
     if content == b"other columns":
         pq.write_table(pa.table({"a": [1]}), path)
@@ -420,7 +420,7 @@ def test_an_interrupted_run_ends_cleanly_and_keeps_its_progress(tmp_path, sent):
     assert not list(tmp_path.rglob("*-journal"))
 
 
-def test_user_mistakes_leave_one_line(tmp_path, monkeypatch, capsys):
+def test_user_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     params(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["manifest"]) == 1

@@ -3,17 +3,19 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from semdict.pipeline.common import publish
-from semdict.pipeline.common.errors import BusyError, UsageError
+from semdict.pipeline.common.errors import BusyError, SemdictError, UsageError
 from semdict.pipeline.common.files import atomic_write, hold_lock, is_foreign
 from semdict.pipeline.common.publish import check_output, occupied, publish_folder, publish_staged
 from semdict.pipeline.shards import verify_shards
@@ -289,6 +291,36 @@ def test_a_link_is_followed_by_atomic_write(tmp_path):
     with atomic_write(link) as path:
         path.write_text("x")
     assert link.is_symlink() and target.read_text() == "x"
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "torch by path"])
+def test_a_full_disk_is_named(tmp_path, kind):
+    """/dev/full answers every write as a full disk does."""
+    out = tmp_path / "model.pt"
+    (tmp_path / f"model.pt.{os.getpid()}.part").symlink_to("/dev/full")
+    with (
+        pytest.raises(SemdictError, match=r"model\.pt cannot be written: no space left on its disk.*make room"),
+        pytest.MonkeyPatch.context() as patch,
+        atomic_write(out) as path,
+    ):
+        if kind == "torch by path":  # torch hides the reason then: the free space decides
+            patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+            torch.save({"a": torch.zeros(10**6)}, path)
+        with path.open("wb") as file:
+            np.save(file, np.zeros(10**6)) if kind == "numpy" else torch.save({"a": torch.zeros(10**6)}, file)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SemdictError, match=r"out cannot be written"), publish_folder(tmp_path / "out", "run") as folder:
+        (folder / "a.npy").symlink_to("/dev/full")
+        with (folder / "a.npy").open("wb") as file:
+            np.save(file, np.zeros(10**6))
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="mine"), atomic_write(tmp_path / "a"):
+        raise RuntimeError("mine")
+    with pytest.raises(PermissionError), atomic_write(tmp_path / "a"):
+        raise PermissionError(13, "Permission denied")
 
 
 def test_tensors_are_recognised(tmp_path):

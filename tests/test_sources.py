@@ -1,4 +1,4 @@
-"""Finding images: one deterministic order in every layout, labels that agree, and refusals that name the culprit."""
+"""Listing images: one deterministic order in every layout, labels that agree, errors that name the file."""
 
 import io
 import json
@@ -73,7 +73,7 @@ def test_class_folders(tmp_path):
     names = ["b/2.JPEG", "b/10.png", "a/z/deep.webp", "a/x.jpg", "B/1.bmp"]
     for i, name in enumerate(names):
         write(tmp_path / "train" / name, image(i))
-    write(tmp_path / "train" / "a" / "notes.txt", b"words")
+    write(tmp_path / "train" / "a" / "notes.txt", b"messages")
     write(tmp_path / "train" / "a" / ".draft.jpg", b"hidden")
     write(tmp_path / "val" / "c" / "v.jpg", image(9))
     images = {"val": str(tmp_path / "val"), "train": str(tmp_path / "train")}
@@ -120,7 +120,7 @@ def test_order_never_depends_on_the_file_system(seed, tmp_path_factory):
 
 
 def test_every_suffix_that_the_decoder_reads_is_an_image(tmp_path):
-    """One list, from the formats that Pillow can open here; nothing that `decode` accepts is passed over."""
+    """One list, from the formats that Pillow can open here; nothing that `decode` accepts is ignored."""
     names = [f"x{suffix}" for suffix in (".jfif", ".avif", ".jp2", ".JPE", ".pgm", ".mpo")]
     for name in names:
         write(tmp_path / "c" / name.replace("x", name.strip("x.")), PNG)
@@ -131,7 +131,7 @@ def test_every_suffix_that_the_decoder_reads_is_an_image(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["classes", "flat", "tar"])
-def test_files_of_other_programs_are_passed_over(tmp_path, layout):
+def test_files_of_other_programs_are_ignored(tmp_path, layout):
     foreign = ["._x.jpg", ".DS_Store", "Thumbs.db", "__MACOSX/x.jpg", "@eaDir/y.png"]
     folder = "" if layout == "flat" else "a/"
     names = [f"{folder}x.jpg", *(f"{folder}{name}" for name in foreign), "._a", "__MACOSX/a/._x.jpg", ".DS_Store"]
@@ -168,7 +168,7 @@ def test_layout_flat_ignores_folder_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "messages"),
     [
         (["a/x.jpg", "a/x.png"], [r"a/x\.jpg", r"a/x\.png"]),
         (["a/readme.txt"], ["class folder without images"]),
@@ -177,13 +177,13 @@ def test_layout_flat_ignores_folder_names(tmp_path):
         (["a/x.jpg", "empty/.keep"], ["empty", "without images"]),
     ],
 )
-def test_folders_that_are_refused(tmp_path, files, words):
+def test_folders_without_a_clear_reading_are_refused(tmp_path, files, messages):
     for name in files:
         write(tmp_path / name)
     with pytest.raises(ManifestError) as caught:
         list_images({"train": str(tmp_path)})
-    for word in words:
-        assert caught.match(word)
+    for message in messages:
+        assert caught.match(message)
 
 
 def test_symlinks_are_followed_and_loops_named(tmp_path):
@@ -303,7 +303,7 @@ def test_unsafe_tar_members_are_refused(tmp_path, member, word):
     assert sorted(tmp_path.rglob("*")) == before  # nothing written anywhere
 
 
-def test_damaged_tars_are_named_and_never_listed_short(tmp_path):
+def test_damaged_tars_are_refused_and_named(tmp_path):
     whole = write_tar(tmp_path / "whole.tar", [(f"{i}.png", image(i)) for i in range(4)]).read_bytes()
     end = whole.rindex(b"3.png") + 512 + len(image(3))
     cases = {
@@ -325,7 +325,7 @@ def test_damaged_tars_are_named_and_never_listed_short(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tars", "words"),
+    ("tars", "messages"),
     [
         ([[("a.jpg", PNG)], [("a.png", PNG)]], ["'a'", r"0\.tar", r"1\.tar"]),
         ([[("a.jpg", PNG), ("a.jpg", PNG)]], [r"a\.jpg", "twice"]),
@@ -339,13 +339,13 @@ def test_damaged_tars_are_named_and_never_listed_short(tmp_path):
         ([[("a.txt", b"no image")]], ["no images", r"1 \.txt"]),
     ],
 )
-def test_tars_that_are_refused(tmp_path, tars, words):
+def test_tars_without_a_clear_reading_are_refused(tmp_path, tars, messages):
     for i, members in enumerate(tars):
         write_tar(tmp_path / f"{i}.tar", members)
     with pytest.raises(ManifestError) as caught:
         list_images({"train": str(tmp_path)})
-    for word in words:
-        assert caught.match(word)
+    for message in messages:
+        assert caught.match(message)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_damaged_extended_headers_are_named(tmp_path, headers):
         list_images({"t": str(tmp_path / "t.tar")})
 
 
-def test_names_with_several_dots_are_said(tmp_path):
+def test_ignored_names_with_several_dots_are_reported(tmp_path):
     """A webdataset key ends at the first dot, so `b.v2.jpg` has the suffix v2.jpg, which is no image's."""
     write_tar(tmp_path / "t.tar", [("a.jpg", PNG), ("b.v2.jpg", PNG), ("c.v2.jpg", PNG)])
     listing = list_images({"t": str(tmp_path / "t.tar")})
@@ -433,15 +433,20 @@ def hub_names(path, names) -> None:
 
 def test_parquet_with_odd_labels_and_columns_is_refused(tmp_path):
     path = write_parquet(tmp_path / "p.parquet", [(PNG, "a.png", 0)])
-    for names, words in (([1, 2], "not a list of texts"), ({"a": 1}, "not a list"), (["a", "a"], "repeat themselves"),
-                         (["\ud800", "b"], "not valid Unicode")):  # fmt: skip
+    bad_names = {
+        "not a list of texts": [1, 2],
+        "not a list": {"a": 1},
+        "repeat themselves": ["a", "a"],
+        "not valid Unicode": ["\ud800", "b"],
+    }
+    for messages, names in bad_names.items():
         hub_names(path, names)
-        with pytest.raises(ManifestError, match=words):
+        with pytest.raises(ManifestError, match=messages):
             list_images({"t": str(path)})
-    for labels, words in (([2**31], "2147483648 is too large"), ([True], "neither"), ([{"a": 1}], "neither")):
+    for labels, messages in (([2**31], "2147483648 is too large"), ([True], "neither"), ([{"a": 1}], "neither")):
         table = pq.read_table(path).replace_schema_metadata(None)
         pq.write_table(table.set_column(1, "label", pa.array(labels)), path)
-        with pytest.raises(ManifestError, match=words):
+        with pytest.raises(ManifestError, match=messages):
             list_images({"t": str(path)})
     image_column = pq.read_table(path)["image"]
     pq.write_table(
@@ -480,7 +485,7 @@ def test_parquet_keys_fall_back_to_row_numbers(tmp_path):
         assert columns(listing, "key", "label") == [("test/t/00000000", -1), ("test/t/00000001", -1)]
 
 
-def test_parquet_that_is_refused(tmp_path):
+def test_parquet_without_images_or_sound_labels_is_refused(tmp_path):
     path = write(tmp_path / "bad.parquet", b"PAR1 not really")
     with pytest.raises(ManifestError, match=r"bad\.parquet.*sound"):
         list_images({"t": str(path)})

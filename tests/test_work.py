@@ -24,7 +24,7 @@ from semdict.pipeline.execute.store import Chunk, ChunkStore, fingerprint, split
 
 @dataclass
 class Doubler:
-    """A job whose chunks hold 2 * row; remembers what it was asked for."""
+    """A job whose chunks hold 2 * row; records the chunks it was asked for."""
 
     fingerprint: str = "abc"
     asked: list[int] = field(default_factory=list)
@@ -58,7 +58,7 @@ def test_finished_chunks_are_not_computed_again(tmp_path):
 
 @pytest.mark.parametrize("scheduler", ["in-process", "local-1"])
 def test_every_chunk_is_reported_once_with_its_arrays(tmp_path, scheduler):
-    """Chunks that are there, chunks that are computed, in this process and in another."""
+    """Chunks that are done already and chunks that are computed, in this process and in another."""
     store, chunks, reports, progress = ChunkStore(tmp_path, "s", "abc"), split_rows(10, 3), {}, []
     run_chunks(Doubler(), store, chunks[:2], "in-process", lambda *_: None)
 
@@ -109,16 +109,16 @@ def test_each_worker_sees_one_of_the_gpus_that_this_process_may_use(monkeypatch)
     assert "CUDA_VISIBLE_DEVICES" not in on_dask.worker_options(0, [], 1)["env"]
 
 
-def test_one_file_knows_dask():
+def test_one_file_imports_dask():
     root = Path(__file__).resolve().parent.parent
-    knowing = set()
+    importing = set()
     for path in (p for folder in ("pipeline", "train") for p in (root / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             if any(name.split(".")[0] in ("dask", "distributed") for name in names):
-                knowing.add(path.relative_to(root).as_posix())
-    assert knowing == {"pipeline/execute/dask.py"}
+                importing.add(path.relative_to(root).as_posix())
+    assert importing == {"pipeline/execute/dask.py"}
 
 
 def test_another_recipe_never_sees_the_chunks(tmp_path):
@@ -138,7 +138,7 @@ def test_a_damaged_chunk_is_computed_again(tmp_path, damage):
     assert store.read(chunk)["value"][-1] == 198
 
 
-def test_a_flipped_byte_in_a_chunk_is_noticed(tmp_path):
+def test_a_chunk_with_a_flipped_bit_is_removed(tmp_path):
     store, (chunk,) = ChunkStore(tmp_path, "s", "abc"), split_rows(1000, 1000)
     run_chunks(Doubler(), store, [chunk], "in-process", lambda *_: None)
     data = bytearray(store.path(chunk).read_bytes())
@@ -164,21 +164,21 @@ def test_fingerprint_depends_on_values_not_on_key_order():
     assert len({fingerprint(a=1), fingerprint(a=2), fingerprint(b=1), fingerprint(a="1")}) == 4
 
 
-def test_the_second_run_is_told_who_holds_the_lock(tmp_path):
-    told = pytest.raises(BusyError, match=rf"already running.*{os.getpid()}")
-    with lock("encode-demo", tmp_path), told, lock("encode-demo", tmp_path):
+def test_a_second_run_is_refused_with_the_process_that_holds_the_lock(tmp_path):
+    refused = pytest.raises(BusyError, match=rf"already running.*{os.getpid()}")
+    with lock("encode-demo", tmp_path), refused, lock("encode-demo", tmp_path):
         pass
     with lock("encode-demo", tmp_path):
         pass  # free again
 
 
-def test_a_killed_run_holds_nothing(tmp_path):
+def test_a_killed_run_holds_no_lock(tmp_path):
     script = (
         "import sys, time; from pathlib import Path; from semdict.pipeline.execute.locks import lock\n"
-        f"with lock('x', Path({str(tmp_path)!r})):\n    print('held', flush=True); time.sleep(60)\n"
+        f"with lock('x', Path({str(tmp_path)!r})):\n    print('up', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline() == "held\n"
+        assert child.stdout.readline() == "up\n"
         with pytest.raises(BusyError), lock("x", tmp_path):
             pass
         child.kill()

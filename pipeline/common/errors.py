@@ -1,31 +1,31 @@
-"""What a user is told when something they gave cannot be used: one line that names it and the way out."""
+"""Errors whose message is for the user: one line that names what is wrong and what mends it."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class SemdictError(Exception):
-    """A mistake in the input, or data found unsound; the command line prints it without a traceback, exit 1."""
+    """Wrong input or damaged data; the command line prints the message without a traceback, exit status 1."""
 
     exit_code = 1
 
 
 class UsageError(SemdictError):
-    """A wrong command, argument or parameter: nothing was started, exit 2."""
+    """A wrong command, argument or parameter: no work was started, exit status 2."""
 
     exit_code = 2
 
 
 class ParamsError(UsageError):
-    """params.yaml holds an unknown key, a wrong type or a value out of range."""
+    """params.yaml has an unknown key, a wrong type or a value out of range."""
 
 
 class WeightsError(SemdictError):
-    """A checkpoint or array file is unsafe, of another family, or of another size than promised."""
+    """A checkpoint or array file is damaged, unsafe, of another family or of another size."""
 
 
 class ManifestError(SemdictError):
-    """The images cannot be listed, or no longer are what the manifest says."""
+    """The images cannot be listed, or are no longer those of the manifest."""
 
 
 class ShardError(SemdictError):
@@ -33,11 +33,11 @@ class ShardError(SemdictError):
 
 
 class BusyError(SemdictError):
-    """Another run holds the lock."""
+    """Another process holds the lock."""
 
 
 class InterruptedRun(SemdictError):  # noqa: N818
-    """SIGINT or SIGTERM arrived; finished chunks are kept, the same command continues."""
+    """A signal ended the run (SIGINT, SIGTERM, SIGHUP); the same command continues it; exit status 130."""
 
     exit_code = 130
 

@@ -1,5 +1,6 @@
 """Complete files or none: write under a temporary name, flush, rename; locks; and the hashes of what a file holds."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from semdict.pipeline.common.errors import BusyError
+from semdict.pipeline.common.errors import BusyError, SemdictError
 
 PART = ".part"  # a name that ends so is never complete
 # Left in any folder by file managers, network drives and notebooks: neither data nor a reason to call a folder damaged.
@@ -21,6 +22,7 @@ FOREIGN = frozenset({
     ".DS_Store", ".localized", ".directory", ".ipynb_checkpoints", "Thumbs.db", "ehthumbs.db", "desktop.ini",
     "__MACOSX", "@eaDir", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".fseventsd", "Icon\r", "lost+found",
 })  # fmt: skip
+FULL_BYTES = 16 << 20  # less free space than this is a full disk
 FOREIGN_PREFIXES = ("._", ".nfs", ".fuse_hidden", ".~lock.")
 
 
@@ -34,12 +36,14 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`, on error removed.
 
     A link at `path` is followed and stays. The temporary name carries the process id: two writers never share one.
+    SemdictError names the file when the disk is full.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
-        yield tmp_path
+        with explained_full_disk(path):
+            yield tmp_path
         if tmp_path.is_file():
             with tmp_path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -49,7 +53,31 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-write_aside = atomic_write  # the old name, until every caller uses the new one
+@contextmanager
+def explained_full_disk(path: Path) -> Iterator[None]:
+    """SemdictError that names `path` and the free space where the block fails because its disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(path.parent).free
+        if not _means_full_disk(error, free):
+            raise
+        raise SemdictError(
+            f"{path} cannot be written: no space left on its disk ({free / 1e6:,.0f} MB free); make room and run the "
+            "same command again"
+        ) from None
+
+
+def _means_full_disk(error: BaseException, free: int) -> bool:
+    """Whether the error or one that led to it is a full disk; torch reports one as an error of its zip writer."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if isinstance(chain, RuntimeError) and "iostream" in str(chain) and free < FULL_BYTES:
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semdict.pipeline.common.errors import UsageError
-from semdict.pipeline.common.files import PART, hold_lock, is_foreign, remove
+from semdict.pipeline.common.files import PART, explained_full_disk, hold_lock, is_foreign, remove
 
 CARD_BYTES = 1 << 16  # read of a card file when looking for its mark
 
@@ -91,7 +91,8 @@ def publish_folder(out: str | os.PathLike, kind: str | Kind) -> Iterator[Path]:
         staged = target.with_name(f"{target.name}.{os.getpid()}{PART}")
         staged.mkdir()
         try:
-            yield staged
+            with explained_full_disk(target):
+                yield staged
             _replace(staged, check_output(target, kind))
         finally:
             remove(staged)
@@ -111,7 +112,8 @@ def publish_staged(staged: Path, out: str | os.PathLike, kind: str | Kind) -> No
             if error.errno != errno.EXDEV:
                 raise
             beside = target.with_name(f"{target.name}.{os.getpid()}{PART}")
-            shutil.copytree(staged, beside, symlinks=True)
+            with explained_full_disk(target):
+                shutil.copytree(staged, beside, symlinks=True)
             _replace(beside, target)
             remove(staged)
 

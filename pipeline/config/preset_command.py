@@ -11,7 +11,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from semdict.pipeline.common.errors import UsageError
-from semdict.pipeline.common.files import write_aside
+from semdict.pipeline.common.files import atomic_write
 from semdict.pipeline.config.checks import missing_inputs
 from semdict.pipeline.config.params import validate
 from semdict.pipeline.config.presets import PRESETS, complete, preset_names, render
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
 def write_params(text: str, path: Path) -> None:
     """Writes `text` to `path`; other contents of `path` are kept as <path>.before."""
     if path.exists() and path.read_text(errors="replace") != text:
-        with write_aside(path.with_name(f"{path.name}.before")) as staged:
+        with atomic_write(path.with_name(f"{path.name}.before")) as staged:
             staged.write_bytes(path.read_bytes())
-    with write_aside(path) as staged:
+    with atomic_write(path) as staged:
         staged.write_text(text)
 
 

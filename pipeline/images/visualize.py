@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semdict.pipeline.common.files import write_aside
+from semdict.pipeline.common.files import atomic_write
 
 
 class Decoder(Protocol):
@@ -77,5 +77,5 @@ def save_grid(path: Path, rows: list[np.ndarray], labels: list[str], columns: in
             sheet.paste(tile, (gutter + column * (cell + gap), top))
             if column == 0:
                 draw.text((4, top + cell // 2 - 8), labels[k], fill="black", font=font)
-    with write_aside(path) as aside:
-        sheet.save(aside, format="PNG")
+    with atomic_write(path) as staged:
+        sheet.save(staged, format="PNG")

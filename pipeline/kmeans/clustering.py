@@ -49,13 +49,13 @@ def train_centroids(
     """Cluster features (N, D), any float dtype, around k centroids by squared Euclidean distance (Lloyd's iteration).
 
     `features` may be an array, a tensor, a memory map or a zarr array: at most `max_points_per_centroid * k` rows,
-    drawn by `seed`, are held in memory. `engine` is auto, faiss or torch; auto takes FAISS (its GPU build when there),
+    sampled by `seed`, are in memory. `engine` is auto, faiss or torch; auto takes FAISS (its GPU build when there),
     and torch on a GPU that FAISS cannot use. `init` (k, D) replaces k distinct random points as the start.
     Raises SemdictError for a row with NaN or Inf (named), fewer distinct points than k, and an engine that is missing.
     """
     if len(features.shape) != 2 or k < 1 or iterations < 1:
         raise SemdictError(f"k-means of {tuple(features.shape)} features, k {k}, iterations {iterations}: not possible")
-    run, name, place = _select_engine(engine, device)
+    run, name, device_name = _select_engine(engine, device)
     rows = _draw_rows(features.shape[0], max_points_per_centroid * k, seed)
     sample_ND = _read(features, rows, keep_half=run is _lloyd)
     start_KD = _distinct_start(sample_ND, k, seed)
@@ -63,8 +63,8 @@ def train_centroids(
         start_KD = np.ascontiguousarray(init, dtype=np.float32)
         if start_KD.shape != (k, sample_ND.shape[1]):
             raise SemdictError(f"init is {start_KD.shape}, expected ({k}, {sample_ND.shape[1]})")
-    centroids_KD, *curves = run(sample_ND, start_KD, iterations, place)
-    counts_K = np.bincount(_assign_array(sample_ND, torch.from_numpy(centroids_KD).to(place)), minlength=k)
+    centroids_KD, *curves = run(sample_ND, start_KD, iterations, device_name)
+    counts_K = np.bincount(_assign_array(sample_ND, torch.from_numpy(centroids_KD).to(device_name)), minlength=k)
     order_K = np.argsort(-counts_K, kind="stable")
     return KmeansResult(centroids_KD[order_K], counts_K[order_K], *curves, engine=name, points=len(sample_ND))
 
@@ -86,24 +86,24 @@ def _select_engine(engine: str, device: str) -> tuple[Any, str, str]:
     if engine not in ("auto", "faiss", "torch"):
         raise SemdictError(f"k-means engine {engine} is unknown: auto, faiss or torch")
     cuda = torch.cuda.is_available()
-    place = ("cuda" if cuda else "cpu") if device == "auto" else device
-    if place.startswith("cuda") and not cuda:
+    device_name = ("cuda" if cuda else "cpu") if device == "auto" else device
+    if device_name.startswith("cuda") and not cuda:
         raise SemdictError(f"k-means device {device}: no such GPU here; use auto or cpu")
-    torch_engine = (_lloyd, f"torch {torch.__version__} {torch.device(place).type}", place)
+    torch_engine = (_lloyd, f"torch {torch.__version__} {torch.device(device_name).type}", device_name)
     if engine == "torch" or (engine == "auto" and importlib.util.find_spec("faiss") is None):
         return torch_engine
     if importlib.util.find_spec("faiss") is None:
         raise SemdictError("k-means engine faiss is not installed; install faiss-cpu or faiss-gpu, or use engine torch")
     import faiss
 
-    if place.startswith("cuda") and (why := faiss_gpu_error()):
+    if device_name.startswith("cuda") and (why := faiss_gpu_error()):
         if engine == "auto":
             print(f"k-means: torch instead of FAISS, which cannot use this GPU ({why})", file=sys.stderr)
             return torch_engine
         if device != "auto":
             raise SemdictError(f"FAISS cannot use this GPU ({why}); use kmeans.engine: torch, or runtime.device: cpu")
-        place = "cpu"
-    return _faiss, f"faiss {faiss.__version__} {torch.device(place).type}", place
+        device_name = "cpu"
+    return _faiss, f"faiss {faiss.__version__} {torch.device(device_name).type}", device_name
 
 
 GPU_TRIAL = """
@@ -168,7 +168,7 @@ def _distinct_start(sample_ND: np.ndarray, k: int, seed: int) -> np.ndarray:
     )
 
 
-def _faiss(sample_ND: np.ndarray, start_KD: np.ndarray, iterations: int, place: str) -> tuple:
+def _faiss(sample_ND: np.ndarray, start_KD: np.ndarray, iterations: int, device_name: str) -> tuple:
     """Lloyd's iteration by FAISS, CPU or GPU build; (centroids, objective, splits, imbalance)."""
     import faiss
 
@@ -180,7 +180,7 @@ def _faiss(sample_ND: np.ndarray, start_KD: np.ndarray, iterations: int, place: 
         width,
         k,
         niter=iterations,
-        gpu=place.startswith("cuda"),
+        gpu=device_name.startswith("cuda"),
         max_points_per_centroid=points // k + 1,  # the sample is drawn already
         min_points_per_centroid=1,
     )
@@ -194,13 +194,13 @@ def _faiss(sample_ND: np.ndarray, start_KD: np.ndarray, iterations: int, place: 
     )
 
 
-def _lloyd(sample_ND: np.ndarray, start_KD: np.ndarray, iterations: int, place: str) -> tuple:
+def _lloyd(sample_ND: np.ndarray, start_KD: np.ndarray, iterations: int, device_name: str) -> tuple:
     """Lloyd's iteration in torch; (centroids, objective, splits, imbalance). Same bits for the same device.
 
     Sums are kept in 64-bit fixed point: their order, which a GPU does not promise, then changes nothing.
     """
     points, k = len(sample_ND), len(start_KD)
-    centroids_KD = torch.from_numpy(start_KD).to(place)
+    centroids_KD = torch.from_numpy(start_KD).to(device_name)
     peak = max(float(sample_ND.max()), -float(sample_ND.min()), 1e-30)
     unit = 2.0 ** (61 - math.ceil(math.log2(peak)) - math.ceil(math.log2(points)))
     sample = _near(sample_ND, centroids_KD.device)

@@ -1,4 +1,4 @@
-"""Stage `manifest`: list the images, row by row; the only stage that looks at the image store itself."""
+"""Stage `manifest`: a table with one row per image; the only stage that looks at the image store itself."""
 
 import argparse
 import csv
@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.common.files import atomic_write, remove, sha256_json, write_json
 from semdict.pipeline.common.publish import check_output
-from semdict.pipeline.config import paths as places
-from semdict.pipeline.config import schema
+from semdict.pipeline.config import paths, schema
 from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 from semdict.pipeline.execute.store import WORK
@@ -48,26 +47,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the manifest and its metrics; 0 when both stand."""
-    settings = params_of(args)
-    preset = settings.preset
-    out = args.out or places.manifest(preset)
+    """Write the manifest and its metrics."""
+    params = params_of(args)
+    preset = params.preset
+    out = args.out or paths.manifest(preset)
     check_output(out, "manifest")
     with lock(f"manifest-{preset}", args.work), interrupt_on_signals():
         build_manifest(
-            settings.manifest,
+            params.manifest,
             out,
             metrics=args.metrics or Path("reports") / preset / "manifest.json",
             cache=args.work / "manifest-cache" / preset,
-            limits=DecodeSpec.of(settings.pixels),
-            workers=settings.runtime.workers,
+            limits=DecodeSpec.of(params.pixels),
+            workers=params.runtime.workers,
             fresh=args.fresh,
         )
     return 0
 
 
 def build_manifest(
-    settings: schema.Manifest,
+    cfg: schema.Manifest,
     out: Path,
     metrics: Path,
     cache: Path,
@@ -75,18 +74,17 @@ def build_manifest(
     workers: int = 0,
     fresh: bool = False,
 ) -> Manifest:
-    """List the images, look at each and write the manifest; nothing appears at `out` before all of it is known.
+    """List the images, read each and write the manifest; nothing appears at `out` before all of it is known.
 
-    Folder `cache` remembers results between runs, which `fresh` forgets, and receives `bad.csv` (key, source, status,
-    reason) when images are bad.
-    ManifestError when nothing can be listed or more than `max_bad_fraction` of the images are bad.
+    Folder `cache` keeps results between runs, which `fresh` deletes, and receives `bad.csv` (key, source, status,
+    reason) when images are bad. ManifestError when there are no images, or more than `max_bad_fraction` are bad.
     """
-    listing = list_images(settings.images, settings.layout, settings.label_key)
+    listing = list_images(cfg.images, cfg.layout, cfg.label_key)
     for note in listing.notes:
         print(f"manifest: {note}", file=sys.stderr)
-    known = scan(listing.table, settings.images, _cache_file(cache, limits), limits, workers, fresh)
-    manifest = Manifest(_assemble(listing, known))
-    _report_bad(manifest, cache / "bad.csv", settings.max_bad_fraction)
+    results = scan(listing.table, cfg.images, _cache_file(cache, limits), limits, workers, fresh)
+    manifest = Manifest(_assemble(listing, results))
+    _report_bad(manifest, cache / "bad.csv", cfg.max_bad_fraction)
     with atomic_write(out) as tmp_path:
         pq.write_table(manifest.table, tmp_path, compression="zstd")
     write_json(metrics, _metrics(manifest, listing))
@@ -106,15 +104,15 @@ def _cache_file(cache: Path, limits: DecodeSpec) -> Path:
     return path
 
 
-def _assemble(listing: Listing, known: pa.Table) -> pa.Table:
-    """The manifest's columns from what was listed and what was seen."""
-    arrays = [(known if name in known.column_names else listing.table)[name] for name in COLUMNS.names]
+def _assemble(listing: Listing, results: pa.Table) -> pa.Table:
+    """The manifest's columns, from the listing and the results of the scan."""
+    arrays = [(results if name in results.column_names else listing.table)[name] for name in COLUMNS.names]
     meta = {META: json.dumps({"format": 1, "classes": listing.classes, "layouts": listing.layouts}).encode()}
     return pa.table(arrays, schema=COLUMNS.with_metadata(meta))
 
 
 def _report_bad(manifest: Manifest, path: Path, max_bad_fraction: float) -> None:
-    """Write the bad rows for people to look at; ManifestError when they are too many."""
+    """Write the bad rows as a table for people; ManifestError when they are too many."""
     remove(path)
     bad = np.flatnonzero(manifest.status)
     if not len(bad):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.common.files import write_aside
+from semdict.pipeline.common.files import atomic_write
 from semdict.pipeline.common.nearest import exact_float32, nearest
 from semdict.pipeline.common.safeload import refuse_misfit
 from semdict.pipeline.tokenizers.networks import GROUPS, Decoder, Encoder, Sizes, Variant
@@ -239,5 +239,5 @@ def averaged_copies(state: dict[str, Tensor], tensors: dict[str, Tensor], path: 
 def save_tokenizer(model: ConvTokenizer, path: str | os.PathLike) -> None:
     """Write `{"state_dict": ...}`, float32, under the module's own names; same weights give the same bytes."""
     state = {name: tensor.detach().float().cpu().clone() for name, tensor in model.state_dict().items()}
-    with write_aside(path) as staged, staged.open("wb") as file:  # a file object, since torch stores a path's name
+    with atomic_write(path) as staged, staged.open("wb") as file:  # a file object, since torch stores a path's name
         torch.save({"state_dict": state}, file)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.common.files import remove, sha256_file, write_aside
+from semdict.pipeline.common.files import atomic_write, remove, sha256_file
 from semdict.pipeline.common.safeload import load_checkpoint
 
 FORMAT = 1
@@ -26,7 +26,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     pointer is moved before anything is deleted.
     """
     path = Path(folder) / f"step-{step:08d}.pt"
-    with write_aside(path) as staged:
+    with atomic_write(path) as staged:
         torch.save({"format": FORMAT, "step": step, **state}, staged)
     point_to(path)
     for old in stored(folder)[: -max(1, keep)]:
@@ -37,7 +37,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 def point_to(path: Path) -> None:
     """Make `path` the checkpoint that `last` names."""
-    with write_aside(path.with_name(LAST)) as staged:
+    with atomic_write(path.with_name(LAST)) as staged:
         staged.write_text(f"{sha256_file(path)}  {path.name}\n")
 
 

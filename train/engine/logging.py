@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from semdict.pipeline.common.files import write_aside
+from semdict.pipeline.common.files import atomic_write
 
 
 class RunLog:
@@ -81,8 +81,8 @@ def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     """Remove what a killed run logged after its last checkpoint; returns the rows that stay."""
     rows = [row for row in read_log(path) if row["step"] <= step]
     if path.exists():
-        with write_aside(path) as aside:
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with atomic_write(path) as staged:
+            staged.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.common.files import sha256_file, write_aside
+from semdict.pipeline.common.files import atomic_write, sha256_file
 from semdict.pipeline.common.safeload import load_checkpoint
 
 MODEL = "model.pt"
@@ -54,7 +54,7 @@ def save_model(path: str | Path, model: SavedModule, about: dict[str, Any]) -> N
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     said = json.loads(json.dumps({"config": model.config_dict(), "about": about}))  # pickle writes shared objects once
     contents = {"kind": model.KIND, **said, "model": state}
-    with write_aside(path) as staged, staged.open("wb") as file:  # torch would store the temporary name of a path
+    with atomic_write(path) as staged, staged.open("wb") as file:  # torch would store the temporary name of a path
         torch.save(contents, file)
 
 
