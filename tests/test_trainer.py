@@ -34,7 +34,7 @@ SECTIONS = {
     "vcq": {**STEPS, "size": "tiny", "patch": 64, "tokens": 16, "encoder": [1, 32, 2], "decoder": [1, 32, 2],
             "steps": 8, "warmup": 2, "hold": 3, "perceptual_weight": 0.0, "discriminator_start": 3,
             "discriminator_ramp": 0, "discriminator_channels": 8, "held_out": [], "measured_images": 4,
-            "usage_images": 24, "lecam_weight": 0.001, "reset_patience": 2.0, "reset_protected": 4},
+            "usage_images": 100, "lecam_weight": 0.001, "reset_patience": 2.0, "reset_protected": 4},
     "ar": {**STEPS, "size": "tiny", "steps": 8, "warmup": 2, "hold": 3, "held_out": ["train"], "nll_images": 7},
     "evaluate": {"train_splits": ["train"], "test_splits": ["train"], "batch": 6,
                  "finetune": {**STEPS, "epochs": 3, "warmup_epochs": 1, "drop_path": 0.1}},
@@ -172,11 +172,8 @@ class ToyRecipe:
 
     def build(self, loader: ResidentLoader, _trainer: Trainer) -> Components:
         model = toy.Toy()
-        return Components(
-            [Phase("model", model, toy.objective, adamw(model, (0.9, 0.95), 0.0), lambda step: 0.1)],
-            3,
-            {"model": model},
-        )
+        phase = Phase("model", model, toy.objective, adamw(model, (0.9, 0.95), 0.0), lambda step: 0.1)
+        return Components([phase], 3, {"model": model})
 
     def finish(self, components: Components, _loader: ResidentLoader, run: Trainer) -> dict:
         torch.save({}, run.folder / "model.pt")
