@@ -18,7 +18,7 @@ from semdict.train.ar.model import (
     rope_table,
     rotate,
 )
-from semdict.train.engine.optim import groups
+from semdict.train.engine.optim import parameter_groups
 from semdict.train.vcq.schedule import codebook_sizes
 
 SIZES = tuple(codebook_sizes("cosine", 16, 2, 64).tolist())
@@ -179,7 +179,7 @@ def test_no_class_row_gets_the_gradient():
 
 def test_weight_decay_groups():
     model = ArModel(TINY)
-    decayed, spared = groups(model, 0.03)
+    decayed, spared = parameter_groups(model, 0.03)
     names = {name for name, _ in decayed["params"]}
     assert not [n for n in names if "norm" in n or "bias" in n or "adaln" in n or "embed" in n]
     assert {"layers.0.adaln_offset", "adaln.weight", "adaln.bias", "norm.weight"} <= {n for n, _ in spared["params"]}

@@ -87,7 +87,7 @@ def test_the_decoder_sees_its_rows_beside_the_canvas(tokens, family, class_width
     got = model.conditioned(labels, disc).logits_at(canvas, unknown)
     u = b.decoder_embed(b.encode(canvas))
     position = b.decoder_position.weight
-    x = b.canvas(u, unknown) + position[:17]
+    x = b.decoder_input(u, unknown) + position[:17]
     vectors = F.normalize(model.class_vectors, dim=1) * 5**0.5 if class_width else None
     rows = [model.no_class if n == 4 else model.class_embed(vectors[n] if class_width else torch.tensor(n))
             for n in labels.tolist()]  # fmt: skip

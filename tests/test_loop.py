@@ -18,7 +18,7 @@ from semdict.train.engine import checkpoint, dist
 from semdict.train.engine.logging import read_log
 from semdict.train.engine.loop import Phase, Plan, Run, fit
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
-from semdict.train.engine.optim import adamw, groups
+from semdict.train.engine.optim import adamw, parameter_groups
 from tests import toy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,7 +198,7 @@ def test_decay_spares_biases_norms_and_tables():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Embedding(5, 4))
     model.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, 4, 4)))
     model[0].bias.requires_grad_(True)
-    decayed, spared = groups(model, 0.05)
+    decayed, spared = parameter_groups(model, 0.05)
     assert [name for name, _ in decayed["params"]] == ["0.weight"] and decayed["weight_decay"] == 0.05
     assert {name for name, _ in spared["params"]} == {"0.bias", "1.weight", "1.bias", "2.weight", "pos_embed"}
     assert spared["weight_decay"] == 0.0

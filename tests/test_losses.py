@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from semdict.train.masked import losses
 from semdict.train.masked.losses import (
     codebook_contrastive,
-    dictionary_loss,
     info_nce,
-    masked_dictionary,
+    masked_contrast,
     neighbour_table,
+    projection_contrast,
     reconstruction_loss,
     uniformity,
 )
@@ -83,7 +83,7 @@ def test_contrast_with_extreme_logits_is_finite_and_right(scale):
 def test_contrast_of_nothing_is_zero_with_zero_gradients():
     projection = torch.nn.Linear(4, 8, bias=False)
     _, _, *table = problem(1, 12, 8, 3, dtype=torch.float32)
-    loss = dictionary_loss(projection(torch.zeros(0, 4)), torch.zeros(0, dtype=torch.long), *table)
+    loss = projection_contrast(projection(torch.zeros(0, 4)), torch.zeros(0, dtype=torch.long), *table)
     loss.backward()
     assert loss == 0 and torch.equal(projection.weight.grad, torch.zeros(8, 4))
 
@@ -185,10 +185,10 @@ def test_reconstruction_loss_is_its_definition():
     assert reconstruction_loss(torch.zeros(3, 1024), torch.zeros(3).long()).item() == pytest.approx(math.log(1024))
 
 
-def test_masked_dictionary_is_hard_cross_entropy_of_cosines():
+def test_masked_contrast_is_hard_cross_entropy_of_cosines():
     z, words, centroids, *_ = problem(13, 20, 6, 3)
     want = F.cross_entropy(F.normalize(5 * z, dim=1) @ centroids.T / 0.1, words)
-    assert masked_dictionary(5 * z, words, centroids).item() == pytest.approx(want.item(), rel=1e-10)
+    assert masked_contrast(5 * z, words, centroids).item() == pytest.approx(want.item(), rel=1e-10)
 
 
 def test_info_nce_rows_are_the_teacher_and_only_one_direction():

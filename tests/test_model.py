@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from semdict.train.engine.layers import KERNELS, Recompute, dropout, pos2d, table_std
 from semdict.train.masked.masking import draw_masks
 from semdict.train.masked.model import SIZES, MaskedTokenTransformer, ModelConfig, model_config
-from semdict.train.masked.vocab import LEASE, MAGE, lean
+from semdict.train.masked.vocab import LEASE, MAGE, compact_vocab
 from tests.tiny import architecture
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "decoder_width": 24, "decoder_depth": 1, "decoder_heads": 3, "grid": 4}
@@ -86,7 +86,7 @@ def by_hand(model, tokens, masked, keep):
     canvas = [u[0].clone() for _ in range(c.grid**2 + 1)]
     for latent, place in enumerate(keep):
         if not masked[place]:
-            canvas[place + 1] = u[latent + 1] + (u[0] if c.canvas == "add" else 0)
+            canvas[place + 1] = u[latent + 1] + (u[0] if c.visible == "add" else 0)
     y = torch.stack(canvas) + w["decoder_position.weight"][: c.grid**2 + 1]
     y = norm(blocks(y, w, "decoder_blocks", c.decoder_depth, c.decoder_heads), w, "decoder_norm", 1e-6)
     h = norm(gelu(linear(y[1:], w, "token_head.fc")), w, "token_head.norm", 1e-5)
@@ -143,7 +143,7 @@ def test_every_switch_changes_the_numbers():
     tokens, masked, keep = batch(base)
     plain = made(base)
     want = plain.decode(plain.encode(tokens, masked, keep), masked, keep)
-    for change in ({"canvas": "replace"}, {"grid_code": False}, {"heads": 4}, {"decoder_heads": 6}):
+    for change in ({"visible": "replace"}, {"grid_code": False}, {"heads": 4}, {"decoder_heads": 6}):
         other = MaskedTokenTransformer(replace(base, **change)).double().eval()
         other.load_state_dict(plain.state_dict())
         got = other.decode(other.encode(tokens, masked, keep), masked, keep)
@@ -285,7 +285,7 @@ def test_sizes_are_the_published_ones():
     order = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
     assert [SIZES["vit_base"][key] for key in order] == [768, 12, 12, 768, 8, 16]
     assert [SIZES["vit_large"][key] for key in order] == [1024, 24, 16, 1024, 8, 16]
-    assert (lean(1024).rows, lean(1024).cls, lean(1024).mask) == (1026, 1024, 1025)
+    assert (compact_vocab(1024).rows, compact_vocab(1024).cls, compact_vocab(1024).mask) == (1026, 1024, 1025)
     assert architecture("sorcen") == {"projector": (4096, 512), "predictor": (2048, 512)}
     assert model_config("mage", "vit_base").projector is None
 
@@ -293,7 +293,7 @@ def test_sizes_are_the_published_ones():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"canvas": "mul"}, "mul"),
+        ({"visible": "mul"}, "mul"),
         ({"decoder_rows": 16}, "16 is below"),
         ({"heads": 3}, "width 16 is not a multiple of heads 3"),
         ({"width": 18, "heads": 2}, "multiple of 4"),

@@ -66,7 +66,7 @@ def test_a_file_that_its_run_did_not_publish_is_refused(tmp_path):
     write_card(tmp_path, sha256_file(path))
     load_model(tmp_path, MaskedTokenTransformer)
     save_model(path, masked(seed=1), {})
-    with pytest.raises(WeightsError, match=r"model\.pt has SHA-256 .*run\.json beside it says .*replaced"):
+    with pytest.raises(WeightsError, match=r"model\.pt has SHA-256 .*run\.json beside it lists .*replaced"):
         load_model(tmp_path, MaskedTokenTransformer)
     path.rename(tmp_path / "elsewhere.pt")  # a name that run.json does not list
     load_model(tmp_path / "elsewhere.pt", MaskedTokenTransformer)

@@ -68,7 +68,7 @@ def test_mage_is_the_masked_cross_entropy():
 @pytest.mark.parametrize("side", ["encoder", "decoder", "both"])
 def test_lease_is_its_equation_written_out(side):
     """Reconstruction + lambda times contrast, every logit written out, gradients included."""
-    model = made("lease", decoder_words=DIM)
+    model = made("lease", decoder_projection=DIM)
     settings = {"contrast": side, "neighbours": 3, "weight": 0.3, "tau": 0.2, "alpha": 0.15}
     ours = Lease(codebook(), **settings)
     loss, scalars = ours(model, batch(), seeded(3))
@@ -184,7 +184,7 @@ def test_echo_is_true_codes_in_the_warm_up_and_samples_after():
     model = made("sorcen").eval()
     ours = Sorcen(model, echo_warmup=3, top=4)
     p = ours.masked_pass(model, batch(), seeded())
-    early, late = (ours.draw_echo(model, p, seeded(5), epoch) for epoch in (2.99, 3.0))
+    early, late = (ours.sample_echo(model, p, seeded(5), epoch) for epoch in (2.99, 3.0))
     shown = early != model.mask_token
     assert torch.equal(shown, late != model.mask_token)
     assert torch.equal(early[shown], p.tokens[shown])

@@ -197,9 +197,9 @@ def mutant(model, **changes):
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("lease", {"canvas": "replace"}),
-        ("mage", {"canvas": "add"}),
-        ("sorcen", {"canvas": "add"}),
+        ("lease", {"visible": "replace"}),
+        ("mage", {"visible": "add"}),
+        ("sorcen", {"visible": "add"}),
         ("lease", {"grid_code": False}),
         ("mage", {"grid_code": True}),
         ("lease", {"heads": 8}),

@@ -173,7 +173,7 @@ def test_discriminator_learns_to_tell():
 
 
 def test_perceptual_loss_is_never_silently_none(tmp_path):
-    with pytest.raises(ValueError, match="no such loss is given"):
+    with pytest.raises(ValueError, match="there is no perceptual loss"):
         TokenizerObjective(LossWeights(), None)
     off = TokenizerObjective(LossWeights(perceptual=0.0), None)
     assert off.describe()["perceptual"] == "off (weight 0)"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from semdict.pipeline.common.errors import WeightsError
 from semdict.train.engine.lr_schedule import ramp
 from semdict.train.engine.model_file import save_model
-from semdict.train.engine.optim import groups
+from semdict.train.engine.optim import parameter_groups
 from semdict.train.vcq.schedule import KINDS
 from semdict.train.vcq.tokenizer import (
     PRESETS,
@@ -150,7 +150,7 @@ def test_an_id_that_a_position_lacks_is_named():
 
 
 def test_weight_decay_spares_norms_biases_tokens_and_codebook():
-    decayed, spared = groups(Tokenizer1d(TINY), 1e-4)
+    decayed, spared = parameter_groups(Tokenizer1d(TINY), 1e-4)
     names = {name for name, _ in decayed["params"]}
     assert decayed["weight_decay"] == 1e-4
     assert spared["weight_decay"] == 0

@@ -15,8 +15,8 @@ def masked_logits(hidden_BLE: Tensor, weight_VE: Tensor, sizes: tuple[int, ...])
     """(B, L, V) float32, -inf where the code does not exist at that position; the plain form."""
     logits_BLV = F.linear(hidden_BLE, weight_VE).float()
     sizes_L = torch.tensor(sizes, device=logits_BLV.device)
-    barred_LV = torch.arange(logits_BLV.shape[-1], device=logits_BLV.device) >= sizes_L[:, None]
-    return logits_BLV.masked_fill(barred_LV, -torch.inf)
+    excluded_LV = torch.arange(logits_BLV.shape[-1], device=logits_BLV.device) >= sizes_L[:, None]
+    return logits_BLV.masked_fill(excluded_LV, -torch.inf)
 
 
 def grouped_nll(
@@ -39,8 +39,8 @@ def _group_logits(hidden_BSE: Tensor, weight_VE: Tensor, sizes: tuple[int, ...])
     logits_BSK = F.linear(hidden_BSE, weight_VE[:high]).float()
     if low < high:
         limit_S = torch.tensor(sizes, device=logits_BSK.device)
-        barred_SK = torch.arange(low, high, device=logits_BSK.device) >= limit_S[:, None]
-        logits_BSK[..., low:].masked_fill_(barred_SK, -torch.inf)
+        excluded_SK = torch.arange(low, high, device=logits_BSK.device) >= limit_S[:, None]
+        logits_BSK[..., low:].masked_fill_(excluded_SK, -torch.inf)
     return logits_BSK
 
 
@@ -55,9 +55,9 @@ class _GroupedNll(torch.autograd.Function):
                 ids_BS1 = ids_BL[:, start:stop, None]
                 normaliser_BL[:, start:stop] = logits_BSK.logsumexp(-1)
                 inside_BS1 = ids_BS1 < logits_BSK.shape[-1]
-                chosen_BS1 = logits_BSK.gather(-1, ids_BS1.clamp_max(logits_BSK.shape[-1] - 1))
-                chosen_BS = torch.where(inside_BS1, chosen_BS1, -torch.inf).squeeze(-1)
-                nll_BL[:, start:stop] = normaliser_BL[:, start:stop] - chosen_BS
+                own_logit_BS1 = logits_BSK.gather(-1, ids_BS1.clamp_max(logits_BSK.shape[-1] - 1))
+                own_logit_BS = torch.where(inside_BS1, own_logit_BS1, -torch.inf).squeeze(-1)
+                nll_BL[:, start:stop] = normaliser_BL[:, start:stop] - own_logit_BS
         ctx.save_for_backward(hidden_BLE, weight_VE, ids_BL, normaliser_BL)
         ctx.sizes, ctx.groups = sizes, groups
         return nll_BL

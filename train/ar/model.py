@@ -110,7 +110,7 @@ class Layer(nn.Module):
 
 
 class ArModel(nn.Module):
-    """Class -> codes. The start token is the class embedding; its row `classes` stands for "no class"."""
+    """Class -> codes. The start token is the class embedding; its row `classes` means no class."""
 
     KIND, COMMAND = "semdict-ar", "semdict ar train"
 
@@ -158,14 +158,14 @@ class ArModel(nn.Module):
         return {name for name, _ in self.named_parameters() if "adaln" in name}
 
     def forward(self, ids_BL: Tensor, labels_B: Tensor) -> Tensor:
-        """(B, L) int64 codes, (B,) classes -> (B, L, V) float32 logits; row t predicts ids_BL[:, t] from what precedes.
+        """(B, L) int64 codes, (B,) classes -> (B, L, V) float32 logits.
 
-        Logits that `mask_vocab` forbids while training are -inf.
+        Row t predicts ids_BL[:, t] from the ids before it. Logits that `mask_vocab` excludes in training are -inf.
         """
         return masked_logits(self.hidden(ids_BL, labels_B), self.head.weight, self.sizes("train"))
 
     def loss(self, ids_BL: Tensor, labels_B: Tensor) -> Tensor:
-        """Mean negative log-likelihood in nats per token, a scalar; no (B, L, V) tensor is made."""
+        """Mean negative log-likelihood in nats per token, a scalar; no (B, L, V) tensor is allocated."""
         return self.nll(ids_BL, labels_B).mean()
 
     def nll(self, ids_BL: Tensor, labels_B: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class ArModel(nn.Module):
     def step(self, ids_BS: Tensor | None, labels_B: Tensor, shared_B6E: Tensor, cache: KvCache, start: int) -> Tensor:
         """(B, S, E) outputs at positions [start, start + S), through the cache.
 
-        ids_BS: the codes *before* those positions (None at start 0 with S = 1: the class stands there).
+        ids_BS: the codes *before* those positions (None at start 0 with S = 1, where the class is the input).
         """
         x_BSE = self.class_embed(labels_B)[:, None] if ids_BS is None else self.embed(ids_BS)
         return self._run(x_BSE, shared_B6E, cache, start)
@@ -230,9 +230,9 @@ def _modulate(x_BSE: Tensor, shift_B1E: Tensor, scale_B1E: Tensor) -> Tensor:
     return F.rms_norm(x_BSE, x_BSE.shape[-1:], eps=1e-6) * (1 + scale_B1E) + shift_B1E
 
 
-def drop_labels(labels_B: Tensor, rate: float, null_class: int, rng: torch.Generator) -> Tensor:
-    """(B,) labels, each replaced by `null_class` with probability `rate`; for classifier-free guidance."""
-    dropped_B = rand_rows(len(labels_B), rng=rng).to(labels_B.device) < rate
+def drop_labels(labels_B: Tensor, probability: float, null_class: int, rng: torch.Generator) -> Tensor:
+    """(B,) labels, each replaced by `null_class` with that probability; for classifier-free guidance."""
+    dropped_B = rand_rows(len(labels_B), rng=rng).to(labels_B.device) < probability
     return torch.where(dropped_B, null_class, labels_B)
 
 

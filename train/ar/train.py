@@ -1,4 +1,4 @@
-"""Train the autoregressive model on the `gen` tokens of a shard directory, alone or under torchrun."""
+"""Train the autoregressive model on the `gen` tokens of a shard directory, also under torchrun."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """examples:
   semdict ar train --shards shards/demo-vcq --out runs/demo/ar
-  semdict ar train --resume                                      continue after a kill; a complete run is left alone
+  semdict ar train --resume                                      continue a killed run; a complete one is kept
   torchrun --nproc-per-node 8 -m semdict.train.ar.train --shards shards/in1k-vcq-base
 
 Writes model.pt, and nll.json: bits per position on training and held-out images."""
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, or say that the run is complete."""
+    """Train, unless the run is complete."""
     from semdict.pipeline.config.params import params_of
 
     params = params_of(args)

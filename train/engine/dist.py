@@ -1,4 +1,4 @@
-"""Processes of one run: rank and size, mean over ranks, gather with gradient. The only file that knows process groups.
+"""Processes of one run: rank and size, mean over ranks, gather with gradient; the only file that uses process groups.
 
 In a single process every function is the identity. Under torchrun the same calls work over gloo (CPU) or NCCL (GPU).
 """
@@ -36,7 +36,7 @@ class World:
 def process_group(device: str = "auto") -> Iterator[World]:
     """Join the process group that torchrun describes in the environment (if any), and leave it at the end.
 
-    `device` is auto, cpu, cuda or cuda:N; UsageError when a GPU is asked for that is not there.
+    `device` is auto, cpu, cuda or cuda:N; UsageError for a GPU that does not exist.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     own_device = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0)
@@ -68,17 +68,17 @@ def active() -> bool:
 
 
 def rank() -> int:
-    """This process's number, 0 when alone."""
+    """This process's number, 0 in a single process."""
     return td.get_rank() if active() else 0
 
 
 def size() -> int:
-    """How many processes there are, 1 when alone."""
+    """Number of processes."""
     return td.get_world_size() if active() else 1
 
 
 def barrier() -> None:
-    """Wait for every rank; nothing when alone."""
+    """Wait for every rank."""
     if active():
         td.barrier()
 

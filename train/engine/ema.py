@@ -1,4 +1,4 @@
-"""Averaged copies of parts of a model: moved by the training loop after a step, never by a forward pass."""
+"""Exponential moving averages of parts of a model, updated by hooks of the loop, not by forward passes."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from semdict.train.engine.layers import init_weights
 
 
 def beta(epoch: float, epochs: float, start: float = 0.996) -> float:
-    """Share of itself that the average keeps: 1 - (1 - start)(1 + cos(pi epoch / epochs)) / 2, from `start` up to 1.
+    """Share of the old average in the new one: 1 - (1 - start)(1 + cos(pi epoch / epochs)) / 2, from `start` up to 1.
 
     BYOL, arXiv:2006.07733; the published Sorcen fixes epochs = 1600 whatever the run's length.
     """
@@ -19,10 +19,10 @@ def beta(epoch: float, epochs: float, start: float = 0.996) -> float:
 
 
 class Ema(nn.Module):
-    """Copies of the named parts of `model` (attribute names), moved by `update`; they take no gradient.
+    """Averages of the named parts of `model` (attribute names); they take no gradient.
 
-    Starts as a copy of the parts as they are now; with `seed` from its own random initialisation instead (as the
-    published Sorcen does). Buffers, such as BatchNorm's running statistics, are the copy's own and never averaged.
+    They start as copies of the parts, or with `seed` from a random initialisation of their own, as the published Sorcen
+    does. Buffers, such as BatchNorm's running statistics, are not averaged.
     """
 
     def __init__(self, model: nn.Module, parts: Iterable[str], seed: int | None = None) -> None:
@@ -39,5 +39,5 @@ class Ema(nn.Module):
     def update(self, model: nn.Module, beta: float) -> None:
         """Every averaged parameter becomes beta * itself + (1 - beta) * the model's."""
         for name, part in self.parts.items():
-            for mine, theirs in zip(part.parameters(), getattr(model, name).parameters(), strict=True):
-                mine.lerp_(theirs.to(mine.dtype), 1 - beta)
+            for average, current in zip(part.parameters(), getattr(model, name).parameters(), strict=True):
+                average.lerp_(current.to(average.dtype), 1 - beta)

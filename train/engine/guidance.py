@@ -11,7 +11,7 @@ MODES = ("ramp_ratio", "ramp", "ratio", "ratio_power", "constant")
 
 @dataclass(frozen=True)
 class Guidance:
-    """How much the class is over-emphasised at each position; the paper's scale s, 0 = none (g = 1 + s elsewhere).
+    """Strength of guidance by position; scale is the paper's s, 0 = none (others write g = 1 + s).
 
     ramp_ratio: r_t (start + (scale - start) ramp_t), the default reading of table 7 (choice O14). ramp: without r_t,
     vanilla cosine guidance. ratio: scale r_t, equation 4 alone. ratio_power: scale r_t^power. constant: plain guidance.

@@ -11,7 +11,7 @@ EPS = 1e-6  # of the embedding, block and final norms
 
 
 class _CpuDropout(torch.autograd.Function):
-    """Dropout whose mask costs 16 random bits per number: three times faster on a CPU than one Bernoulli draw each."""
+    """Dropout with 16 random bits per number: three times faster on a CPU than a Bernoulli sample per number."""
 
     @staticmethod
     def forward(ctx, x, p):
@@ -50,13 +50,13 @@ class Dropout(nn.Module):
 
 
 def plain_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v with the probabilities written out, what the fast kernels must equal."""
+    """softmax(q k^T / sqrt(D)) v with all probabilities in memory; the fast kernels must equal it."""
     scores = (q_BHND * q_BHND.shape[-1] ** -0.5) @ k_BHND.mT
     return dropout(scores.softmax(-1), dropout_p) @ v_BHND
 
 
 def fast_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """scaled_dot_product_attention; on a CPU it would write the probabilities out under dropout, so we do, cheaper."""
+    """scaled_dot_product_attention; with dropout on a CPU `plain_attention`, which is faster there."""
     if dropout_p and q_BHND.device.type == "cpu":
         return plain_attention(q_BHND, k_BHND, v_BHND, dropout_p)
     return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, dropout_p=dropout_p)
@@ -66,18 +66,18 @@ KERNELS = {"sdpa": fast_attention, "plain": plain_attention}
 
 
 class Recompute(nn.Module):
-    """Base of layers that can forget what is cheap to make again, and make it again for the backward pass.
+    """Base of layers that can recompute cheap activations in the backward pass instead of keeping them.
 
-    recompute: True, False, or None = on a CPU, where attention under dropout writes its probabilities out and memory is
-    what a step lacks; it costs a few per cent of time there and gives the same bits, dropout included.
+    recompute: True, False, or None = on a CPU, where attention with dropout keeps all probabilities and memory is
+    scarce. Recomputation costs a few per cent of time there and gives the same bits, dropout included.
     """
 
     recompute: bool | None = None
 
-    def remade(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """part(x), of which only x is kept for the backward pass where recomputation is on."""
-        wanted = x.device.type == "cpu" if self.recompute is None else self.recompute
-        if wanted and self.training and torch.is_grad_enabled():
+    def recomputed(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """part(x); where recomputation is on, only x is kept for the backward pass."""
+        enabled = x.device.type == "cpu" if self.recompute is None else self.recompute
+        if enabled and self.training and torch.is_grad_enabled():
             return checkpoint(part, x, use_reentrant=False)
         return part(x)
 
@@ -96,8 +96,8 @@ class Attention(Recompute):
 
     def forward(self, x_BNE: Tensor) -> Tensor:
         qkv_BN3E = self.qkv(x_BNE)
-        light = self.recompute is None and not self.dropout  # the fast kernel then keeps no probabilities
-        return self.drop(self.attend(qkv_BN3E) if light else self.remade(self.attend, qkv_BN3E))
+        light = self.recompute is None and not self.dropout  # the fast kernel keeps no probabilities
+        return self.drop(self.attend(qkv_BN3E) if light else self.recomputed(self.attend, qkv_BN3E))
 
     def attend(self, qkv_BN3E: Tensor) -> Tensor:
         """Attention and output projection of (B, N, 3E) queries, keys and values, (B, N, E)."""
@@ -118,7 +118,7 @@ class Mlp(Recompute):
 
     def forward(self, x_BNE: Tensor) -> Tensor:
         # the product of fc2 is not repeated: only its input is needed, and recomputation stops there
-        return self.drop(self.remade(lambda h: self.fc2(self.drop(F.gelu(h))), self.fc1(x_BNE)))
+        return self.drop(self.recomputed(lambda h: self.fc2(self.drop(F.gelu(h))), self.fc1(x_BNE)))
 
 
 def drop_path(x: Tensor, p: float) -> Tensor:
@@ -129,7 +129,7 @@ def drop_path(x: Tensor, p: float) -> Tensor:
 class Block(nn.Module):
     """Pre-norm transformer block: x += attention(LN(x)); x += mlp(LN(x)).
 
-    drop_path: share of samples for which a branch is left out in training; an attribute, set by who fine-tunes.
+    drop_path: share of samples for which a branch is dropped in training; an attribute, set by fine-tuning.
     """
 
     drop_path: float = 0.0
@@ -153,13 +153,13 @@ class Block(nn.Module):
 def pos2d(width: int, grid: int) -> Tensor:
     """(grid^2, width) float32 fixed table: [sin(c w), cos(c w), sin(r w), cos(r w)] at row r, column c, row-major.
 
-    w_i = 10000^(-i / (width/4)), i = 0 .. width/4 - 1; the column part stands first, as in MAE's released table.
+    w_i = 10000^(-i / (width/4)), i = 0 .. width/4 - 1; the column part comes first, as in MAE's released table.
     """
     if width % 4:
         raise ValueError(f"the 2-D position table needs a width that is a multiple of 4, got {width}")
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = [place.reshape(-1, 1).double() * omega for place in (column, row)]
+    angles = [axis.reshape(-1, 1).double() * omega for axis in (column, row)]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
 
 

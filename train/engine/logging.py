@@ -1,6 +1,6 @@
-"""What a run records: a JSONL log, plots in the files that DVC reads, TensorBoard.
+"""Logs of a run: a JSONL file, plots in the files that DVC reads, TensorBoard.
 
-The log is the one source; a resumed run cuts it back to its checkpoint and writes the plots again from it.
+The JSONL file is the one source; a resumed run cuts it back to its checkpoint and writes the plots again from it.
 """
 
 import json
@@ -12,7 +12,7 @@ from semdict.pipeline.common.files import atomic_write
 
 
 class RunLog:
-    """Scalars of one run, written by rank 0 alone.
+    """Scalars of one run, written by rank 0 only.
 
     folder: gets log.jsonl and tensorboard/. reports: gets plots/<scalar>.tsv (columns step and the scalar's name: the
     layout of DVCLive), readable by `dvc plots` while the run is in progress; None = no reports.
@@ -78,7 +78,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove what a killed run logged after its last checkpoint; returns the rows that stay."""
+    """Remove what a killed run logged after its last checkpoint; returns the remaining rows."""
     rows = [row for row in read_log(path) if row["step"] <= step]
     if path.exists():
         with atomic_write(path) as staged:

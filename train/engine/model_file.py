@@ -1,7 +1,7 @@
-"""Model files: a module's tensors, the configuration that rebuilds it, and what the file says about its training.
+"""Model files: a module's tensors, the configuration that rebuilds it, and facts about its training.
 
-Every model that is trained here is written and read by these functions. The bytes of a file depend on its contents
-alone, so equal runs publish equal files. `semdict.load_model` opens a file by its kind.
+Every model that is trained here is written and read by these functions. The bytes of a file depend only on its
+contents, so equal runs publish equal files. `semdict.load_model` opens a file by its kind.
 """
 
 import json
@@ -42,7 +42,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class ModelFile:
-    """Where a model was read from, the SHA-256 of the file, and what it says about the model's training."""
+    """Where a model was read from, the SHA-256 of the file, and the facts about its training that it contains."""
 
     path: Path
     sha256: str
@@ -52,8 +52,8 @@ class ModelFile:
 def save_model(path: str | Path, model: SavedModule, about: dict[str, Any]) -> None:
     """Write {"kind", "config", "model", "about"}; `about` is plain data."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    said = json.loads(json.dumps({"config": model.config_dict(), "about": about}))  # pickle writes shared objects once
-    contents = {"kind": model.KIND, **said, "model": state}
+    plain = json.loads(json.dumps({"config": model.config_dict(), "about": about}))  # pickle writes shared objects once
+    contents = {"kind": model.KIND, **plain, "model": state}
     with atomic_write(path) as staged, staged.open("wb") as file:  # torch would store the temporary name of a path
         torch.save(contents, file)
 
@@ -67,8 +67,8 @@ def load_model(path: str | Path, cls: type[Module], device: str | torch.device =
     contents = load_checkpoint(path)
     kind = contents.get("kind")
     if kind != cls.KIND:
-        what = f"its kind is {kind!r}" if kind else f"it has no kind, its entries are {list(contents)[:6]}"
-        raise WeightsError(f"{path} was not written by `{cls.COMMAND}`: {what}")
+        reason = f"its kind is {kind!r}" if kind else f"it has no kind, its entries are {list(contents)[:6]}"
+        raise WeightsError(f"{path} was not written by `{cls.COMMAND}`: {reason}")
     sha256 = check_published(path)
     try:
         model = cls.from_config(contents["config"])
@@ -80,7 +80,7 @@ def load_model(path: str | Path, cls: type[Module], device: str | torch.device =
 
 
 def model_path(path: str | Path) -> Path:
-    """The model file that `path` stands for: itself, or the one in a run's folder."""
+    """`path` itself, or the model file in a run's folder."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -104,7 +104,7 @@ def check_published(path: Path) -> str:
         raise WeightsError(f"{card} is damaged; move {path.name} out of this folder, or run the stage again") from None
     if published != sha256:
         raise WeightsError(
-            f"{path} has SHA-256 {sha256}, {CARD} beside it says {published}: the file is damaged or was replaced; "
+            f"{path} has SHA-256 {sha256}, the {CARD} beside it lists {published}: it is damaged or was replaced; "
             "restore it, or remove the folder and run the stage again"
         )
     return sha256

@@ -94,13 +94,13 @@ def permutation(n: int, *counters: int) -> np.ndarray:
 
 
 def choice_per_row(rows: np.ndarray, n: int, *counters: int) -> np.ndarray:
-    """int64 of the shape of `rows`: a number in [0, n) per row id, whatever other rows are asked for with it."""
+    """int64 of the shape of `rows`: a number in [0, n) per row id, independent of the other rows."""
     hashed = mix(rows.astype(np.uint64) ^ stream_key(*counters))
     return (hashed % np.uint64(n)).astype(np.int64)
 
 
 class BatchGenerator(torch.Generator):
-    """A torch.Generator that knows which rows of the global batch its caller has; `rand_rows` cuts accordingly.
+    """A torch.Generator with the range of rows of the global batch that belongs to its caller; see `rand_rows`.
 
     Ranks and micro-batches of one step have equal generators with another `start`, so that a number drawn once per
     batch (the mask ratio) is shared, and what is drawn per row belongs to that row wherever it is computed.

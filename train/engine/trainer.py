@@ -1,8 +1,8 @@
-"""One training command from its settings to the published run; a recipe says what it trains.
+"""One training command from its settings to the published run; a recipe states what is different about it.
 
 A run is identified by everything that shapes its result: the values of its section of params.yaml, its data and models,
 and the code that its module imports. Until it is complete it is in work/<name>-<fingerprint>/, where the same command
-finds it after a kill; then the folder takes the place of the output. (DVC deletes a stage's output before it runs.)
+finds it after a kill; then the folder replaces the output. (DVC deletes a stage's output before the stage runs.)
 """
 
 import argparse
@@ -33,7 +33,7 @@ FROM_RUNTIME = ("compile", "save_every", "keep", "log_every")
 
 @dataclass
 class Components:
-    """What a recipe builds for the loop.
+    """The parts of the loop that a recipe builds.
 
     state: everything that a checkpoint must store, by name; the phases' models among it. hooks: called after each step.
     """
@@ -45,7 +45,7 @@ class Components:
 
 
 class Recipe(Protocol):
-    """What is different about one trainer. Its methods are called in this order, on every rank."""
+    """One trainer's own part. The methods are called in this order, on every rank."""
 
     name: str  # names the work folder, as in work/pretrain-lease-<fingerprint>
     cfg: Any  # its section of params.yaml
@@ -146,7 +146,7 @@ class Trainer:
     def _published(self, resume: bool) -> dict[str, Any] | None:
         """The card of this very run if it is published; None if it must be trained.
 
-        UsageError when `out` holds another run, or this one and `resume` was not asked for.
+        UsageError if `out` holds another run, or this one without `resume`.
         """
         check_output(self.out, "run")
         if not occupied(self.out):
@@ -159,9 +159,9 @@ class Trainer:
         raise UsageError(f"{self.out} holds a run {reason}. Give another --out, or remove that folder first")
 
     def _publish(self) -> None:
-        """Put the work folder in the place of `out`, without the checkpoints.
+        """Replace `out` by the work folder without its checkpoints.
 
-        UsageError when another run was published there meanwhile: this one waits in its work folder.
+        UsageError if another run was published there meanwhile; this one stays in its work folder.
         """
         self._published(resume=True)
         remove(self.folder / "checkpoints")

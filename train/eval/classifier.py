@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from semdict.train.engine.layers import EPS
-from semdict.train.engine.optim import groups
+from semdict.train.engine.optim import parameter_groups
 from semdict.train.masked.model import MaskedTokenTransformer, ModelConfig
 
 HEAD_STD = 2e-5  # of the released fine-tuning's head
@@ -22,7 +22,7 @@ PRETRAINING = (
 class Classifier(nn.Module):
     """Tokens (B, L) int64 -> (B, C) logits: last block's output, mean over cells, layer norm (1e-6), linear.
 
-    Takes `model` over: what only pretraining uses is removed from it, and all that stays learns. drop_path: rate of the
+    Changes `model`: modules that only pretraining uses are removed, all others are trained. drop_path: rate of the
     last block, rising linearly from 0 at the first (stochastic depth, arXiv:1603.09382); dropout: inside the blocks.
     """
 
@@ -71,10 +71,10 @@ def layer_of(name: str, depth: int) -> int:
 def layer_groups(classifier: Classifier, weight_decay: float, decay: float) -> list[dict[str, Any]]:
     """AdamW groups with `lr_scale` = decay^(depth + 1 - layer), as MAE's fine-tuning (BEiT, arXiv:2106.08254)."""
     depth = len(classifier.encoder.blocks)
-    found: dict[tuple[int, float], dict[str, Any]] = {}
-    for group in groups(classifier, weight_decay):
+    merged: dict[tuple[int, float], dict[str, Any]] = {}
+    for group in parameter_groups(classifier, weight_decay):
         for name, parameter in group["params"]:
             layer, wd = layer_of(name, depth), group["weight_decay"]
             fresh = {"params": [], "weight_decay": wd, "lr_scale": decay ** (depth + 1 - layer)}
-            found.setdefault((layer, wd), fresh)["params"].append((name, parameter))
-    return [found[key] for key in sorted(found)]
+            merged.setdefault((layer, wd), fresh)["params"].append((name, parameter))
+    return [merged[key] for key in sorted(merged)]

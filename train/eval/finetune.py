@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fine-tune, or say that the run is complete; then write the scores."""
+    """Fine-tune, unless the run is complete; then write the scores."""
     from semdict.pipeline.config.params import params_of
 
     with dist.process_group(params_of(args).runtime.device) as world:
@@ -190,7 +190,7 @@ def numpy_seeded(rng: torch.Generator) -> Iterator[None]:
 
 
 class TestSet:
-    """The test crops as tokens, made once; each rank has its share of them."""
+    """Tokens of the test crops, computed once; each rank has its share of them."""
 
     __test__ = False  # for pytest: not a test class
 

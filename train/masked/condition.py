@@ -41,15 +41,15 @@ if TYPE_CHECKING:
 
 EXAMPLE = """examples:
   semdict condition --model runs/demo/lease
-  semdict condition --model runs/demo/lease --resume           continue after a kill; a complete run is left alone
+  semdict condition --model runs/demo/lease --resume           continue a killed run; a complete one is kept
   semdict condition --model runs/in1k/lease --embeddings weights/clip_in1k.npy
   semdict condition --model runs/demo/mage --set condition.centroids=false --out runs/demo/mage-classes
   torchrun --nproc-per-node 8 -m semdict.train.masked.condition --model runs/in1k/lease
 
 The encoder and everything else but the decoder stay as they are. Class embeddings are one row per label, for example
-CLIP's text embeddings of "An image of a CLASS". `semdict generate --task class` draws from the result."""
+CLIP's text embeddings of "An image of a CLASS". `semdict generate --task class` samples from the result."""
 
-RATIO = 0.75  # of the cells are hidden where held-out images are measured
+RATIO = 0.75  # share of hidden cells on held-out images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, or say that the run is complete."""
+    """Train, unless the run is complete."""
     from semdict.pipeline.config.params import params_of
 
     params = params_of(args)

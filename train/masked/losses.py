@@ -1,6 +1,6 @@
 """The trainers' losses: plain functions, tensors in, scalar out, each with its equation.
 
-Shapes: B batch, N rows, K words of the dictionary, D its width, S entries of a neighbour set.
+Shapes: B batch, N rows, K words (entries of the discriminative codebook), D their width, S entries of a neighbour set.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Gather = Callable[[Tensor], Tensor]
 
 
 def local(rows: Tensor) -> Tensor:
-    """The gather of a single process: its own rows are all rows."""
+    """The gather of a single process: its rows are all rows."""
     return rows
 
 
@@ -40,7 +40,7 @@ def neighbour_table(centroids: Tensor, size: int = 6, tau: float = 0.1) -> tuple
     """
     K = len(centroids)
     if centroids.ndim != 2 or not 1 <= size <= K:
-        raise ValueError(f"a neighbour set of {size} cannot be drawn from centroids of shape {tuple(centroids.shape)}")
+        raise ValueError(f"a neighbour set of {size} does not exist for centroids of shape {tuple(centroids.shape)}")
     exact = centroids.detach().to("cpu", torch.float64 if centroids.dtype == torch.float64 else torch.float32)
     ids, weights = kmeans_neighbours.neighbour_table(exact.numpy(), size, tau)
     return torch.from_numpy(ids).long().to(centroids.device), torch.from_numpy(weights).to(centroids.device)
@@ -49,14 +49,14 @@ def neighbour_table(centroids: Tensor, size: int = 6, tau: float = 0.1) -> tuple
 def codebook_contrastive(
     z: Tensor, words: Tensor, centroids: Tensor, neighbours: Tensor, weights: Tensor, temperature: float
 ) -> Tensor:
-    """Contrast of N vectors against a frozen dictionary with several positives each, a scalar in nats.
+    """Contrast of N vectors with a frozen codebook, several positives each; a scalar in nats.
 
     L_C = mean_i [ logsumexp_k(z_i . C_k / T) - sum_{j in S_i} w_ij z_i . C_j / T ],  S_i, w_i = row words_i
 
     z: (N, D) float, taken as it is (LEASE passes unit rows); words: (N,) int64 in [0, K); centroids: (K, D), unit rows
     in LEASE, no gradient; neighbours: (K, S) int64 and weights: (K, S), rows summing to 1, from `neighbour_table`.
     Since sum_j w_ij = 1 the positives are one mixed centroid m_i = sum_j w_ij C_j, and the gradient is known in closed
-    form, dL/dz_i = (softmax_k(z_i . C_k / T) C - m_i) / (N T): it is made in the forward pass, chunk by chunk of rows,
+    form, dL/dz_i = (softmax_k(z_i . C_k / T) C - m_i) / (N T): it is computed in the forward pass, in chunks of rows,
     so no (N, K) array outlives a chunk. Accumulates in float32, float64 for float64 z. N = 0 gives 0 with zero
     gradients. LEASE, equation of the codebook contrast.
     """
@@ -66,7 +66,7 @@ def codebook_contrastive(
     if neighbours.shape != weights.shape or neighbours.shape[0] != K:
         raise ValueError(f"neighbours {tuple(neighbours.shape)}, weights {tuple(weights.shape)}: want two (K={K}, S)")
     if centroids.requires_grad or weights.requires_grad:
-        raise ValueError("the dictionary is frozen: detach centroids and weights, or learn them by another loss")
+        raise ValueError("the codebook is frozen: detach centroids and weights, or learn them by another loss")
     if N == 0:
         return z.sum() * 0.0
     return _FusedContrast.apply(z, words.long(), centroids, neighbours, weights, temperature)
@@ -81,7 +81,7 @@ class _FusedContrast(torch.autograd.Function):
         exact = torch.float64 if z.dtype == torch.float64 else torch.float32
         low = _product_type(z)
         centroids = centroids.detach().to(exact)
-        dictionary_KD = centroids.to(low)
+        codebook_KD = centroids.to(low)
         loss = torch.zeros((), dtype=exact, device=z.device)
         grad_ND = torch.empty(z.shape, dtype=exact, device=z.device) if ctx.needs_input_grad[0] else None
         step = min(N, max(1, CHUNK_NUMBERS // K))
@@ -91,13 +91,13 @@ class _FusedContrast(torch.autograd.Function):
             mixed_RD = F.embedding_bag(
                 neighbours[word_R], centroids, per_sample_weights=weights[word_R].to(exact), mode="sum"
             )
-            odds_RK = _product(z[rows].to(low), dictionary_KD.T, exact).mul_(1 / temperature)
+            odds_RK = _product(z[rows].to(low), codebook_KD.T, exact).mul_(1 / temperature)
             top_R1 = odds_RK.amax(dim=1, keepdim=True)
             total_R1 = odds_RK.sub_(top_R1).exp_().sum(dim=1, keepdim=True)
             loss += (top_R1 + total_R1.log()).sum() - (z_RD * mixed_RD).sum() / temperature
             if grad_ND is not None:
                 odds_RK.div_(total_R1)
-                grad_ND[rows] = _product(odds_RK.to(low), dictionary_KD, exact).sub_(mixed_RD)
+                grad_ND[rows] = _product(odds_RK.to(low), codebook_KD, exact).sub_(mixed_RD)
             del odds_RK
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND.mul_(1 / (temperature * N)).to(z.dtype))
@@ -120,14 +120,14 @@ def _product_type(z: Tensor) -> torch.dtype:
 
 
 def _product(left: Tensor, right: Tensor, out: torch.dtype) -> Tensor:
-    """left @ right in their own type, accumulated and returned in `out`, whatever autocast says."""
+    """left @ right in their own type, accumulated and returned in `out`, independent of autocast."""
     with torch.autocast(left.device.type, enabled=False):
         if left.dtype == out:
             return left @ right
         return torch.mm(left, right, out_dtype=out)
 
 
-def dictionary_loss(
+def projection_contrast(
     projected_ND: Tensor, words: Tensor, centroids: Tensor, neighbours: Tensor, weights: Tensor, alpha: float = 0.1
 ) -> Tensor:
     """`codebook_contrastive` of the normalised rows z = x / |x| of a projection, normalised in float32 or better."""
@@ -135,15 +135,15 @@ def dictionary_loss(
     return codebook_contrastive(F.normalize(exact, dim=1), words, centroids, neighbours, weights, alpha)
 
 
-def masked_dictionary(projected_ND: Tensor, words: Tensor, centroids: Tensor, alpha: float = 0.1) -> Tensor:
+def masked_contrast(projected_ND: Tensor, words: Tensor, centroids: Tensor, alpha: float = 0.1) -> Tensor:
     """Decoder-side variant: hard cross-entropy -mean_i log softmax_k(z_i . C_k / alpha)[words_i] at masked positions.
 
     projected_ND: (N, D) decoder features after their projection, not normalised; words: (N,); centroids: (K, D), unit
     rows. The released LEASE training multiplies this term by 0, its inference class by 0.1.
     """
-    alone_K1 = torch.arange(centroids.shape[0], device=words.device)[:, None]
-    return dictionary_loss(
-        projected_ND, words, centroids, alone_K1, torch.ones_like(alone_K1, dtype=centroids.dtype), alpha
+    self_K1 = torch.arange(centroids.shape[0], device=words.device)[:, None]
+    return projection_contrast(
+        projected_ND, words, centroids, self_K1, torch.ones_like(self_K1, dtype=centroids.dtype), alpha
     )
 
 

@@ -1,4 +1,4 @@
-"""Which grid cells are hidden from the encoder, and which of them it does not even receive."""
+"""Masking: which cells are hidden (replaced by the mask id), and which of these the encoder does not receive."""
 
 import math
 
@@ -18,8 +18,8 @@ def draw_ratio(
 ) -> float | Tensor:
     """Mask ratio from normal(mode, std) truncated to [low, high]: one float, or (rows,) float64, one per sample.
 
-    Inverse of the cumulative distribution at a uniform draw. One number per batch is equal wherever generators are
-    equal; numbers per sample follow the rows of a `engine.rng.BatchGenerator`. MAGE, arXiv:2211.09117, section 3.1.
+    Inverse of the cumulative distribution at a uniform number. One ratio per batch is the same for equal generators;
+    ratios per sample follow the rows of a `engine.rng.BatchGenerator`. MAGE, arXiv:2211.09117, section 3.1.
     """
     if not low <= high or std <= 0:
         raise ValueError(f"mask ratio needs low <= high and std > 0, got low {low}, high {high}, std {std}")
@@ -47,7 +47,7 @@ def draw_masks(batch: int, length: int, ratio: float | Tensor, rng: torch.Genera
     """
     check_ratio(ratio)
     order_BL = rand_rows(batch, length, rng=rng).argsort(dim=1)
-    place_BL = torch.empty_like(order_BL).scatter_(
+    rank_BL = torch.empty_like(order_BL).scatter_(
         1, order_BL, torch.arange(length, device=rng.device).expand(batch, -1)
     )
     half = length // 2
@@ -56,7 +56,7 @@ def draw_masks(batch: int, length: int, ratio: float | Tensor, rng: torch.Genera
     else:
         count = hidden_count(ratio, length)
     keep_idx = order_BL[:, half:].sort(dim=1).values
-    return keep_idx, place_BL < count, place_BL < half
+    return keep_idx, rank_BL < count, rank_BL < half
 
 
 def check_ratio(ratio: float | Tensor) -> None:

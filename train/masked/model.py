@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import suggestion
 from semdict.train.engine.layers import EPS, Block, Dropout, init_weights, pos2d, projection_head
-from semdict.train.masked.vocab import Vocab, lean
+from semdict.train.masked.vocab import Vocab, compact_vocab
 
 HEAD_EPS = 1e-5  # the token head's norm differs from all others in the published models
 
@@ -22,12 +22,12 @@ class ModelConfig:
     """Everything that decides the module's shape and arithmetic; saved in checkpoints, rebuilds the model.
 
     family: name of the objective it is trained with; vocab: ids of the embedding table; grid: cells per side.
-    grid_code: add the fixed 2-D table after the embedding norm (LEASE). canvas: visible latents are added onto the
-    CLS-filled canvas ("add", LEASE) or replace it ("replace", MAGE and Sorcen). decoder_rows: rows of the decoder's
-    learned position table, of which the first grid^2 + 1 are used (the published LEASE files have 385).
-    encoder_words, decoder_words: width D of the codebook that the encoder / decoder projects to, 0 = no projection.
-    projector, predictor: (hidden, out) of Sorcen's heads, None = none. dropout: after the embedding norm, on attention
-    probabilities and after every block linear but qkv. kernel: one of engine.layers.KERNELS.
+    grid_code: add the fixed 2-D table after the embedding norm (LEASE). visible: the visible latents are added to a
+    decoder input filled with CLS ("add", LEASE) or replace it ("replace", MAGE and Sorcen). decoder_rows: rows of the
+    decoder's learned position table, of which the first grid^2 + 1 are used (the published LEASE files have 385).
+    encoder_projection, decoder_projection: width D of the codebook that encoder / decoder outputs are projected to,
+    0 = no projection. projector, predictor: (hidden, out) of Sorcen's heads, None = none. dropout: after the embedding
+    norm, on attention probabilities and after every block linear but qkv. kernel: one of engine.layers.KERNELS.
     """
 
     family: str
@@ -41,18 +41,18 @@ class ModelConfig:
     grid: int = 16
     mlp_ratio: int = 4
     grid_code: bool = False
-    canvas: str = "replace"
+    visible: str = "replace"
     decoder_rows: int = 257
-    encoder_words: int = 0
-    decoder_words: int = 0
+    encoder_projection: int = 0
+    decoder_projection: int = 0
     projector: tuple[int, int] | None = None
     predictor: tuple[int, int] | None = None
     dropout: float = 0.1
     kernel: str = "sdpa"
 
     def __post_init__(self) -> None:
-        if self.canvas not in ("add", "replace"):
-            raise ValueError(f"canvas {self.canvas!r} must be add or replace")
+        if self.visible not in ("add", "replace"):
+            raise ValueError(f"visible {self.visible!r} must be add or replace")
         if self.decoder_rows < self.grid**2 + 1:
             raise ValueError(f"decoder_rows {self.decoder_rows} is below CLS and {self.grid}^2 cells")
 
@@ -82,14 +82,14 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def model_config(family: str, size: str, codes: int = 1024, **changes: Any) -> ModelConfig:
-    """Configuration for training from scratch, with the lean vocabulary.
+    """Configuration for training from scratch, with the compact vocabulary.
 
     size: a key of SIZES; codes: image codes; changes: any ModelConfig field, as an objective's `architecture` has them.
     """
     if size not in SIZES:
         raise ValueError(f"unknown model size {size!r}; {suggestion(size, SIZES)}")
     grid = changes.get("grid", 16)
-    base = ModelConfig(family=family, vocab=lean(codes), decoder_rows=grid**2 + 1, **SIZES[size], grid=grid)
+    base = ModelConfig(family=family, vocab=compact_vocab(codes), decoder_rows=grid**2 + 1, **SIZES[size], grid=grid)
     return replace(base, **changes)
 
 
@@ -122,9 +122,9 @@ class TokenHead(nn.Module):
 
 
 class MaskedTokenTransformer(nn.Module):
-    """Encoder over CLS and the kept cells, canvas, decoder, tied token head; MAGE (arXiv:2211.09117), Sorcen, LEASE.
+    """Encoder over CLS and the kept cells, decoder over the whole grid, tied token head (MAGE, arXiv:2211.09117).
 
-    All parameters are drawn from `seed`. Methods take int64 tokens (B, L) in [0, codes) or the mask id.
+    All parameters are initialised from `seed`. Methods take int64 tokens (B, L) in [0, codes) or the mask id.
     """
 
     KIND, COMMAND = "semdict-pretrained", "semdict pretrain"
@@ -141,8 +141,10 @@ class MaskedTokenTransformer(nn.Module):
         self.decoder_blocks = self._blocks(c.decoder_depth, c.decoder_width, c.decoder_heads)
         self.decoder_norm = nn.LayerNorm(c.decoder_width, eps=EPS)
         self.token_head = TokenHead(c.decoder_width, c.width, c.vocab.rows)
-        self.proj_to_dino = nn.Linear(c.width, c.encoder_words, bias=False) if c.encoder_words else None
-        self.dec_to_dino = nn.Linear(c.decoder_width, c.decoder_words, bias=False) if c.decoder_words else None
+        self.proj_to_dino, self.dec_to_dino = (
+            nn.Linear(width, out, bias=False) if out else None
+            for width, out in ((c.width, c.encoder_projection), (c.decoder_width, c.decoder_projection))
+        )
         self.projector = projection_head(c.width, *c.projector) if c.projector else None
         self.predictor = projection_head(c.projector[1], *c.predictor) if c.predictor and c.projector else None
         self.register_buffer("pos2d", pos2d(c.width, c.grid) if c.grid_code else None, persistent=False)
@@ -168,7 +170,7 @@ class MaskedTokenTransformer(nn.Module):
 
     @property
     def mask_token(self) -> int:
-        """The id that stands at an unknown position."""
+        """The id at unknown positions."""
         return self.config.vocab.mask
 
     @property
@@ -203,7 +205,7 @@ class MaskedTokenTransformer(nn.Module):
     ) -> Tensor:
         """Latents (B, 1 + M, E), CLS first: masked ids become the mask id, dropped cells are left out.
 
-        `blocks` stands in for the encoder's own (a teacher's); `norm` False stops before the final norm.
+        `blocks` replaces the encoder's own (by a teacher's); `norm` False stops before the final norm.
         """
         if masked_BL is not None:
             tokens_BL = tokens_BL.masked_fill(masked_BL, self.config.vocab.mask)
@@ -213,32 +215,36 @@ class MaskedTokenTransformer(nn.Module):
         return self.norm(x_BNE) if norm else x_BNE
 
     def decode(
-        self, latents_BNE: Tensor, masked_BL: Tensor, keep_idx: Tensor | None = None, beside_BXF: Tensor | None = None
+        self,
+        latents_BNE: Tensor,
+        masked_BL: Tensor,
+        keep_idx: Tensor | None = None,
+        condition_BXF: Tensor | None = None,
     ) -> Tensor:
         """Decoder features (B, 1 + L, F) after the decoder's norm, CLS first.
 
-        `beside_BXF`: rows that the canvas attends to but that predict nothing, put after it as they are (a class).
+        `condition_BXF`: rows that the grid attends to but that predict nothing (a class), appended as they are.
         """
-        x_BLF = self.canvas(self.decoder_embed(latents_BNE), masked_BL, keep_idx)
+        x_BLF = self.decoder_input(self.decoder_embed(latents_BNE), masked_BL, keep_idx)
         rows = x_BLF.shape[1]
         x_BLF = x_BLF + self.decoder_position.weight[:rows]
-        if beside_BXF is not None:
-            x_BLF = torch.cat([x_BLF, beside_BXF.to(x_BLF.dtype)], dim=1)
+        if condition_BXF is not None:
+            x_BLF = torch.cat([x_BLF, condition_BXF.to(x_BLF.dtype)], dim=1)
         for block in self.decoder_blocks:
             x_BLF = block(x_BLF)
         return self.decoder_norm(x_BLF[:, :rows])
 
-    def canvas(self, u_BNF: Tensor, masked_BL: Tensor, keep_idx: Tensor | None = None) -> Tensor:
-        """(B, 1 + L, F): CLS, then a grid filled with it, on which the visible latents are added or put in place.
+    def decoder_input(self, u_BNF: Tensor, masked_BL: Tensor, keep_idx: Tensor | None = None) -> Tensor:
+        """(B, 1 + L, F): CLS, and a grid of CLS rows to which visible latents are added or that they replace.
 
-        Latents of masked cells are thrown away.
+        Latents of masked cells are not used.
         """
         B, L = masked_BL.shape
         if keep_idx is None:
             keep_idx = torch.arange(L, device=masked_BL.device).expand(B, L)
         cls_B1F, latent_BMF = u_BNF[:, :1], u_BNF[:, 1:]
-        shown_BMF = cls_B1F + latent_BMF if self.config.canvas == "add" else latent_BMF
-        cells_BMF = torch.where(masked_BL.gather(1, keep_idx)[..., None], cls_B1F, shown_BMF)
+        visible_BMF = cls_B1F + latent_BMF if self.config.visible == "add" else latent_BMF
+        cells_BMF = torch.where(masked_BL.gather(1, keep_idx)[..., None], cls_B1F, visible_BMF)
         grid_BLF = cls_B1F.expand(-1, L, -1).scatter(1, keep_idx[..., None].expand_as(cells_BMF), cells_BMF)
         return torch.cat([cls_B1F, grid_BLF], dim=1)
 
@@ -255,7 +261,7 @@ class MaskedTokenTransformer(nn.Module):
         return F.layer_norm(pooled_BE, pooled_BE.shape[-1:], eps=EPS)
 
     def logits(self, tokens_BL: Tensor) -> Tensor:
-        """(B, L, K) float logits for a canvas with `mask_token` at unknown cells; nothing is dropped."""
+        """(B, L, K) float logits for tokens with `mask_token` at unknown cells; no cell is dropped."""
         masked_BL = tokens_BL == self.config.vocab.mask
         return self.token_logits(self.decode(self.encode(tokens_BL), masked_BL)[:, 1:])
 

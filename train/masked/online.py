@@ -50,9 +50,9 @@ class WithClassifier(nn.Module):
         return loss + nats, {**scalars, **online}
 
     def after_step(self, model: nn.Module, clock: Clock, epochs: float) -> None:
-        """What the objective itself does after a step."""
+        """The objective's own hook."""
         self.objective.after_step(model, clock, epochs)
 
     def chance(self, codebook_size: int, rows: int) -> dict[str, float]:
-        """Those of the objective."""
+        """Losses at chance of the objective."""
         return self.objective.chance(codebook_size, rows)

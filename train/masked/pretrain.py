@@ -1,4 +1,4 @@
-"""`semdict pretrain`: LEASE, Sorcen or MAGE on cached token shards, alone or under torchrun."""
+"""`semdict pretrain`: LEASE, Sorcen, MAGE and other objectives on cached token shards, also under torchrun."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """examples:
   semdict pretrain --objective lease --shards shards/demo --out runs/demo/lease
-  semdict pretrain --objective lease --resume                     continue after a kill; a complete run is left alone
+  semdict pretrain --objective lease --resume                     continue a killed run; a complete one is kept
   semdict pretrain --objective mage --set pretrain.epochs=400 --set pretrain.lambda=0.3 --out runs/mage-400
   torchrun --nproc-per-node 8 -m semdict.train.masked.pretrain --objective sorcen --shards shards/in1k"""
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, or say that the run is complete."""
+    """Train, unless the run is complete."""
     from semdict.pipeline.config.params import params_of
 
     objective_class(args.objective)

@@ -165,10 +165,10 @@ def _config(
         decoder_heads=_heads(path, "decoder_num_heads", decoder_heads, DECODER_HEADS, decoder_width),
         mlp_ratio=shapes.get("blocks.0.mlp.fc1.weight", (4 * width,))[0] // width,
         grid_code=family == "lease",
-        canvas="add" if family == "lease" else "replace",
+        visible="add" if family == "lease" else "replace",
         decoder_rows=shapes.get("decoder_pos_embed_learned", (1, DECODER_ROWS[family]))[1],
-        encoder_words=shapes.get("proj_to_dino.0.weight", (0,))[0],
-        decoder_words=shapes.get("dec_to_dino.weight", (0,))[0],
+        encoder_projection=shapes.get("proj_to_dino.0.weight", (0,))[0],
+        decoder_projection=shapes.get("dec_to_dino.weight", (0,))[0],
         projector=_head_widths(shapes, "projector.projector"),
         predictor=_head_widths(shapes, "predictor.projector"),
     )
@@ -268,7 +268,7 @@ def _unused(model: MaskedTokenTransformer, family: str, centroids: Tensor | None
         return {
             **tensors,
             "pos2d": pos2d(c.width, GRID)[None],
-            "dec_to_dino.weight": torch.zeros(c.encoder_words, c.decoder_width),
+            "dec_to_dino.weight": torch.zeros(c.encoder_projection, c.decoder_width),
         }
     for name, width in (("pos_embed", c.width), ("decoder_pos_embed", c.decoder_width)):
         tensors[name] = torch.cat([torch.zeros(1, width), pos2d(width, GRID)])[None]

@@ -1,4 +1,4 @@
-"""Token ids per model family: which ids are image codes, and which stand for CLS and for a hidden token."""
+"""Token ids per model family: image codes, CLS and the mask id."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Vocab:
     """Layout of a token embedding table.
 
-    codes: image codes are ids [0, codes); cls: stands before every sequence; mask: stands where a code is hidden;
-    rows: rows of the table (ids in between are never used).
+    codes: image codes are ids [0, codes); cls: id before every sequence; mask: id of a hidden code; rows: rows of the
+    table (ids in between are never used).
     """
 
     codes: int
@@ -22,6 +22,6 @@ SORCEN = MAGE
 LEASE = Vocab(codes=1024, cls=17028, mask=17029, rows=17030)
 
 
-def lean(codes: int) -> Vocab:
-    """The vocabulary for training from scratch: no unused row."""
+def compact_vocab(codes: int) -> Vocab:
+    """The vocabulary for training from scratch, without unused rows."""
     return Vocab(codes=codes, cls=codes, mask=codes + 1, rows=codes + 2)

@@ -55,18 +55,18 @@ def diff_augment(
     """DiffAugment (arXiv:2006.10738): each image, with probability p, recoloured, shifted and cut out; differentiable.
 
     images: (B, 3, H, W) in [-1, 1]; empty pixels become 0, mid grey. shift and cut are shares of the side. Every image
-    draws for itself from `rng`, so calls on real and fake images are independent (choice O6).
+    has its own random numbers from `rng`, so calls on real and fake images are independent (choice O6).
     """
     if p <= 0:
         return images
-    draws_BN = rand_rows(len(images), 8, rng=rng).to(images.device)
-    changed = cutout(translate(recolour(images, draws_BN[:, :3]), draws_BN[:, 3:5], shift), draws_BN[:, 5:7], cut)
-    return torch.where((draws_BN[:, 7] < p).view(-1, 1, 1, 1), changed, images)
+    uniform_BN = rand_rows(len(images), 8, rng=rng).to(images.device)
+    changed = cutout(translate(recolour(images, uniform_BN[:, :3]), uniform_BN[:, 3:5], shift), uniform_BN[:, 5:7], cut)
+    return torch.where((uniform_BN[:, 7] < p).view(-1, 1, 1, 1), changed, images)
 
 
-def recolour(images: Tensor, draws_B3: Tensor) -> Tensor:
-    """Brightness +-0.5, saturation 0 to 2, contrast 0.5 to 1.5, from uniform draws in [0, 1)."""
-    bright, saturate, contrast = draws_B3.to(images.dtype).view(-1, 3, 1, 1, 1).unbind(1)
+def recolour(images: Tensor, uniform_B3: Tensor) -> Tensor:
+    """Brightness +-0.5, saturation 0 to 2, contrast 0.5 to 1.5, from uniform numbers in [0, 1)."""
+    bright, saturate, contrast = uniform_B3.to(images.dtype).view(-1, 3, 1, 1, 1).unbind(1)
     images = images + (bright - 0.5)
     grey = images.mean(1, keepdim=True)
     images = grey + (images - grey) * (saturate * 2)
@@ -74,12 +74,12 @@ def recolour(images: Tensor, draws_B3: Tensor) -> Tensor:
     return level + (images - level) * (contrast + 0.5)
 
 
-def translate(images: Tensor, draws_B2: Tensor, shift: float) -> Tensor:
+def translate(images: Tensor, uniform_B2: Tensor, shift: float) -> Tensor:
     """Move each image by up to +-shift of its side in whole pixels, zeros where nothing was."""
     B, C, H, W = images.shape
     device = images.device
     reach = torch.tensor([round(H * shift), round(W * shift)], device=device)
-    offset_B2 = torch.minimum((draws_B2 * (2 * reach + 1)).long(), 2 * reach) - reach
+    offset_B2 = torch.minimum((uniform_B2 * (2 * reach + 1)).long(), 2 * reach) - reach
     rows_BH = torch.arange(H, device=device) - offset_B2[:, :1]
     columns_BW = torch.arange(W, device=device) - offset_B2[:, 1:]
     inside = ((rows_BH >= 0) & (rows_BH < H))[:, None, :, None] & ((columns_BW >= 0) & (columns_BW < W))[:, None, None]
@@ -88,12 +88,12 @@ def translate(images: Tensor, draws_B2: Tensor, shift: float) -> Tensor:
     return moved * inside
 
 
-def cutout(images: Tensor, draws_B2: Tensor, cut: float) -> Tensor:
+def cutout(images: Tensor, uniform_B2: Tensor, cut: float) -> Tensor:
     """Zero one square of `cut` of the side per image, its centre anywhere in the image."""
     _, _, H, W = images.shape
     height, width = round(H * cut), round(W * cut)
-    top_B1 = (draws_B2[:, :1] * (H + 1 - height % 2)).long() - height // 2
-    left_B1 = (draws_B2[:, 1:] * (W + 1 - width % 2)).long() - width // 2
+    top_B1 = (uniform_B2[:, :1] * (H + 1 - height % 2)).long() - height // 2
+    left_B1 = (uniform_B2[:, 1:] * (W + 1 - width % 2)).long() - width // 2
     rows_H, columns_W = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
     in_rows_BH = (rows_H >= top_B1) & (rows_H < top_B1 + height)
     in_columns_BW = (columns_W >= left_B1) & (columns_W < left_B1 + width)
@@ -111,7 +111,7 @@ def hinge_generator(fake: Tensor) -> Tensor:
 
 
 class LeCam:
-    """Ties the discriminator's logits to running means of the other side's (Tseng et al., arXiv:2104.03310).
+    """Pulls the discriminator's logits to running means of the other side's (Tseng et al., arXiv:2104.03310).
 
     mean relu(real - mean fake)^2 + mean relu(mean real - fake)^2, as the authors' code has it; the means start with the
     first batch. Over several ranks each sees the mean of all.
@@ -124,8 +124,8 @@ class LeCam:
     def __call__(self, real: Tensor, fake: Tensor) -> Tensor:
         """Scalar penalty; updates the means."""
         real, fake = real.float(), fake.float()
-        found = dist.mean(torch.stack([real.detach().mean(), fake.detach().mean()]).double()).tolist()
-        for name, value in zip(("real", "fake"), found, strict=True):
+        batch_means = dist.mean(torch.stack([real.detach().mean(), fake.detach().mean()]).double()).tolist()
+        for name, value in zip(("real", "fake"), batch_means, strict=True):
             self.means[name] = self.decay * self.means.get(name, value) + (1 - self.decay) * value
         return F.relu(real - self.means["fake"]).square().mean() + F.relu(self.means["real"] - fake).square().mean()
 

@@ -1,4 +1,4 @@
-"""What the tokenizer and its discriminator minimise: the paper's four terms and weights, each reported by name.
+"""Losses of the tokenizer and its discriminator: the paper's four terms and weights, each logged by name.
 
 L = 1.0 L1 + 1.0 perceptual + 0.1 adversarial + VQ (codebook and commitment, weighted in the quantizer): appendix A of
 arXiv:2605.06207. Images (B, 3, H, W): targets in [0, 1], reconstructions nominally so.
@@ -25,15 +25,15 @@ class LossWeights:
     discriminator: float = 1.0
     augment: float = 1.0  # probability of DiffAug before the discriminator
     start: int = 20_000  # step at which the discriminator begins
-    ramp: int = 2_000  # steps over which its word on the generator grows to full weight
+    ramp: int = 2_000  # steps over which the generator's adversarial term grows to full weight
     lecam: float = 0.0  # of the discriminator's regulariser (choice O7)
 
 
 class TokenizerObjective:
     """Both losses of one training step; holds no parameters of the tokenizer and changes none.
 
-    perceptual: the loss to use, or None only when its weight is 0. warm_perceptual stands in for it before step
-    `warm_steps`: logits alone start blank (AliTok keeps VGG-LPIPS for its first 50k steps).
+    perceptual: the loss to use, or None only when its weight is 0. warm_perceptual replaces it before step
+    `warm_steps`: logits alone give no signal at the start (AliTok keeps VGG-LPIPS for its first 50k steps).
     """
 
     def __init__(
@@ -44,7 +44,9 @@ class TokenizerObjective:
         warm_steps: int = 0,
     ) -> None:
         if weights.perceptual and perceptual is None:
-            raise ValueError(f"the perceptual weight is {weights.perceptual}, but no such loss is given; set it to 0")
+            raise ValueError(
+                f"the perceptual weight is {weights.perceptual}, but there is no perceptual loss; set it to 0"
+            )
         if warm_steps and warm_perceptual is None:
             raise ValueError(f"warm_steps is {warm_steps}, but there is no perceptual loss to warm up with")
         self.weights, self.perceptual = weights, perceptual
@@ -52,7 +54,7 @@ class TokenizerObjective:
         self.lecam = LeCam()
 
     def perceptual_at(self, step: int) -> PerceptualLoss | None:
-        """The perceptual loss in force at a step; None where its weight is 0."""
+        """The perceptual loss used at a step; None where its weight is 0."""
         if not self.weights.perceptual:
             return None
         return self.warm_perceptual if step < self.warm_steps else self.perceptual
@@ -79,7 +81,7 @@ class TokenizerObjective:
     def discriminator(
         self, fakes: Tensor, images: Tensor, discriminator: nn.Module, step: int, rng: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """(loss, terms) of the discriminator from the reconstructions already made; None before it starts."""
+        """(loss, terms) of the discriminator from the reconstructions of the same step; None before it starts."""
         if step < self.weights.start or not self.weights.adversarial:
             return None
         p = self.weights.augment
@@ -94,7 +96,7 @@ class TokenizerObjective:
         return loss, terms
 
     def describe(self) -> dict[str, str | float]:
-        """What the logs state: which perceptual loss, from which weights, and the weight of every term."""
+        """For logs and the run's identity: the perceptual loss and its weights file, and the weight of every term."""
         names = {"perceptual": self.perceptual.name if self.weights.perceptual else "off (weight 0)"}
         if self.warm_steps:
             names["warm_perceptual"] = f"{self.warm_perceptual.name} until step {self.warm_steps}"

@@ -1,7 +1,7 @@
-"""Perceptual losses: LPIPS-VGG, logits of a ConvNeXt, or features of any local timm network; never silently none.
+"""Perceptual losses: LPIPS-VGG, logits of a ConvNeXt, or features of any local timm network.
 
 Every loss takes images in [0, 1] and rescales them exactly once, inside. Weights come from files that the user names;
-one that is missing, damaged or of other bytes than promised is an error that says where it was looked for.
+a file that is missing, damaged or has another SHA-256 than stated is an error that names it.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ VGG_SLICES = (4, 9, 16, 23, 30)  # torchvision's vgg16.features, cut after each 
 
 @dataclass(frozen=True)
 class PerceptualSource:
-    """One network that may serve: its kind, the file of its weights, and which bytes that file must have."""
+    """A network for a perceptual loss: its kind, the file of its weights and, if stated, the file's SHA-256."""
 
     kind: str  # of KINDS
     weights: str
@@ -37,7 +37,7 @@ class PerceptualSource:
 class PerceptualLoss(nn.Module):
     """forward(fake, real): (B, 3, H, W) each in [0, 1] -> scalar float32; the gradient reaches `fake` alone.
 
-    `name` says which network and which weights, for the logs. Parameters take no gradient; always in evaluation mode.
+    `name`: network and weights file, for the logs. Parameters take no gradient; always in evaluation mode.
     """
 
     name: str
@@ -47,7 +47,7 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """What is compared, from images in [0, 1]."""
+        """Feature maps that are compared, from images in [0, 1]."""
         raise TypeError("a perceptual loss is one of KINDS")
 
     def compare(self, fake: Tensor, real: Tensor, index: int) -> Tensor:
@@ -56,10 +56,9 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, fake: Tensor, real: Tensor) -> Tensor:
         with torch.no_grad():
-            theirs = self.maps(real)
-        ours = self.maps(fake)
-        pairs = zip(ours, theirs, strict=True)
-        return torch.stack([self.compare(mine, other, i) for i, (mine, other) in enumerate(pairs)]).sum()
+            real_maps = self.maps(real)
+        pairs = zip(self.maps(fake), real_maps, strict=True)
+        return torch.stack([self.compare(a, b, i) for i, (a, b) in enumerate(pairs)]).sum()
 
 
 class LpipsVgg(PerceptualLoss):
@@ -109,8 +108,8 @@ class Features(PerceptualLoss):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """(B, C, h, w) maps of unit length over channels."""
-        found = self.net.forward_intermediates(self.prepare(images), indices=self.layers, intermediates_only=True)
-        return [_unit(x.float()) for x in found]
+        maps = self.net.forward_intermediates(self.prepare(images), indices=self.layers, intermediates_only=True)
+        return [_unit(x.float()) for x in maps]
 
     def compare(self, fake: Tensor, real: Tensor, index: int) -> Tensor:
         """Squared distance of unit vectors, averaged over space, images and layers."""
@@ -122,12 +121,12 @@ class _Prepare(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        given = getattr(net, "pretrained_cfg", {})
-        self.size = tuple(given.get("input_size", (3, 224, 224))[-2:])
+        cfg = getattr(net, "pretrained_cfg", {})
+        self.size = tuple(cfg.get("input_size", (3, 224, 224))[-2:])
         embed = getattr(net, "patch_embed", None)
         self.size = tuple(getattr(embed, "img_size", None) or self.size)
-        self.register_buffer("mean", torch.tensor(given.get("mean", IMAGENET_MEAN)).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(given.get("std", IMAGENET_STD)).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(cfg.get("mean", IMAGENET_MEAN)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(cfg.get("std", IMAGENET_STD)).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         images = F.interpolate(images, size=self.size, mode="bilinear", antialias=True, align_corners=False)
@@ -135,17 +134,17 @@ class _Prepare(nn.Module):
 
 
 def load_perceptual(source: PerceptualSource, device: str | torch.device = "cpu") -> PerceptualLoss:
-    """Build one loss; WeightsError when its file is missing, has other bytes than promised, or does not fit."""
+    """Build one loss; WeightsError if its file is missing, has another SHA-256 than stated, or does not fit."""
     path = Path(source.weights)
     if source.kind not in KINDS:
         raise WeightsError(f"perceptual loss {source.kind!r} is unknown; known: {', '.join(KINDS)}")
     if not path.is_file():
         raise WeightsError(_missing(source))
-    found = sha256_file(path)
-    if source.sha256 and found != source.sha256.lower():
-        raise WeightsError(f"{path} has SHA-256 {found}, expected {source.sha256}; fetch it again")
+    sha256 = sha256_file(path)
+    if source.sha256 and sha256 != source.sha256.lower():
+        raise WeightsError(f"{path} has SHA-256 {sha256}, expected {source.sha256}; fetch it again")
     loss = _build(source, path)
-    loss.name += f"@{found[:12]}"
+    loss.name += f"@{sha256[:12]}"
     return loss.to(device).eval()
 
 

@@ -16,9 +16,9 @@ BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # largest distance block at once, in 
 
 
 class Quantized(NamedTuple):
-    """What one pass through the quantizer gives."""
+    """Result of one pass through the quantizer."""
 
-    codes: Tensor  # (B, L, D) float32, the chosen codes; the gradient goes straight through to the input
+    codes: Tensor  # (B, L, D) float32, nearest codes; the gradient goes straight through to the input
     ids: Tensor  # (B, L) int64, ids[:, t] < K_t
     loss: Tensor  # codebook and commitment terms, weighted, a scalar
 
@@ -42,7 +42,7 @@ class VariableQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         if int(sizes_L.min()) < 1:
-            raise ValueError(f"every position needs at least one code, found {int(sizes_L.min())}")
+            raise ValueError(f"every position needs at least one code, not {int(sizes_L.min())}")
         self.sizes = tuple(int(k) for k in sizes_L)  # plain numbers: slicing by them never waits for a device
         self.register_buffer("sizes_L", sizes_L.clone(), persistent=False)
         self.l2, self.beta, self.codebook_weight, self.groups = l2, beta, codebook_weight, groups
@@ -61,8 +61,8 @@ class VariableQuantizer(nn.Module):
     def forward(self, z_BLD: Tensor, strength: float = 1.0) -> Quantized:
         """(B, L, D) of any float type -> Quantized in float32; autocast is off inside.
 
-        strength 1 is the paper's quantizer. Below 1 the codes stand that far between input and code and the commitment
-        term is scaled: a small model that is quantized from its first step commits before its codes differ by image.
+        strength 1 is the paper's quantizer. Below 1 it interpolates between input and code and scales the commitment
+        term: a small model that is quantized from its first step commits before its codes differ by image.
         """
         with torch.autocast(z_BLD.device.type, enabled=False):
             z_BLD = self.project(z_BLD)
@@ -75,7 +75,7 @@ class VariableQuantizer(nn.Module):
             return Quantized(codes_BLD, ids_BL, loss)
 
     def project(self, z_BLD: Tensor) -> Tensor:
-        """What is compared with the codes: float32, on the unit sphere when l2."""
+        """Inputs as they are compared with the codes: float32, on the unit sphere if l2."""
         return F.normalize(z_BLD.float(), dim=-1) if self.l2 else z_BLD.float()
 
     @torch.no_grad()
@@ -113,8 +113,8 @@ def nearest_codes(z_BLD: Tensor, codes_KD: Tensor, sizes: tuple[int, ...], group
                 scores = torch.addmm(half_norms_K[:high], z_SBD.flatten(0, 1), codes_KD[:high].T, alpha=-1)
                 scores_SBK = scores.view(*z_SBD.shape[:2], high)
                 if low < high:
-                    barred_SK = torch.arange(low, high, device=z_LBD.device) >= limit_S[:, None]
-                    scores_SBK[:, :, low:].masked_fill_(barred_SK[:, None], torch.inf)
+                    excluded_SK = torch.arange(low, high, device=z_LBD.device) >= limit_S[:, None]
+                    scores_SBK[:, :, low:].masked_fill_(excluded_SK[:, None], torch.inf)
                 ids_LB[start:stop, first : first + rows] = scores_SBK.argmin(-1)
     return ids_LB.T.contiguous()
 
@@ -134,7 +134,7 @@ def search_flops(sizes: tuple[int, ...], dim: int, groups: int = 16) -> int:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 matrix products without TF32 and without autocast, whatever the process has chosen."""
+    """Float32 matrix products without TF32 and without autocast, independent of the process's settings."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

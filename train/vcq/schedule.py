@@ -1,4 +1,4 @@
-"""How many codes each position may use, and what follows from it: bits per pixel, capacity, the entropy cliff t*.
+"""Codebook size of each position, and derived numbers: bits per pixel, capacity, the entropy cliff t*.
 
 Paper: arXiv:2605.06207, equations 1-3. Rounding and t*: see docs/vcq.md, choices D1-D4.
 """
@@ -20,9 +20,9 @@ def codebook_sizes(kind: str, length: int = 256, k_min: int = 2, k_max: int = 16
     if kind not in KINDS:
         raise ValueError(f"schedule {kind!r} is unknown; known: {', '.join(KINDS)}")
     if not 1 <= k_min <= k_max:
-        raise ValueError(f"codebook sizes need 1 <= k_min <= k_max, found k_min {k_min}, k_max {k_max}")
+        raise ValueError(f"codebook sizes need 1 <= k_min <= k_max, not k_min {k_min}, k_max {k_max}")
     if length < 1 or power <= 0:
-        raise ValueError(f"a schedule needs length >= 1 and power > 0, found length {length}, power {power}")
+        raise ValueError(f"a schedule needs length >= 1 and power > 0, not length {length}, power {power}")
     u_L = torch.arange(length, dtype=torch.float64, device="cpu") / max(length - 1, 1)
     growth_L = {
         "constant": torch.ones_like(u_L),
@@ -39,7 +39,7 @@ def bits_per_position(sizes_L: Tensor) -> Tensor:
 
 
 def bits_per_pixel(sizes_L: Tensor, pixels: int = 256 * 256) -> float:
-    """Bits of one token sequence divided by the pixels it stands for (table 2, column BPP)."""
+    """Bits of one token sequence divided by the pixels of its image (table 2, column BPP)."""
     return float(bits_per_position(sizes_L).sum()) / pixels
 
 

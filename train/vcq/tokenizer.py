@@ -55,7 +55,7 @@ PRESETS = {
 
 
 class Reconstruction(NamedTuple):
-    """What a training pass gives."""
+    """Result of a training pass."""
 
     images: Tensor  # (B, 3, H, W), nominally in [0, 1], unclamped
     ids: Tensor  # (B, L) int64
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
 
 
 class Tokenizer1d(nn.Module):
-    """Encoder, variable-size quantizer, decoder. `identity` says what it is once it was read from a file."""
+    """Encoder, variable-size quantizer, decoder. `identity`: its part of a recipe, with the SHA-256 of its file."""
 
     KIND, COMMAND = "semdict-vcq-tokenizer", "semdict vcq train"
 
@@ -199,7 +199,7 @@ class Tokenizer1d(nn.Module):
         return Reconstruction(self.decoder(quantized.codes), quantized.ids, latents_BLD, quantized.loss)
 
     def features(self, images: Tensor, quantized: bool = False) -> Tensor:
-        """(B, L, D) float32: projected encoder outputs, or the codes that stand for them."""
+        """(B, L, D) float32: projected encoder outputs, or their nearest codes."""
         z_BLD = self.quantizer.project(self.encoder(images))
         return self.quantizer.lookup(self.quantizer.search(z_BLD)) if quantized else z_BLD
 

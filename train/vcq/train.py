@@ -1,4 +1,4 @@
-"""Train the 1-D tokenizer and its discriminator on the images of a manifest, alone or under torchrun."""
+"""Train the 1-D tokenizer and its discriminator on the images of a manifest, also under torchrun."""
 
 import argparse
 import sys
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """examples:
   semdict vcq train --manifest data/demo/manifest/manifest.parquet --out runs/demo/vcq
-  semdict vcq train --resume                                     continue after a kill; a complete run is left alone
+  semdict vcq train --resume                                     continue a killed run; a complete one is kept
   semdict vcq train --set vcq.schedule=constant --out runs/demo/vcq-constant
   torchrun --nproc-per-node 8 -m semdict.train.vcq.train
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, or say that the run is complete."""
+    """Train, unless the run is complete."""
     from semdict.pipeline.config.params import params_of
     from semdict.pipeline.manifest.table import load_manifest
 

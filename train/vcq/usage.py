@@ -1,7 +1,8 @@
 """Use of the codebook by position, and the optional re-seeding of codes that are no longer used.
 
-Under a growing codebook a healthy tail code is rare: code k is reachable from the positions with K_t > k only, so its
-expected hits per image are the sum of 1 / K_t over those. Both counts here are relative to that, never to 1 / K.
+Under a growing codebook a tail code is rare even in ideal use: code k is reachable only from the positions with
+K_t > k, so its expected hits per image are the sum of 1 / K_t over those. Both counts here are relative to that,
+never to 1 / K.
 """
 
 from typing import Any
@@ -75,7 +76,7 @@ class CodeReset:
     """Re-seeds codes that were expected `patience` times since they last occurred; off unless a trainer asks for it.
 
     The first `protected` codes serve every position and are never touched. A code is re-seeded from an encoder output
-    at a position that can reach it. A healthy, evenly used code is re-seeded with probability exp(-patience).
+    at a position that can reach it. A code in even use is re-seeded with probability exp(-patience).
     """
 
     def __init__(self, sizes_L: Tensor, protected: int = 16, patience: float = 20.0) -> None:
@@ -106,7 +107,7 @@ class CodeReset:
         return dead_M
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"missed": self.missed_K, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

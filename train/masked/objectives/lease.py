@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.data.token_set import TokenSet
 from semdict.train.engine.loop import START, Batch, Clock
-from semdict.train.masked.losses import dictionary_loss, masked_dictionary, neighbour_table
+from semdict.train.masked.losses import masked_contrast, neighbour_table, projection_contrast
 from semdict.train.masked.model import MaskedTokenTransformer
 from semdict.train.masked.objectives.mage import Mage, Masking, Pass, Scalars
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class Lease(Mage):
     """L = L_R + weight * L_C: reconstruction and codebook contrast. LEASE (CVPR 2026), section 3.
 
-    centroids: (K, D) float, normalised here; a discriminative id is an entry of this codebook, called its word.
-    contrast: which side is compared with the codebook: "encoder" (kept and unmasked latents, neighbours as positives;
-    the paper), "decoder" (masked positions, the word alone) or "both". neighbours: nearest words besides the word
-    itself; weight: lambda; tau: temperature of the neighbours' weights, alpha: of the logits. The published class
-    evaluates the decoder side too and multiplies it by zero, which contrast="encoder" leaves out.
+    centroids: (K, D) float, normalised here; a discriminative id names an entry of this codebook, a word.
+    contrast: the side that is compared with the codebook: "encoder" (kept, unmasked latents, neighbours as positives;
+    the paper), "decoder" (masked positions, the word as the only positive) or "both". neighbours: nearest words besides
+    the word itself; weight: lambda; tau: temperature of the neighbours' weights, alpha: of the logits. The published
+    class evaluates the decoder side too and multiplies it by zero, which contrast="encoder" leaves out.
     """
 
     last_step = "argmax"
@@ -53,7 +53,7 @@ class Lease(Mage):
         self.contrast, self.weight, self.alpha = contrast, weight, alpha
         unit_KD = nn.functional.normalize(centroids.detach().float(), dim=1)
         ids, weights = neighbour_table(unit_KD, neighbours + 1, tau)
-        # made from the centroids, so not part of a checkpoint's state
+        # computed from the centroids, so not part of a checkpoint
         for name, value in (("centroids", unit_KD), ("neighbour_ids", ids), ("neighbour_weights", weights)):
             self.register_buffer(name, value, persistent=False)
 
@@ -61,7 +61,7 @@ class Lease(Mage):
     def architecture(cls, width: int, contrast: str = "encoder") -> dict[str, Any]:
         """A model whose encoder, decoder or both project to the centroids' width."""
         sides = {"encoder": (width, 0), "decoder": (0, width), "both": (width, width)}[contrast]
-        return {"grid_code": True, "canvas": "add", "encoder_words": sides[0], "decoder_words": sides[1]}
+        return {"grid_code": True, "visible": "add", "encoder_projection": sides[0], "decoder_projection": sides[1]}
 
     @classmethod
     def architecture_from(cls, own: "Section", token_set: TokenSet) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Lease(Mage):
     def check(self, model: MaskedTokenTransformer) -> None:
         """The model must project to the codebook's width on every side that is used."""
         width = self.centroids.shape[1]
-        for side, own in (("encoder", model.config.encoder_words), ("decoder", model.config.decoder_words)):
+        for side, own in (("encoder", model.config.encoder_projection), ("decoder", model.config.decoder_projection)):
             if self.contrast in (side, "both") and own != width:
                 raise UsageError(f"the model's {side} projects to {own} dimensions, the codebook has {width}")
 
@@ -107,7 +107,7 @@ class Lease(Mage):
             parts["contrast_encoder"] = self.encoder_side(model, p, words_BL)
         if self.contrast in ("decoder", "both"):
             projected = model.dec_to_dino(p.features[:, 1:][p.masked])
-            parts["contrast_decoder"] = masked_dictionary(projected, words_BL[p.masked], self.centroids, self.alpha)
+            parts["contrast_decoder"] = masked_contrast(projected, words_BL[p.masked], self.centroids, self.alpha)
         loss = parts["reconstruction"] + self.weight * sum(v for k, v in parts.items() if k.startswith("contrast"))
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}}
 
@@ -116,6 +116,6 @@ class Lease(Mage):
         visible_BM = ~p.masked.gather(1, p.keep_idx)
         projected_ND = model.proj_to_dino(p.latents[:, 1:][visible_BM])
         words_N = words_BL.gather(1, p.keep_idx)[visible_BM]
-        return dictionary_loss(
+        return projection_contrast(
             projected_ND, words_N, self.centroids, self.neighbour_ids, self.neighbour_weights, self.alpha
         )

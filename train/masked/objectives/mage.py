@@ -25,7 +25,7 @@ Scalars = dict[str, Tensor]  # detached, 0-d
 
 @dataclass(frozen=True)
 class Masking:
-    """Mask ratio: normal(mode, std) truncated to [low, high]; one draw per batch, as published, or one per sample."""
+    """Mask ratio: normal(mode, std) truncated to [low, high]; one per batch, as published, or one per sample."""
 
     mode: float = 0.55
     std: float = 0.25
@@ -53,9 +53,9 @@ class Pass:
 class Mage(nn.Module):
     """Reconstruction only, L = L_R; MAGE without its optional contrast.
 
-    Other objectives derive from it and override what is different: `architecture` and `architecture_from` (fields of
-    the ModelConfig), `from_cfg`, `settings` (what else shapes the result), `forward`, `after_step`, `chance`, and
-    `last_step` (how iterative decoding fills the last cell, see sampling.Decoding).
+    Other objectives derive from it and override some of `architecture` and `architecture_from` (fields of ModelConfig),
+    `from_cfg`, `settings` (further parts of the run's identity), `forward`, `after_step`, `chance`, and `last_step`
+    (how iterative decoding fills the last cell, see sampling.Decoding).
 
     objective(model, batch, rng, clock) -> (loss, scalars): batch has gen (B, L) integers and disc (B, L) or None; rng
     is a torch.Generator, and if it is an engine.rng.BatchGenerator, numbers belong to rows of the global batch. An
@@ -85,7 +85,7 @@ class Mage(nn.Module):
 
     @classmethod
     def settings(cls, token_set: TokenSet) -> dict[str, Any]:
-        """What shapes the result besides section pretrain and the tokens."""
+        """What shapes the result besides section pretrain and the tokens, for the run's identity."""
         return {}
 
     def forward(
@@ -102,7 +102,7 @@ class Mage(nn.Module):
         return {"reconstruction": math.log(codebook_size)}
 
     def masked_pass(self, model: MaskedTokenTransformer, batch: Batch, rng: torch.Generator) -> Pass:
-        """Draw masks, encode the kept cells, decode the whole grid; the batch itself is not changed."""
+        """Sample masks, encode the kept cells, decode the whole grid; the batch itself is not changed."""
         self.train(model.training)
         tokens_BL = batch["gen"].long()
         B, L = tokens_BL.shape

@@ -41,7 +41,7 @@ class Sorcen(Mage):
     as_released=True repeats the published training where it departs from the paper: the teacher starts from its own
     random initialisation, its projector also takes gradients, it is averaged inside every forward pass (so in
     evaluation too) on a schedule of 1600 epochs whatever the run, and the echo warm-up lasts through epoch 10.
-    The default does what the paper says: teacher = copy of the student at the start, no gradient, moved once per
+    The default follows the paper: teacher = copy of the student at the start, no gradient, moved once per
     training step by `after_step`, schedule as long as the run. `teacher` resumes or continues an existing average.
     """
 
@@ -97,7 +97,7 @@ class Sorcen(Mage):
         if self.as_released:
             self.teacher.update(model, beta(clock.epoch, self.RELEASED_EPOCHS, self.beta_start))
         p = self.masked_pass(model, batch, rng)
-        return self.losses(model, p, self.draw_echo(model, p, rng, clock.epoch))
+        return self.losses(model, p, self.sample_echo(model, p, rng, clock.epoch))
 
     def after_step(self, model: MaskedTokenTransformer, clock: Clock, epochs: float) -> None:
         """Move the teacher; the share that it keeps grows with the epoch."""
@@ -107,10 +107,10 @@ class Sorcen(Mage):
     def chance(self, codebook_size: int, rows: int) -> dict[str, float]:
         return {**super().chance(codebook_size, rows), "echo_contrast": math.log(rows)}
 
-    def draw_echo(self, model: MaskedTokenTransformer, p: Pass, rng: torch.Generator, epoch: float) -> Tensor:
+    def sample_echo(self, model: MaskedTokenTransformer, p: Pass, rng: torch.Generator, epoch: float) -> Tensor:
         """(B, L) int64 echo of the batch: true or sampled codes inside a square, the mask id elsewhere.
 
-        Logits are made for the square's cells only, without gradient.
+        Logits are computed for the square's cells only, without gradient.
         """
         B, L = p.tokens.shape
         _, cells_BQ = draw_square(B, model.config.grid, rng)
@@ -166,9 +166,9 @@ def square_cells(side: int, corner_B2: Tensor, grid: int) -> Tensor:
 
 @torch.no_grad()
 def sample_codes(logits_BQK: Tensor, rng: torch.Generator, top: int = 15) -> Tensor:
-    """(B, Q) int64 codes drawn from the `top` most likely ones after the most likely is left out, by their probability.
+    """(B, Q) int64 codes sampled by their probability from the `top` most likely ones after the single most likely.
 
-    Drawn as the maximum of logit + Gumbel noise.
+    The sample is the maximum of logit + Gumbel noise.
     """
     B, Q, K = logits_BQK.shape
     best = logits_BQK.float().topk(min(top + 1, K), dim=-1)
