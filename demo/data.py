@@ -1,39 +1,72 @@
-"""The demo's images as tensors, in the pipeline's centre crop; checksums of the shipped weights."""
+"""The demo's images as tensors, from the files or drawn for the training of the stand-ins; checksums of the weights."""
 
+import io
+import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from demo.images import CLASSES, picture, workers_map
 from semdict.pipeline.common.errors import SemdictError
 from semdict.pipeline.common.files import atomic_write, sha256_file
-from semdict.pipeline.images.crops import Crop, crop_views, expand_views
-from semdict.pipeline.images.decode import decode
 
 IMAGES = Path("demo/assets/images")  # where `python -m demo.images` draws
 SHIPPED = Path(__file__).parent / "weights"  # made by `make demo-weights`
 SUMS = "SHA256SUMS"  # in the format of sha256sum
+CHUNK = 500  # images that a process draws at a time
 
 
-def load_split(folder: str | Path) -> tuple[Tensor, Tensor, list[str]]:
-    """A class-folder tree -> (images (N, 3, 256, 256) uint8, labels (N,) int64, class names), in path order.
+class Drawn(NamedTuple):
+    """Drawn images: rgb (N, 3, 64, 64) uint8, thing (N, 64, 64) uint8, 255 x the share of a pixel that it covers."""
 
-    Raises SemdictError if the folder holds no images.
+    rgb: Tensor
+    thing: Tensor
+    ground: Tensor  # (N,) int64, index into GROUNDS
+    labels: Tensor  # (N,) int64, index into CLASSES
+
+
+def load_split(folder: str | Path, split: str) -> tuple[Tensor, Tensor]:
+    """A split that demo.images wrote -> (images (N, 3, 64, 64) uint8, labels (N,) int64), in the order of its tars.
+
+    Raises SemdictError if the folder holds no such split.
     """
-    folder = Path(folder)
-    paths = sorted(folder.glob("*/*.jpg"))
+    paths = sorted(Path(folder).glob(f"{split}-*.tar"))
     if not paths:
-        raise SemdictError(f"{folder} holds no <class>/*.jpg; `python -m demo.images --out {folder.parent}` draws them")
-    names = sorted({path.parent.name for path in paths})
-    images = np.stack([_crop(path) for path in paths])
-    labels = torch.tensor([names.index(path.parent.name) for path in paths])
-    return torch.from_numpy(images).permute(0, 3, 1, 2), labels, names
+        raise SemdictError(f"{folder} holds no {split}-*.tar; `python -m demo.images --out {folder}` draws them")
+    images, labels = [], []
+    for path in paths:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                data = tar.extractfile(member).read()
+                if member.name.endswith(".jpg"):
+                    images.append(np.asarray(Image.open(io.BytesIO(data))))
+                else:
+                    labels.append(CLASSES.index(data.decode()))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
 
 
-def _crop(path: Path) -> np.ndarray:
-    views, _ = crop_views(decode(path.read_bytes()), Crop("resize", 256), expand_views(["centre"]), path.stem, 0)
-    return views[0]
+def _draw(job: tuple[int, range]) -> tuple[np.ndarray, ...]:
+    seed, indices = job
+    drawn, labels = zip(*(picture(seed, "teach", index) for index in indices), strict=True)
+    things = np.stack([np.rint(255 * d.thing).astype(np.uint8) for d in drawn])
+    return np.stack([d.rgb for d in drawn]), things, np.array([d.ground for d in drawn]), np.array(labels)
+
+
+def draw_training_set(count: int, seed: int, workers: int = 0) -> Drawn:
+    """Images to train the stand-ins on: drawn as those of the files are, but others."""
+    jobs = [(seed, range(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)]
+    parts = zip(*workers_map(_draw, jobs, workers), strict=True)
+    rgb, thing, ground, labels = (torch.from_numpy(np.concatenate(part)) for part in parts)
+    return Drawn(rgb.permute(0, 3, 1, 2).contiguous(), thing, ground, labels)
+
+
+def draw_batch(count: int, total: int, rng: torch.Generator) -> tuple[Tensor, bool]:
+    """`count` random row numbers below `total`, and whether the batch is mirrored."""
+    return torch.randint(total, (count,), generator=rng), bool(torch.randint(2, (), generator=rng))
 
 
 def as_float(images: Tensor) -> Tensor:
@@ -45,6 +78,18 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
     """(B,) dB between two batches of images (B, 3, H, W) in [0, 1]; the second is clipped to that range."""
     error = (images - others.clamp(0, 1)).square().mean(dim=(1, 2, 3))
     return -10 * error.clamp_min(1e-10).log10()
+
+
+def save_half(state: dict, path: str | Path) -> None:
+    """Write a state dict, or a mapping of one, with tensors in float16; loaders read them as float32."""
+
+    def half(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.half().contiguous().clone()
+        return {name: half(part) for name, part in value.items()}
+
+    with atomic_write(path) as staged, staged.open("wb") as file:
+        torch.save(half(state), file)
 
 
 def read_sums(folder: Path) -> dict[str, str]:

@@ -13,13 +13,12 @@ import torch
 
 from demo import train_teacher, train_vqgan
 from demo.data import IMAGES, SHIPPED, load_split, read_sums
-from demo.images import CLASSES
 from semdict.pipeline.common.errors import SemdictError, WeightsError
 from semdict.pipeline.common.files import atomic_write, sha256_file, write_json
 from semdict.pipeline.common.safeload import load_tensors
 
 TRAINERS = {"vqgan": train_vqgan, "teacher": train_teacher}
-SAMPLE = 32  # number of validation images that a stand-in is scored on
+SAMPLE = 200  # number of validation images that a stand-in is scored on
 
 
 def write_stand_in(kind: str, weights: str, images: Path, out: Path, seed: int) -> dict:
@@ -31,8 +30,7 @@ def write_stand_in(kind: str, weights: str, images: Path, out: Path, seed: int) 
     else:
         copy_shipped(SHIPPED / out.name, out)
         made_by = "make demo-weights"
-    val, labels, names = load_split(images / "val")
-    labels = torch.tensor([CLASSES.index(name) for name in names])[labels]
+    val, labels = load_split(images, "val")
     step = max(1, len(val) // SAMPLE)
     card = {
         "stand_in": f"demo {kind}, trained on drawn images only; not for other images",
@@ -66,8 +64,8 @@ def _measure_vqgan(path: Path, images: torch.Tensor, labels: torch.Tensor) -> di
 def _measure_teacher(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict:
     model = train_teacher.build().eval()
     model.load_state_dict(load_tensors(path))
-    scores = train_teacher.accuracy(model, images, labels)
-    return {"model": train_teacher.MODEL, "kwargs": train_teacher.KWARGS, **scores, "images": len(images)}
+    accuracy = train_teacher.accuracy(model, images, labels)
+    return {"model": train_teacher.MODEL, "kwargs": train_teacher.KWARGS, "accuracy": accuracy, "images": len(images)}
 
 
 MEASURES = {"vqgan": _measure_vqgan, "teacher": _measure_teacher}

@@ -1,9 +1,10 @@
 """Train the demo's stand-in VQGAN in MAGE's layout: `python -m demo.train_vqgan --images DIR --out FILE`.
 
-Trained from coarse to fine (arXiv:1710.10196): images at a quarter of the size through the coarse levels, then at half,
-then at full size, so that most steps are cheap. First an autoencoder, then a codebook initialised by k-means on its
-latents and updated as a moving average (VQ-VAE, arXiv:1711.00937, appendix A.1); unused codes are re-initialised from
-latents. The loss needs no pretrained network: L1, L2, and L1 of differences of neighbouring pixels at three scales.
+Trained from coarse to fine (arXiv:1710.10196): images at half the size through the coarse levels, then at full size, so
+that most steps are cheap. The training images are drawn separately from those that the pipeline encodes. First an
+autoencoder, then a codebook initialised by k-means on its latents and updated as a moving average (VQ-VAE,
+arXiv:1711.00937, appendix A.1); unused codes are re-initialised from latents. The loss needs no pretrained network: L1,
+L2, and L1 of differences of neighbouring pixels at three scales.
 """
 
 import argparse
@@ -17,21 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo.data import IMAGES, SHIPPED, as_float, load_split, psnr, record_sum
-from semdict.pipeline.common.files import atomic_write, write_json
+from demo.data import IMAGES, SHIPPED, as_float, draw_batch, draw_training_set, load_split, psnr, record_sum, save_half
+from semdict.pipeline.common.files import write_json
 from semdict.pipeline.common.nearest import nearest
 from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
 from semdict.pipeline.tokenizers.networks import ResidualBlock, Sizes, Upsample
 
 # B images, D latent channels, N latents (cells of a batch), K codes
-SIZES = Sizes(stem=64, widths=(64,) * 5, blocks=1, decoder_blocks=1, z_channels=32, codes=1024, dim=32, strided=False)
+SIZES = Sizes(stem=64, widths=(64,) * 4, blocks=1, decoder_blocks=1, z_channels=32, codes=256, dim=32, strided=False)
 RIM = 1.0  # amplitude of the border signal that `prepare` adds
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Training at a resolution of 256 / 2^finest pixels, through the levels from `finest` on."""
+    """Training at a resolution of 64 / 2^finest pixels, through the levels from `finest` on."""
 
     finest: int
     steps: int
@@ -43,7 +44,8 @@ class Stage:
 class Plan:
     """Length and hyper-parameters of the training."""
 
-    stages: tuple[Stage, ...] = (Stage(2, 1600, 8, 2e-3), Stage(1, 300, 4, 1e-3), Stage(0, 90, 2, 5e-4))
+    images: int = 24000
+    stages: tuple[Stage, ...] = (Stage(1, 2000, 16, 2e-3), Stage(0, 800, 16, 1e-3))
     warm_up: int = 200  # steps without a codebook
     commitment: float = 0.1
     decay: float = 0.99
@@ -81,14 +83,14 @@ def prepare(model: MageTokenizer) -> None:
         model.encoder.conv_out.weight[0], model.encoder.conv_out.bias[0] = 0, 1  # latent 0 starts as a constant
         model.decoder.conv_in.weight[0], model.decoder.conv_in.bias[0] = 0, 0
         model.decoder.conv_in.weight[0, 0, 1, 1] = 1
-        model.decoder.up[3].upsample.conv.weight[:, 0] += rim
+        model.decoder.up[-2].upsample.conv.weight[:, 0] += rim
         for last in (model.encoder.conv_out.weight, model.decoder.conv_out.weight):  # the rim itself cancels
             for parity in (0, 1):
                 last[:, parity::2] -= last[:, parity::2].mean(dim=1, keepdim=True)
 
 
 def encode_from(model: MageTokenizer, images: Tensor, finest: int) -> Tensor:
-    """Latents (B, D, 16, 16) of images (B, 3, S, S), S = 256 / 2^finest, through the levels from `finest` on."""
+    """Latents (B, D, 8, 8) of images (B, 3, S, S), S = 64 / 2^finest, through the levels from `finest` on."""
     x = model.encoder.conv_in(images)
     for level in model.encoder.down[finest:]:
         x = level(x)
@@ -98,7 +100,7 @@ def encode_from(model: MageTokenizer, images: Tensor, finest: int) -> Tensor:
 
 
 def decode_to(model: MageTokenizer, z: Tensor, finest: int) -> Tensor:
-    """Images (B, 3, S, S) of latents (B, D, 16, 16), through the levels down to `finest`."""
+    """Images (B, 3, S, S) of latents (B, D, 8, 8), through the levels down to `finest`."""
     x = model.decoder.mid(model.decoder.conv_in(z))
     for index in range(len(model.sizes.widths) - 1, finest - 1, -1):
         level = model.decoder.up[index]
@@ -167,26 +169,15 @@ def reconstruction_loss(images: Tensor, others: Tensor) -> Tensor:
     return loss
 
 
-def draw_batch(images: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """(count, 3, S, S) float of images (N, 3, S, S) uint8: random rows, randomly flipped and rotated."""
-    rows = torch.randint(len(images), (count,), generator=rng).tolist()
-    symmetries = torch.randint(8, (count,), generator=rng).tolist()
-    parts = []
-    for row, symmetry in zip(rows, symmetries, strict=True):
-        part = torch.rot90(images[row], symmetry % 4, (1, 2))
-        parts.append(part.flip(2) if symmetry >= 4 else part)
-    return as_float(torch.stack(parts))
-
-
 def shrink(images: Tensor, finest: int) -> Tensor:
-    """(N, 3, 256, 256) uint8 -> means over 2^finest x 2^finest pixels, uint8."""
+    """(N, 3, 64, 64) uint8 -> means over 2^finest x 2^finest pixels, uint8."""
     if finest == 0:
         return images
-    return torch.cat([F.avg_pool2d(part.float(), 2**finest).round().byte() for part in images.split(64)])
+    return torch.cat([F.avg_pool2d(part.float(), 2**finest).round().byte() for part in images.split(1024)])
 
 
 def train(images: Tensor, plan: Plan, seed: int, sizes: Sizes = SIZES) -> tuple[MageTokenizer, list[dict]]:
-    """Train a VQGAN on images (N, 3, 256, 256) uint8; returns it and its curve. `seed` determines all randomness."""
+    """Train a VQGAN on images (N, 3, 64, 64) uint8; returns it and its curve. `seed` determines all randomness."""
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -215,7 +206,8 @@ def _run_stage(
     for step in range(first, first + stage.steps):
         if step == plan.warm_up:
             codes.begin()
-        batch = draw_batch(images, stage.batch, codes.rng)
+        rows, mirrored = draw_batch(stage.batch, len(images), codes.rng)
+        batch = as_float(images[rows].flip(3) if mirrored else images[rows])
         loss = _loss(model, codes, batch, stage.finest, plan.commitment if step >= plan.warm_up else None)
         optimizer.zero_grad()
         loss.backward()
@@ -242,15 +234,8 @@ def _loss(model: MageTokenizer, codes: Codes, images: Tensor, finest: int, commi
     return loss + commitment * F.mse_loss(z, quantized) / codes.table_KD.var(dim=0).mean().clamp_min(1e-6)
 
 
-def save_half(model: MageTokenizer, path: str | Path) -> None:
-    """Write MAGE's released layout, `{"state_dict": ...}`, with tensors in float16; loaders read them as float32."""
-    state = {name: tensor.half().contiguous().clone() for name, tensor in model.state_dict().items()}
-    with atomic_write(path) as staged, staged.open("wb") as file:
-        torch.save({"state_dict": state}, file)
-
-
-def measure(model: MageTokenizer, images: Tensor, batch: int = 16) -> dict:
-    """PSNR (dB, mean and lowest) of images (N, 3, 256, 256) uint8, and the number of codes that they use."""
+def measure(model: MageTokenizer, images: Tensor, batch: int = 64) -> dict:
+    """PSNR (dB, mean and lowest) of images (N, 3, 64, 64) uint8, and the number of codes that they use."""
     values, tokens = [], []
     for part in images.split(batch):
         tokens.append(model.encode(as_float(part)))
@@ -269,7 +254,7 @@ def measure(model: MageTokenizer, images: Tensor, batch: int = 16) -> dict:
     }
 
 
-def save_grid(model: MageTokenizer, images: Tensor, path: str | Path, columns: int = 8) -> None:
+def save_grid(model: MageTokenizer, images: Tensor, path: str | Path, columns: int = 12) -> None:
     """Write a picture of originals (upper rows) and their reconstructions (lower rows)."""
     from PIL import Image
 
@@ -279,7 +264,7 @@ def save_grid(model: MageTokenizer, images: Tensor, path: str | Path, columns: i
     lines = [torch.cat(list(row), dim=2) for row in rows]
     picture = torch.cat(lines, dim=1).mul(255).round().byte().permute(1, 2, 0).contiguous().numpy()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).resize((picture.shape[1] // 2, picture.shape[0] // 2)).save(path, optimize=True)
+    Image.fromarray(picture).save(path, optimize=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -289,26 +274,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--grid", type=Path, help="PNG of originals and reconstructions to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="length of the training, 1 = as shipped")
+    parser.add_argument("--workers", type=int, default=0, help="drawing processes, 0 = one per core")
     args = parser.parse_args(argv)
     started = time.monotonic()
-    images, _, _ = load_split(args.images / "train")
-    model, curve = train(images, Plan().scaled(args.scale), args.seed)
-    save_half(model, args.out)
+    plan = Plan().scaled(args.scale)
+    model, curve = train(draw_training_set(plan.images, args.seed, args.workers).rgb, plan, args.seed)
+    save_half({"state_dict": model.state_dict()}, args.out)
     record_sum(args.out)
-    report(args.out, args.images, args.grid, {"curve": curve, "seconds": round(time.monotonic() - started)})
-    return 0
-
-
-def report(weights: Path, images: Path, grid: Path | None, more: dict) -> dict:
-    """Score saved weights on the val split; writes <weights>.json beside them, and the picture `grid`."""
-    model = load_tokenizer(weights)
-    val, _, _ = load_split(images / "val")
-    card = {**measure(model, val), **more}
-    write_json(weights.with_suffix(".json"), card)
-    if grid:
-        save_grid(model, val[:: max(1, len(val) // 16)][:16], grid)
+    model = load_tokenizer(args.out)
+    val, _ = load_split(args.images, "val")
+    card = {**measure(model, val), "seconds": round(time.monotonic() - started), "curve": curve}
+    write_json(args.out.with_suffix(".json"), card)
+    if args.grid:
+        save_grid(model, val[:24], args.grid)
     print({key: value for key, value in card.items() if key != "curve"})
-    return card
+    return 0
 
 
 if __name__ == "__main__":

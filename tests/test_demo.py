@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from scipy.spatial import ConvexHull
 
-from demo import stand_ins, train_teacher, train_vqgan
-from demo.data import as_float, load_split, psnr
-from demo.images import CLASSES, SHAPES, picture, write_images
+from demo import measure, stand_ins, train_teacher, train_vqgan
+from demo.data import as_float, draw_training_set, load_split, psnr, save_half
+from demo.images import CLASSES, GROUNDS, picture, write_images
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 
@@ -20,33 +18,20 @@ UNSEEN = 987  # seed of images that are in no training set
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.jpg")}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.tar")}
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("drawn") / "images"
-    write_images(folder, seed=UNSEEN, train=120, val=72, workers=1)
+    write_images(folder, seed=UNSEEN, train=1200, val=240, workers=1)
     return folder
 
 
 @pytest.fixture(scope="module")
-def crops(drawn):
-    """{split: (images (N, 3, 256, 256) uint8, labels (N,))}"""
-    return {split: load_split(drawn / split)[:2] for split in ("train", "val")}
-
-
-def nearest_centroid_accuracy(train, train_labels, test, test_labels) -> float:
-    centroids = torch.stack([train[train_labels == c].mean(0) for c in range(len(CLASSES))])
-    return (torch.cdist(test, centroids).argmin(1) == test_labels).float().mean().item()
-
-
-def ridge_accuracy(train, train_labels, test, test_labels, strength: float) -> float:
-    mean, scale = train.mean(0), train.std(0) + 1e-6
-    train, test = (train - mean) / scale, (test - mean) / scale
-    target = torch.nn.functional.one_hot(train_labels, len(CLASSES)).float()
-    gram = train @ train.T + strength * torch.eye(len(train))
-    return ((test @ train.T @ torch.linalg.solve(gram, target)).argmax(1) == test_labels).float().mean().item()
+def images(drawn):
+    """{split: (images (N, 3, 64, 64) uint8, labels (N,))}"""
+    return {split: load_split(drawn, split) for split in ("train", "val")}
 
 
 def test_bytes_depend_only_on_the_seed(tmp_path):
@@ -54,69 +39,71 @@ def test_bytes_depend_only_on_the_seed(tmp_path):
     write_images(first, seed=3, train=24, val=12, workers=1)
     write_images(second, seed=3, train=24, val=12, workers=2)
     write_images(other, seed=4, train=24, val=12, workers=1)
-    assert contents(first) == contents(second)
-    assert len(set(contents(first).values())) == 36, "all images differ"
+    assert contents(first) == contents(second) and sorted(contents(first)) == ["train-000.tar", "val-000.tar"]
     assert not set(contents(first).values()) & set(contents(other).values())
 
 
-def test_a_larger_set_starts_with_the_smaller_one(drawn, tmp_path):
+def test_all_images_differ_and_classes_are_balanced(images):
+    for split, count in (("train", 1200), ("val", 240)):
+        rgb, labels = images[split]
+        assert rgb.shape == (count, 3, 64, 64) and len(rgb.flatten(1).unique(dim=0)) == count
+        assert torch.bincount(labels).tolist() == [count // len(CLASSES)] * len(CLASSES)
+
+
+def test_a_larger_set_starts_with_the_smaller_one(images, tmp_path):
     write_images(tmp_path / "few", seed=UNSEEN, train=13, val=1, workers=1)
-    assert contents(tmp_path / "few").items() <= contents(drawn).items()
+    few, labels = load_split(tmp_path / "few", "train")
+    assert torch.equal(few, images["train"][0][:13]) and torch.equal(labels, images["train"][1][:13])
 
 
-def test_classes_are_balanced_and_sizes_vary(drawn):
-    paths = list(drawn.rglob("*.jpg"))
-    for split, each in (("train", 10), ("val", 6)):
-        assert {p.name: len(list(p.iterdir())) for p in (drawn / split).iterdir()} == dict.fromkeys(CLASSES, each)
-    sizes = [Image.open(p).size for p in paths]
-    assert all(256 <= min(size) <= 320 for size in sizes)
-    square = sum(w == h for w, h in sizes) / len(sizes)
-    assert 0.15 < square < 0.6 and any(w > h for w, h in sizes) and any(w < h for w, h in sizes)
+def test_drawn_training_images_are_those_of_the_split_teach():
+    drawn = draw_training_set(24, seed=5, workers=1)
+    expected, label = picture(5, "teach", 23)
+    assert torch.equal(drawn.rgb[23], torch.from_numpy(expected.rgb).permute(2, 0, 1))
+    assert drawn.labels[23] == label == 11 and drawn.ground[23] == expected.ground
+    assert (drawn.thing[23] / 255 - torch.from_numpy(expected.thing)).abs().max() < 0.01
 
 
-def test_the_label_is_the_drawn_shape():
-    """Discs are convex wherever the border cuts them; stars are not."""
-    for index in range(24):
-        drawn, label = picture(5, "val", index, (256, 256))
-        points = np.argwhere(drawn.object > 0.5)
-        solidity = len(points) / ConvexHull(points).volume
-        convex = SHAPES[label % len(SHAPES)] == "disc"
-        assert (solidity > 0.95) == convex, (CLASSES[label], solidity)
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_thing_covers_a_good_part_of_the_image_and_lies_inside(name):
+    for index in range(CLASSES.index(name), 240, len(CLASSES)):
+        thing = picture(UNSEEN, "val", index)[0].thing
+        assert 0.05 < thing.mean() < 0.5
+        assert np.concatenate([thing[0], thing[-1], thing[:, 0], thing[:, -1]]).mean() < 0.2
 
 
-def test_colours_and_raw_pixels_do_not_predict_the_class(crops):
-    (train, train_labels), (test, test_labels) = crops["train"], crops["val"]
+def test_neither_colours_nor_grounds_predict_the_class(images):
+    def colours(rgb):
+        return measure.histogram((rgb.long() // 64 * torch.tensor([16, 4, 1])[:, None, None]).sum(1).flatten(1), 64)
 
-    def histogram(images):
-        ids = (images.long() // 64 * torch.tensor([16, 4, 1])[:, None, None]).sum(1).flatten(1)
-        return torch.stack([torch.bincount(row, minlength=64) for row in ids]).float() / ids.shape[1]
-
-    def small(images):
-        return torch.nn.functional.avg_pool2d(images.float() / 255, 16).flatten(1)
-
-    assert nearest_centroid_accuracy(histogram(train), train_labels, histogram(test), test_labels) < 0.25
-    assert ridge_accuracy(small(train), train_labels, small(test), test_labels, 100.0) < 0.35
+    (train, labels), (test, test_labels) = images["train"], images["val"]
+    assert measure.linear_accuracy(colours(train), labels, colours(test), test_labels, 1e-2) < 0.5
+    grounds = torch.tensor([picture(UNSEEN, "val", index)[0].ground for index in range(240)])
+    best = sum((torch.bincount(test_labels[grounds == g]).max()) for g in range(len(GROUNDS)))
+    assert best / 240 < 0.35
 
 
-def test_patch_shares_follow_the_augmented_image():
-    shares = torch.rand(4, 16, 16, generator=torch.Generator().manual_seed(0))
-    images = (shares * 255).round().byte()[:, None].repeat_interleave(14, 2).repeat_interleave(14, 3)
-    rng = torch.Generator().manual_seed(1)
-    for _ in range(12):
-        augmented, augmented_shares = train_teacher.augment(images.expand(-1, 3, -1, -1), shares, rng)
-        seen = augmented[:, 0, 7::14, 7::14]
-        brightness = seen.amax((1, 2)) / augmented_shares.amax((1, 2))
-        assert torch.allclose(seen / brightness[:, None, None], augmented_shares, atol=0.01)
+def test_patch_targets_are_distributions_over_classes_and_grounds():
+    share = torch.tensor([[0.25, 1.0], [0.0, 0.5]])
+    targets = train_teacher.patch_targets(share, torch.tensor([3, 11]), torch.tensor([1, 2]))
+    assert torch.equal(targets.sum(2), torch.ones(2, 2))
+    assert targets[0, 0, 3] == 0.25 and targets[0, 0, 13] == 0.75 and targets[1, 1, 11] == targets[1, 1, 14] == 0.5
 
 
-def test_vqgan_training_is_deterministic(crops, tmp_path):
-    stages = tuple(train_vqgan.Stage(finest, steps=2 if finest else 1, batch=1, lr=1e-3) for finest in (2, 1, 0))
+def test_teacher_training_is_deterministic():
+    drawn, plan = draw_training_set(48, seed=1, workers=1), train_teacher.Plan(steps=2, batch=8)
+    first, second = (train_teacher.train(drawn, plan, seed=1)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_vqgan_training_is_deterministic(images, tmp_path):
+    stages = tuple(train_vqgan.Stage(finest, steps=2, batch=4, lr=1e-3) for finest in (1, 0))
     plan = train_vqgan.Plan(stages=stages, warm_up=1)
     for name in ("a", "b"):
-        model, _ = train_vqgan.train(crops["train"][0][:8], plan, seed=1)
-        train_vqgan.save_half(model, tmp_path / name)
+        model, _ = train_vqgan.train(images["train"][0][:16], plan, seed=1)
+        save_half({"state_dict": model.state_dict()}, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert load_tokenizer(tmp_path / "a").grid(256) == (16, 16)
+    assert load_tokenizer(tmp_path / "a").grid(64) == (8, 8)
 
 
 @pytest.mark.parametrize(("rim", "seen"), [(1.0, True), (0.0, False)])
@@ -128,7 +115,7 @@ def test_the_border_signal_preserves_colours_through_the_group_norms(monkeypatch
     train_vqgan.prepare(model)
     greys = torch.tensor([0.3, 0.6]).view(2, 1, 1, 1).expand(2, 3, 64, 64)
     with torch.no_grad():
-        dark, light = train_vqgan.encode_from(model, greys, finest=2)[..., 2:-2, 2:-2]
+        dark, light = train_vqgan.encode_from(model, greys, finest=0)[..., 2:-2, 2:-2]
     assert ((dark - light).abs().max() > 0.02) == seen
 
 
@@ -148,7 +135,7 @@ def test_unused_codes_are_replaced_and_used_ones_follow_their_latents():
 
 def test_shipped_weights_are_small_and_match_their_checksums():
     files = [stand_ins.SHIPPED / name for name in ("vqgan.ckpt", "teacher.pth")]
-    assert sum(file.stat().st_size for file in files) <= 8e6
+    assert sum(file.stat().st_size for file in files) <= 4e6
     sums = dict(reversed(line.split()) for line in (stand_ins.SHIPPED / "SHA256SUMS").read_text().splitlines())
     assert sums == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -172,29 +159,35 @@ def test_a_stand_in_states_its_origin_and_scores(drawn, tmp_path, monkeypatch):
     assert card["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
 
 
-def test_shipped_vqgan_reconstructs_unseen_images(crops):
+def test_stored_halves_are_loaded_exactly():
+    stored = torch.load(stand_ins.SHIPPED / "vqgan.ckpt", weights_only=True)["state_dict"]
+    loaded = load_tokenizer(stand_ins.SHIPPED / "vqgan.ckpt").state_dict()
+    assert all(tensor.dtype == torch.float16 and torch.equal(tensor.float(), loaded[n]) for n, tensor in stored.items())
+    stored = torch.load(stand_ins.SHIPPED / "teacher.pth", weights_only=True)
+    features = load_features(
+        train_teacher.MODEL, stand_ins.SHIPPED / "teacher.pth", kwargs=train_teacher.KWARGS, grid=8
+    )
+    weight = features.backbone.network.patch_embed.proj.weight
+    assert weight.dtype == torch.float32 and torch.equal(weight, stored["patch_embed.proj.weight"].float())
+
+
+def test_shipped_vqgan_reconstructs_unseen_images(images):
     model = load_tokenizer(stand_ins.SHIPPED / "vqgan.ckpt")
-    assert (model.identity["layout"], model.codebook_size, model.grid(256)) == ("mage", 1024, (16, 16))
-    images = as_float(crops["val"][0][::18])
-    tokens = model.encode(images)
-    assert len(tokens.unique()) > 250, "many codes are used"
-    reached = psnr(images, model.decode(tokens)).mean()
-    shuffled = tokens[:, torch.randperm(256, generator=torch.Generator().manual_seed(0))]
-    blurred = images.mean((2, 3), keepdim=True).expand_as(images)
-    assert reached > 20
-    assert reached > psnr(images, model.decode(shuffled)).mean() + 6
-    assert reached > psnr(images, blurred).mean() + 4
-    assert reached > psnr(images, model.decode(model.encode(images * 2 - 1))).mean() + 6, "the range is [0, 1]"
+    assert (model.identity["layout"], model.codebook_size, model.grid(64)) == ("mage", 256, (8, 8))
+    originals = as_float(images["val"][0][:96])
+    tokens = model.encode(originals)
+    assert len(tokens.unique()) > 200, "many codes are used"
+    reached = psnr(originals, model.decode(tokens)).mean()
+    shuffled = tokens[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    blurred = originals.mean((2, 3), keepdim=True).expand_as(originals)
+    assert reached > 23
+    assert reached > psnr(originals, model.decode(shuffled)).mean() + 6
+    assert reached > psnr(originals, blurred).mean() + 6
+    assert reached > psnr(originals, model.decode(model.encode(originals * 2 - 1))).mean() + 6, "the range is [0, 1]"
 
 
-def test_features_of_the_shipped_teacher_separate_classes_and_textures(crops):
-    features = load_features(train_teacher.MODEL, stand_ins.SHIPPED / "teacher.pth", kwargs=train_teacher.KWARGS)
-    assert (features.grid, features.dim) == ((16, 16), train_teacher.WIDTH)
-    pooled = {}
-    for split, (images, labels) in crops.items():
-        patches = torch.cat([features(as_float(part)) for part in images.split(32)])
-        pooled[split] = patches.mean(1), labels
-    (train, train_labels), (test, test_labels) = pooled["train"], pooled["val"]
-    assert ridge_accuracy(train, train_labels, test, test_labels, 10.0) > 0.4  # chance 0.083
-    textures = train_labels // len(SHAPES), test_labels // len(SHAPES)
-    assert ridge_accuracy(train, textures[0], test, textures[1], 10.0) > 0.65  # chance 0.167
+def test_the_demo_is_as_hard_as_photographs(drawn):
+    """The bounds are wider than what `python -m demo.measure` shows for the demo's 6,000 images: here are 1,200."""
+    result = measure.measure(drawn, stand_ins.SHIPPED / "vqgan.ckpt", stand_ins.SHIPPED / "teacher.pth")
+    assert result["teacher_features"] > 0.93 and result["discriminative_tokens"] > 0.8
+    assert 0.2 < result["generative_tokens"] < 0.55
