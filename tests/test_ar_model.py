@@ -1,4 +1,4 @@
-"""The AR model: counts, causality, cache, vocabularies, weight decay, and that it learns no more than there is."""
+"""The AR model: counts, causality, cache, vocabularies, weight decay, and the entropy of its training set."""
 
 from dataclasses import replace
 
@@ -139,8 +139,8 @@ def test_grouped_head_equals_masked_cross_entropy(head_groups, sizes):
     gradients = torch.autograd.grad((want * up).sum(), (hidden, weight))
     got = grouped_nll(hidden, weight, ids_BL, sizes, head_groups)
     torch.testing.assert_close(got, want)
-    for mine, theirs in zip(torch.autograd.grad((got * up).sum(), (hidden, weight)), gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+    for grouped, plain in zip(torch.autograd.grad((got * up).sum(), (hidden, weight)), gradients, strict=True):
+        torch.testing.assert_close(grouped, plain, atol=1e-6, rtol=1e-5)
 
 
 def test_an_id_without_a_code_costs_infinity():

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, plain data, the right run's, and not too many."""
+"""Checkpoints: complete or absent, plain data, of the same run, and only the newest ones."""
 
 import os
 import signal
@@ -23,21 +23,21 @@ def state(**changes) -> dict:
     return {**parts, "settings": {"lr": 0.1, "mask": {"min": 0.5}}, "fingerprint": "f", **changes}
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_a_saved_state_is_loaded(tmp_path):
     path = checkpoint.save(tmp_path, 12, state(), keep=2)
     loaded = checkpoint.load(checkpoint.last(tmp_path), "f", {})
     assert path.name == "step-00000012.pt" and loaded["step"] == 12 and loaded["loader"] == {"step": 1}
     assert torch.equal(loaded["modules"]["m"]["w"], torch.arange(3.0))
 
 
-def test_old_ones_go_and_last_is_the_newest(tmp_path):
+def test_old_checkpoints_are_deleted_and_last_is_the_newest(tmp_path):
     for step in (5, 10, 100, 1000):
         checkpoint.save(tmp_path, step, state(), keep=2)
         assert checkpoint.last(tmp_path).name == f"step-{step:08d}.pt"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000100.pt", "step-00001000.pt"]
 
 
-def test_nothing_saved_is_no_error(tmp_path):
+def test_an_empty_folder_has_no_last_checkpoint(tmp_path):
     assert checkpoint.last(tmp_path) is None and checkpoint.last(tmp_path / "absent") is None
 
 
@@ -53,7 +53,7 @@ def test_a_pointer_to_nothing_is_named(tmp_path, name):
         checkpoint.last(folder)
 
 
-def test_a_flipped_bit_is_loaded_and_the_other_checkpoints_are_named(tmp_path):
+def test_a_flipped_bit_is_detected_and_the_other_checkpoints_are_named(tmp_path):
     """The command in the message, run as it stands, continues from the newest other checkpoint."""
     for step in (1, 2, 3):
         path = checkpoint.save(tmp_path, step, state(), keep=3)
@@ -68,7 +68,7 @@ def test_a_flipped_bit_is_loaded_and_the_other_checkpoints_are_named(tmp_path):
     assert checkpoint.load(checkpoint.last(tmp_path), "f", {})["step"] == 2
 
 
-def test_the_only_checkpoint_damaged_means_to_start_anew(tmp_path):
+def test_without_another_checkpoint_the_message_says_to_start_anew(tmp_path):
     checkpoint.save(tmp_path, 1, state(), keep=1).write_bytes(b"x")
     with pytest.raises(WeightsError, match="no other checkpoint: start anew without --resume"):
         checkpoint.last(tmp_path)
@@ -162,7 +162,7 @@ def test_log_and_plots_are_cut_back_to_the_checkpoint(tmp_path):
     assert plot == "step\tloss\n1\t0.5\n2\t1.0\n3\t9.0\n"
 
 
-def test_tensorboard_hides_what_was_done_twice(tmp_path):
+def test_tensorboard_hides_steps_that_were_done_twice(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for at_step, steps in ((0, (1, 2, 3)), (2, (3,))):
         log = RunLog(tmp_path, None, tensorboard=True, at_step=at_step)

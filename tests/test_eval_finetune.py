@@ -158,9 +158,9 @@ def test_every_operation_works_at_every_magnitude(magnitude):
     image = Image.fromarray(tiny.draw_image(3))
     for operation in operations:
         operation.magnitude, operation.magnitude_std, operation.prob = magnitude, 0, 1.0
-        found = np.asarray(operation(image))
-        assert found.shape == (80, 96, 3), operation
-        assert found.any() == (operation.name != "PosterizeIncreasing" or magnitude < 10), operation
+        augmented = np.asarray(operation(image))
+        assert augmented.shape == (80, 96, 3), operation
+        assert augmented.any() == (operation.name != "PosterizeIncreasing" or magnitude < 10), operation
 
 
 def test_batches_continue_anywhere_and_are_shared_by_ranks(ready):
@@ -230,7 +230,7 @@ class Corner:
 
 
 class Codes:
-    """In a source's place: an image's mean brightness, everywhere."""
+    """Stands for a source: the mean brightness of an image as its tokens."""
 
     def codes(self, images):
         self.seen = images
@@ -275,13 +275,18 @@ def test_the_command_trains_scores_and_resumes(ready, capsys, monkeypatch):
     from semdict.train.engine import loop
 
     assert finetune(ready, "--run", "runs/whole") == 0
-    found, whole = report(ready, "finetune.json"), load_model(ready / "runs/whole/model.pt", Classifier)[0]
-    said = found["protocol"]
-    assert said["source"] == "images" and said["drop_path"] == 0.1 and said["mixup"] == 0.8 and said["epochs"] == 2
-    assert said["test"]["views"] == ["resize-292"] and said["test"]["images"] == 6 and said["classes"] == 3
+    scores, whole = report(ready, "finetune.json"), load_model(ready / "runs/whole/model.pt", Classifier)[0]
+    protocol = scores["protocol"]
+    assert (
+        protocol["source"] == "images"
+        and protocol["drop_path"] == 0.1
+        and protocol["mixup"] == 0.8
+        and protocol["epochs"] == 2
+    )
+    assert protocol["test"]["views"] == ["resize-292"] and protocol["test"]["images"] == 6 and protocol["classes"] == 3
     rows = table(ready, "finetune_confusion.csv")
     right = np.mean([row["actual"] == row["predicted"] for row in rows])
-    assert len(rows) == 6 and found["top1"] == pytest.approx(100 * right)
+    assert len(rows) == 6 and scores["top1"] == pytest.approx(100 * right)
     log = read_log(ready / "runs/whole/log.jsonl")
     assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4]
     assert [row["step"] for row in log if "test_top1" in row] == [2]
@@ -301,7 +306,7 @@ def test_the_command_trains_scores_and_resumes(ready, capsys, monkeypatch):
     assert finetune(ready, "--run", "runs/cut", "--resume") == 0
     cut = load_model(ready / "runs/cut/model.pt", Classifier)[0]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), cut.state_dict().values(), strict=True))
-    assert report(ready, "finetune.json") == found
+    assert report(ready, "finetune.json") == scores
 
 
 @pytest.mark.parametrize(

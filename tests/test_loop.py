@@ -1,4 +1,4 @@
-"""The loop: the same numbers whatever is killed, split or shared, and an end that says why."""
+"""The loop: a killed, split or shared run gives the same numbers, and a stopped run names the reason."""
 
 import json
 import os
@@ -44,14 +44,14 @@ def curve(folder: Path, name: str = "loss") -> list[float]:
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60.0) -> None:
-    """Until the file is there."""
+    """Wait until the file exists."""
     end = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
         time.sleep(0.02)
 
 
-def test_loss_falls_and_is_the_same_again(tmp_path):
+def test_loss_falls_and_a_second_run_is_equal(tmp_path):
     first, second = toy.train(tmp_path / "a", steps=60), toy.train(tmp_path / "b", steps=60)
     assert first == second
     losses = curve(tmp_path / "a")
@@ -70,14 +70,14 @@ def test_kill_9_and_resume_is_bit_exact(tmp_path):
     reached = len(curve(broken))
     assert 14 <= reached < 30
     toy.train(broken, steps=30, dropout=0.3, save_every=7, resume=True)
-    expected, found = parameters(tmp_path / "whole"), parameters(broken)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, resumed = parameters(tmp_path / "whole"), parameters(broken)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert curve(broken) == curve(tmp_path / "whole")
     plots = [tmp_path / name / "reports" / "plots" / "loss.tsv" for name in ("whole", "broken")]
     assert plots[0].read_text() == plots[1].read_text()
 
 
-def test_a_resumed_window_of_the_log_is_whole(tmp_path):
+def test_log_windows_survive_a_resume(tmp_path):
     """Lines average 5 steps, checkpoints fall between: the sums must survive."""
     toy.train(tmp_path / "whole", steps=20, log_every=5, save_every=3)
     folder = tmp_path / "cut"
@@ -88,7 +88,7 @@ def test_a_resumed_window_of_the_log_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sharing_a_batch_does_not_change_the_curve(tmp_path, processes):
+def test_micro_batches_and_processes_do_not_change_the_curve(tmp_path, processes):
     """Micro-batches, processes and both at once see the same rows and masks as one process with the whole batch."""
     toy.train(tmp_path / "one", steps=12)
     if processes == 1:
@@ -101,7 +101,7 @@ def test_sharing_a_batch_does_not_change_the_curve(tmp_path, processes):
     assert len(set(curve(tmp_path / "one", "hidden"))) > 3
 
 
-def test_another_number_of_processes_takes_over(tmp_path):
+def test_resume_with_another_number_of_processes(tmp_path):
     toy.train(tmp_path / "one", steps=14, save_every=7)
     folder = tmp_path / "two"
     toy.train(folder, steps=14, save_every=7)
@@ -112,7 +112,7 @@ def test_another_number_of_processes_takes_over(tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_and_fails(tmp_path, sent):
+def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, sent):
     process = start(tmp_path, "--steps", "2000", "--step-seconds", "0.01", "--save-every", "0")
     wait_for(tmp_path / "log.jsonl", process)
     time.sleep(0.3)
@@ -134,15 +134,15 @@ def test_an_ignored_hang_up_stays_ignored(tmp_path):
     assert len(curve(tmp_path)) == 60
 
 
-def test_not_a_number_stops_before_the_update(tmp_path):
+def test_a_non_finite_loss_stops_before_the_update(tmp_path):
     with pytest.raises(SemdictError) as caught:
         toy.train(tmp_path, steps=30, poison=17, save_every=7)
     message = str(caught.value)
     assert "step 17" in message and "step-00000014.pt" in message
-    found = json.loads((tmp_path / "non-finite-step-00000017.json").read_text())
+    report = json.loads((tmp_path / "non-finite-step-00000017.json").read_text())
     loader = ResidentLoader(toy.table(), 8, 3)
     rows = [next(loader)["row"].tolist() for _ in range(18)][-1]
-    assert found["ranks"] == [{"rank": 0, "own_loss_is_finite": False, "rows": rows}]
+    assert report["ranks"] == [{"rank": 0, "own_loss_is_finite": False, "rows": rows}]
     assert all(str(row) in message for row in rows)
 
 
@@ -164,11 +164,11 @@ def test_two_phases_of_a_step(tmp_path):
     moved: list[tuple[bool, bool]] = []
 
     def make(m, batch, rng, clock):
-        batch["made"] = m(torch.rand(8, 4, generator=rng))
-        return critic(batch["made"]).mean(), {}
+        batch["fake"] = m(torch.rand(8, 4, generator=rng))
+        return critic(batch["fake"]).mean(), {}
 
     def judge(c, batch, rng, clock):
-        return -c(batch["made"].detach()).mean(), {}
+        return -c(batch["fake"].detach()).mean(), {}
 
     def watch(clock, _log):
         now = [maker.weight.detach().clone(), critic.weight.detach().clone()]

@@ -37,13 +37,13 @@ def problem(n, k, d, size, seed=0, dtype=torch.float64):
 
 def both(z, words, centroids, neighbours, weights, temperature):
     """((value, gradient) of ours, (value, gradient) of the full version in float64)."""
-    found = []
+    results = []
     for loss, dtype in ((codebook_contrastive, z.dtype), (full_contrast, torch.float64)):
         leaf = z.detach().to(dtype).requires_grad_()
         value = loss(leaf, words, centroids.to(dtype), neighbours, weights.to(dtype), temperature)
         (3 * value).backward()  # a gradient from outside must scale
-        found.append((value.detach().double(), leaf.grad.double()))
-    return found
+        results.append((value.detach().double(), leaf.grad.double()))
+    return results
 
 
 @settings(max_examples=30, deadline=None)

@@ -20,7 +20,7 @@ def tiny(family="lease", **changes):
     return model_config(family, "tiny", **{"codes": 20, **architecture(family), **TINY, **changes})
 
 
-def made(config, seed=0):
+def build_model(config, seed=0):
     """A model in float64 with every parameter, norms and biases included, far from its initial value."""
     model = MaskedTokenTransformer(config, seed).double().eval()
     rng = torch.Generator().manual_seed(seed)
@@ -57,11 +57,11 @@ def blocks(x, w, prefix, depth, heads):
         at = f"{prefix}.{i}."
         q, k, v = linear(norm(x, w, at + "norm1", 1e-6), w, at + "attn.qkv").chunk(3, dim=-1)
         size = q.shape[-1] // heads
-        found = []
+        outputs = []
         for h in range(heads):
             part = slice(h * size, (h + 1) * size)
-            found.append(torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(size), dim=-1) @ v[:, part])
-        x = x + linear(torch.cat(found, dim=-1), w, at + "attn.proj")
+            outputs.append(torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(size), dim=-1) @ v[:, part])
+        x = x + linear(torch.cat(outputs, dim=-1), w, at + "attn.proj")
         x = x + linear(gelu(linear(norm(x, w, at + "norm2", 1e-6), w, at + "mlp.fc1")), w, at + "mlp.fc2")
     return x
 
@@ -76,18 +76,18 @@ def by_hand(model, tokens, masked, keep):
     """Latents, decoder features and logits of one sample (lists of ints and bools)."""
     c, w = model.config, dict(model.state_dict())
     rows = []
-    for place in [-1, *keep]:  # all cells are embedded at their own position, the dropped ones left out
-        word = c.vocab.cls if place < 0 else c.vocab.mask if masked[place] else tokens[place]
-        both = w["token_emb.word.weight"][word] + w["token_emb.position.weight"][place + 1]
-        row = norm(both, w, "token_emb.norm", 1e-6)
-        rows.append(row + code_2d(place, c.width, c.grid) if c.grid_code and place >= 0 else row)
+    for cell in [-1, *keep]:  # all cells are embedded at their own position, the dropped ones left out
+        token = c.vocab.cls if cell < 0 else c.vocab.mask if masked[cell] else tokens[cell]
+        embedded = w["token_emb.word.weight"][token] + w["token_emb.position.weight"][cell + 1]
+        row = norm(embedded, w, "token_emb.norm", 1e-6)
+        rows.append(row + code_2d(cell, c.width, c.grid) if c.grid_code and cell >= 0 else row)
     x = norm(blocks(torch.stack(rows), w, "blocks", c.depth, c.heads), w, "norm", 1e-6)
     u = linear(x, w, "decoder_embed")
-    canvas = [u[0].clone() for _ in range(c.grid**2 + 1)]
-    for latent, place in enumerate(keep):
-        if not masked[place]:
-            canvas[place + 1] = u[latent + 1] + (u[0] if c.visible == "add" else 0)
-    y = torch.stack(canvas) + w["decoder_position.weight"][: c.grid**2 + 1]
+    inputs = [u[0].clone() for _ in range(c.grid**2 + 1)]
+    for latent, cell in enumerate(keep):
+        if not masked[cell]:
+            inputs[cell + 1] = u[latent + 1] + (u[0] if c.visible == "add" else 0)
+    y = torch.stack(inputs) + w["decoder_position.weight"][: c.grid**2 + 1]
     y = norm(blocks(y, w, "decoder_blocks", c.decoder_depth, c.decoder_heads), w, "decoder_norm", 1e-6)
     h = norm(gelu(linear(y[1:], w, "token_head.fc")), w, "token_head.norm", 1e-5)
     logits = h @ w["token_emb.word.weight"].T + w["token_head.bias"]
@@ -104,7 +104,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_is_what_the_equations_say(name):
-    model = made(CONFIGS[name])
+    model = build_model(CONFIGS[name])
     tokens, masked, keep = batch(model.config)
     latents = model.encode(tokens, masked, keep)
     features = model.decode(latents, masked, keep)
@@ -116,11 +116,11 @@ def test_forward_is_what_the_equations_say(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_of_a_canvas_drop_nothing(name):
-    model = made(CONFIGS[name])
+def test_logits_drop_no_cell(name):
+    model = build_model(CONFIGS[name])
     tokens, masked, _ = batch(model.config)
-    canvas = tokens.masked_fill(masked, model.mask_token)
-    got = model.logits(canvas)
+    inputs = tokens.masked_fill(masked, model.mask_token)
+    got = model.logits(inputs)
     assert got.shape == (3, 16, model.codebook_size)
     for i in range(3):
         *_, want = by_hand(model, tokens[i].tolist(), masked[i].tolist(), list(range(16)))
@@ -128,7 +128,7 @@ def test_logits_of_a_canvas_drop_nothing(name):
 
 
 def test_features_are_pooled_before_the_final_norm():
-    model = made(CONFIGS["lease"])
+    model = build_model(CONFIGS["lease"])
     tokens, *_ = batch(model.config)
     hidden = model.encode(tokens, norm=False)[:, 1:].mean(1)
     want = (hidden - hidden.mean(1, keepdim=True)) / (hidden.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
@@ -141,7 +141,7 @@ def test_every_switch_changes_the_numbers():
     """What a switch does is seen above; here that no two of its values can be confused."""
     base = CONFIGS["lease"]
     tokens, masked, keep = batch(base)
-    plain = made(base)
+    plain = build_model(base)
     want = plain.decode(plain.encode(tokens, masked, keep), masked, keep)
     for change in ({"visible": "replace"}, {"grid_code": False}, {"heads": 4}, {"decoder_heads": 6}):
         other = MaskedTokenTransformer(replace(base, **change)).double().eval()
@@ -151,7 +151,7 @@ def test_every_switch_changes_the_numbers():
 
 
 def test_the_encoder_does_not_see_masked_or_dropped_codes():
-    model = made(CONFIGS["lease"])
+    model = build_model(CONFIGS["lease"])
     tokens, masked, keep = batch(model.config)
     other = torch.where(masked, (tokens + 1) % 20, tokens)
     assert torch.equal(model.encode(tokens, masked, keep), model.encode(other, masked, keep))
@@ -161,7 +161,7 @@ def test_the_encoder_does_not_see_masked_or_dropped_codes():
 
 
 def test_the_callers_tokens_are_left_alone():
-    model = made(CONFIGS["mage"])
+    model = build_model(CONFIGS["mage"])
     tokens, masked, keep = batch(model.config)
     before = tokens.clone()
     model.encode(tokens, masked, keep)
@@ -169,7 +169,7 @@ def test_the_callers_tokens_are_left_alone():
 
 
 def test_the_head_is_tied_but_sends_no_gradient_to_the_table():
-    model = made(CONFIGS["lease"])
+    model = build_model(CONFIGS["lease"])
     model.token_logits(torch.randn(5, 24, dtype=torch.float64)).sum().backward()
     assert model.token_emb.word.weight.grad is None
     bias = model.token_head.bias.grad
@@ -235,7 +235,7 @@ def test_recomputation_changes_no_bit(kernel):
     """Loss and gradients with and without it, dropout on; and what is kept between the passes shrinks."""
     config = tiny(dropout=0.3, kernel=kernel)
     tokens, masked, keep = batch(config)
-    found, kept = [], []
+    runs, kept = [], []
     for on in (False, True, None):
         model = MaskedTokenTransformer(config)
         for layer in model.modules():
@@ -247,9 +247,9 @@ def test_recomputation_changes_no_bit(kernel):
             loss = model.token_logits(model.decode(model.encode(tokens, masked, keep), masked, keep)).square().mean()
         loss.backward()
         kept.append(sum(sizes))
-        found.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}})
-    for other in found[1:]:
-        assert other.keys() == found[0].keys() and all(torch.equal(other[n], v) for n, v in found[0].items())
+        runs.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}})
+    for other in runs[1:]:
+        assert other.keys() == runs[0].keys() and all(torch.equal(other[n], v) for n, v in runs[0].items())
     assert kept[1] == kept[2] < 0.75 * kept[0]
 
 
@@ -291,7 +291,7 @@ def test_sizes_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"visible": "mul"}, "mul"),
         ({"decoder_rows": 16}, "16 is below"),
@@ -299,8 +299,8 @@ def test_sizes_are_the_published_ones():
         ({"width": 18, "heads": 2}, "multiple of 4"),
     ],
 )
-def test_impossible_configurations_are_refused(change, words):
-    with pytest.raises(ValueError, match=words):
+def test_impossible_configurations_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         MaskedTokenTransformer(replace(tiny(), **change))
 
 

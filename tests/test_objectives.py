@@ -1,4 +1,4 @@
-"""Objectives: what each adds up, who gets gradients, what the teacher does, ranks, one overfitted batch."""
+"""Objectives: their sums, gradients, teacher, ranks, and one overfitted batch."""
 
 import math
 
@@ -22,7 +22,7 @@ CODES, WORDS, DIM = 30, 24, 8
 FLOOR = -(0.9 + 0.1 / CODES) * math.log(0.9 + 0.1 / CODES) - 0.1 * (CODES - 1) / CODES * math.log(0.1 / CODES)
 
 
-def made(family, dropout=0.0, seed=0, **changes):
+def build_model(family, dropout=0.0, seed=0, **changes):
     heads = {"projector": (24, 12), "predictor": (16, 12)} if family == "sorcen" else {}
     fields = {**architecture(family, DIM), **SHAPE, **heads, **changes}
     config = model_config(family, "tiny", codes=CODES, dropout=dropout, **fields)
@@ -56,7 +56,7 @@ def gradients(model, loss):
 
 
 def test_mage_is_the_masked_cross_entropy():
-    model = made("mage").eval()
+    model = build_model("mage").eval()
     loss, scalars = Mage()(model, batch(), seeded(3))
     p = Mage().masked_pass(model, batch(), seeded(3))
     logp = model.token_logits(p.features[:, 1:]).log_softmax(-1)
@@ -68,7 +68,7 @@ def test_mage_is_the_masked_cross_entropy():
 @pytest.mark.parametrize("side", ["encoder", "decoder", "both"])
 def test_lease_is_its_equation_written_out(side):
     """Reconstruction + lambda times contrast, every logit written out, gradients included."""
-    model = made("lease", decoder_projection=DIM)
+    model = build_model("lease", decoder_projection=DIM)
     settings = {"contrast": side, "neighbours": 3, "weight": 0.3, "tau": 0.2, "alpha": 0.15}
     ours = Lease(codebook(), **settings)
     loss, scalars = ours(model, batch(), seeded(3))
@@ -98,7 +98,7 @@ def test_lease_is_its_equation_written_out(side):
 
 
 def test_lease_with_everything_masked_has_no_contrast_and_finite_gradients():
-    model = made("lease")
+    model = build_model("lease")
     everything = Masking(mode=1.0, std=1e-6, low=1.0, high=1.0)
     loss, scalars = Lease(codebook(), masking=everything)(model, batch(), seeded())
     assert scalars["contrast_encoder"] == 0
@@ -107,11 +107,11 @@ def test_lease_with_everything_masked_has_no_contrast_and_finite_gradients():
 
 def test_lease_refuses_what_does_not_fit():
     with pytest.raises(UsageError, match="shards have none"):
-        Lease(codebook())(made("lease"), {**batch(), "disc": None}, seeded())
+        Lease(codebook())(build_model("lease"), {**batch(), "disc": None}, seeded())
     with pytest.raises(UsageError, match="encoder projects to 8 dimensions, the codebook has 5"):
-        Lease(codebook()[:, :5])(made("lease"), batch(), seeded())
+        Lease(codebook()[:, :5])(build_model("lease"), batch(), seeded())
     with pytest.raises(UsageError, match="decoder projects to 0"):
-        Lease(codebook(), contrast="both")(made("lease"), batch(), seeded())
+        Lease(codebook(), contrast="both")(build_model("lease"), batch(), seeded())
     with pytest.raises(UsageError, match=r"24 neighbours.*24 words"):
         Lease(codebook(), neighbours=24)
     with pytest.raises(UsageError, match="'encodr'"):
@@ -119,18 +119,18 @@ def test_lease_refuses_what_does_not_fit():
 
 
 def test_sorcen_adds_up_and_only_the_student_learns():
-    model = made("sorcen")
+    model = build_model("sorcen")
     ours = Sorcen(model, weight=0.7, uniform_weight=0.2)
     loss, scalars = ours(model, batch(), seeded())
     want = scalars["reconstruction"] + scalars["uniformity"] + 0.7 * scalars["echo_contrast"]
     assert loss.item() == pytest.approx(want.item(), rel=1e-6)
-    found = gradients(model, loss)
-    assert {name for name, _ in model.named_parameters()} == set(found)
+    learnt = gradients(model, loss)
+    assert {name for name, _ in model.named_parameters()} == set(learnt)
     assert not [p for p in ours.parameters() if p.requires_grad or p.grad is not None]
 
 
 def test_sorcen_teacher_is_the_student_at_the_start_and_moves_only_after_a_step():
-    model = made("sorcen")
+    model = build_model("sorcen")
     ours = Sorcen(model)
     before = {k: v.clone() for k, v in ours.teacher.state_dict().items()}
     for name, value in model.blocks.state_dict().items():
@@ -151,8 +151,8 @@ def test_sorcen_teacher_is_the_student_at_the_start_and_moves_only_after_a_step(
         torch.testing.assert_close(value, keep * before[name] + (1 - keep) * student, atol=1e-6, rtol=0)
 
 
-def test_sorcen_as_released_repeats_the_slips():
-    model = made("sorcen")
+def test_sorcen_as_released_repeats_the_published_deviations():
+    model = build_model("sorcen")
     ours = Sorcen(model, as_released=True)
     assert ours.echo_warmup == 11
     for name, value in model.blocks.named_parameters():
@@ -177,11 +177,11 @@ def test_sorcen_as_released_repeats_the_slips():
 
 def test_sorcen_needs_its_heads():
     with pytest.raises(UsageError, match="projector and predictor"):
-        Sorcen(made("mage"))
+        Sorcen(build_model("mage"))
 
 
 def test_echo_is_true_codes_in_the_warm_up_and_samples_after():
-    model = made("sorcen").eval()
+    model = build_model("sorcen").eval()
     ours = Sorcen(model, echo_warmup=3, top=4)
     p = ours.masked_pass(model, batch(), seeded())
     early, late = (ours.sample_echo(model, p, seeded(5), epoch) for epoch in (2.99, 3.0))
@@ -200,20 +200,20 @@ def test_beta_reaches_one_at_the_end_of_any_run():
 
 
 def test_average_has_its_own_storage_and_state():
-    model = made("sorcen")
+    model = build_model("sorcen")
     ema = Ema(model, ("blocks",))
     model.blocks[0].norm1.weight.data.fill_(5)
     assert ema["blocks"][0].norm1.weight.max() == 1
     ema.update(model, 0.75)
     torch.testing.assert_close(ema["blocks"][0].norm1.weight, torch.full((32,), 2.0))
-    again = Ema(made("sorcen", seed=9), ("blocks",))
+    again = Ema(build_model("sorcen", seed=9), ("blocks",))
     again.load_state_dict(ema.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ema.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("family", ["mage", "lease", "sorcen"])
 def test_the_batch_and_the_global_generator_are_left_alone(family):
-    model = made(family).eval()
+    model = build_model(family).eval()
     inputs, state = batch(), torch.get_rng_state()
     losses = [objective(family, model)(model, inputs, seeded(4), Clock(50))[0] for _ in range(2)]
     assert losses[0] == losses[1] != objective(family, model)(model, inputs, seeded(5), Clock(50))[0]
@@ -225,7 +225,7 @@ class Halves(nn.Module):
     """Two ranks in one process: an objective on each half of the batch, rows shared as a gather with gradient does."""
 
     def run(self, family, inputs, clock):
-        model = made(family)
+        model = build_model(family)
         losses, pooled = [], {}
         for final in (False, True):  # first pass records every rank's rows, second one sees them all
             losses = []
@@ -251,7 +251,7 @@ class Halves(nn.Module):
 def test_two_ranks_have_the_loss_of_one(family):
     inputs, clock = batch(), Clock(50)
     model, halves = Halves().run(family, inputs, clock)
-    whole = made(family)
+    whole = build_model(family)
     want, _ = objective(family, whole)(whole, inputs, batch_generator(7, 0, 6), clock)
     assert (sum(halves) / 2).item() == pytest.approx(want.item(), rel=2e-6)
     # a gather whose backward sums over ranks gives each rank twice the part that it gets here
@@ -265,10 +265,10 @@ def test_two_ranks_have_the_loss_of_one(family):
 @pytest.mark.parametrize("family", ["mage", "lease", "sorcen"])
 def test_one_batch_is_overfitted(family):
     """Reconstruction falls from ln K to near the label-smoothing floor; the contrast falls well below ln K too."""
-    model = made(family, width=48, decoder_width=48)
+    model = build_model(family, width=48, decoder_width=48)
     ours = objective(family, model)
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
-    rate = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, total_iters=300)  # settles whatever way it came
+    lr_schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, total_iters=300)  # small at the end
     inputs, first = batch(), None
     for step in range(300):
         loss, scalars = ours(model, inputs, seeded(1), Clock(step, 10))
@@ -276,7 +276,7 @@ def test_one_batch_is_overfitted(family):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        rate.step()
+        lr_schedule.step()
         ours.after_step(model, Clock(step, 10), 30)
     last = {k: v.item() for k, v in scalars.items()}
     assert first["reconstruction"] > 0.9 * math.log(CODES)

@@ -31,12 +31,12 @@ def pictures(batch=4, side=32, seed=0):
 
 
 def test_learning_rate_of_the_paper():
-    rate = warmup_hold_linear(1e-4, 3e-5, 13_000, 65_000, 1_300_000)
-    assert [rate(s) for s in (0, 13_000, 65_000, 1_300_000)] == pytest.approx([0, 1e-4, 1e-4, 3e-5])
-    assert rate(6_500) == pytest.approx(5e-5)
-    assert rate(40_000) == pytest.approx(1e-4)
-    assert rate((65_000 + 1_300_000) / 2) == pytest.approx(6.5e-5)
-    assert rate(2_000_000) == pytest.approx(3e-5)
+    lr = warmup_hold_linear(1e-4, 3e-5, 13_000, 65_000, 1_300_000)
+    assert [lr(s) for s in (0, 13_000, 65_000, 1_300_000)] == pytest.approx([0, 1e-4, 1e-4, 3e-5])
+    assert lr(6_500) == pytest.approx(5e-5)
+    assert lr(40_000) == pytest.approx(1e-4)
+    assert lr((65_000 + 1_300_000) / 2) == pytest.approx(6.5e-5)
+    assert lr(2_000_000) == pytest.approx(3e-5)
     large = warmup_hold_linear(4e-4, 1e-5, 62_500, 0, 500_000)
     assert large(62_500) == pytest.approx(4e-4)
     assert large(281_250) == pytest.approx(2.05e-4)
@@ -241,7 +241,7 @@ def test_other_bytes_or_layout_are_refused(vgg, tmp_path):
 
 
 def test_local_networks(tmp_path):
-    """A ViT of its own image size for features, a small ConvNeXt for logits; both follow the image they are given."""
+    """A ViT of its own image size for features, a small ConvNeXt for logits; both depend on the image."""
     model = "vit_tiny_patch16_224"
     vit = timm.create_model(model, num_classes=3, img_size=64)
     torch.save(vit.state_dict(), tmp_path / "vit.pth")

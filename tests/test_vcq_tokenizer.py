@@ -176,9 +176,9 @@ def test_file_round_trip(tmp_path):
     torch.save({"format": "other"}, tmp_path / "o.pt")
     with pytest.raises(WeightsError, match="not written by `semdict vcq train`"):
         load_vcq_tokenizer(tmp_path / "o.pt")
-    found = torch.load(tmp_path / "t.pt", weights_only=True)
-    found["config"]["dim"] = 5
-    torch.save(found, tmp_path / "w.pt")
+    contents = torch.load(tmp_path / "t.pt", weights_only=True)
+    contents["config"]["dim"] = 5
+    torch.save(contents, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="does not fit"):
         load_vcq_tokenizer(tmp_path / "w.pt")
 

@@ -35,7 +35,7 @@ PROBE = {"first": [2, 16], "epochs": 2, "batch": 6, "warmup_epochs": 1}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Images, a random network for the perceptual loss, params.yaml; the manifest is made."""
+    """Images, a random network for the perceptual loss, params.yaml; the manifest exists."""
     root = tmp_path_factory.mktemp("vcq")
     make_images(root / "images")
     make_teacher(root / "net.pth")
@@ -115,13 +115,13 @@ def test_from_images_to_samples(world, monkeypatch, capsys):
     assert unguided["temperature"] == unguided["unguided_temperature"]
 
     command(world, "vcq", "evaluate", "--samples", "guided=runs/tiny/ar-samples-guided")
-    found = json.loads((world / "reports/tiny/vcq/evaluate.json").read_text())
-    assert found["images"] == 12
-    assert found["psnr"] > 3
-    assert found["reconstruction_teacher_frechet_distance"] > 0
-    assert found["guided_teacher_frechet_distance"] > 0
-    assert "protocol is teacher" in found["missing"][0]["rfid_val50k"]
-    probes = [name for name in found if name.startswith("probe_")]
+    scores = json.loads((world / "reports/tiny/vcq/evaluate.json").read_text())
+    assert scores["images"] == 12
+    assert scores["psnr"] > 3
+    assert scores["reconstruction_teacher_frechet_distance"] > 0
+    assert scores["guided_teacher_frechet_distance"] > 0
+    assert "protocol is teacher" in scores["missing"][0]["rfid_val50k"]
+    probes = [name for name in scores if name.startswith("probe_")]
     assert len(probes) == 2 * 2 * 2 * 2, "k, before and after, mean and concat, top 1 and 5"
     with (world / "reports/tiny/vcq/utilisation.csv").open() as file:
         positions = list(csv.DictReader(file))
@@ -144,8 +144,8 @@ def test_image_loader_resumes_and_shares_rows(world, monkeypatch):
     folders = {"train": str(world / "images" / "train")}
     images = ImageRows(manifest, folders, usable_rows(manifest, ["train"]), DecodeSpec())
 
-    def loader(**place):
-        return ImageLoader(images, RandomCrop(32, 3), 4, seed=3, workers=1, floats=True, **place)
+    def loader(**ranks):
+        return ImageLoader(images, RandomCrop(32, 3), 4, seed=3, workers=1, floats=True, **ranks)
 
     whole = loader()
     batches = [next(whole) for _ in range(5)]  # 3 steps an epoch: into the second

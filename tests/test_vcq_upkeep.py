@@ -1,4 +1,4 @@
-"""What keeps codebook and discriminator in shape, both off by default: code reset (Q11) and LeCam."""
+"""Code reset (choice O11) and LeCam regularisation, both off by default."""
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ def rng(seed=0):
 
 
 def quantizer(seed=0):
-    made = VariableQuantizer(codebook_sizes("cosine", L, 2, K), D, l2=False)
-    made.reset_parameters(rng(seed))
-    return made
+    module = VariableQuantizer(codebook_sizes("cosine", L, 2, K), D, l2=False)
+    module.reset_parameters(rng(seed))
+    return module
 
 
 def one_step(net, optimiser, z_BLD):
@@ -91,11 +91,11 @@ def test_lecam_is_part_of_the_discriminators_loss_only_when_weighed():
     images, fakes = torch.rand(2, 3, 32, 32, generator=rng()), torch.rand(2, 3, 32, 32, generator=rng(1))
     net = PatchGan(channels=8)
 
-    def turn(weight):
+    def losses(weight):
         objective = TokenizerObjective(LossWeights(perceptual=0.0, start=0, lecam=weight), None)
         return objective.discriminator(fakes, images, net, 0, rng(2))
 
-    (plain, terms), (loss, more) = turn(0.0), turn(0.25)
+    (plain, terms), (loss, more) = losses(0.0), losses(0.25)
     assert "lecam" not in terms
     assert float((loss - plain).detach()) == pytest.approx(0.25 * float(more["lecam"]), rel=1e-4)
     assert float(more["lecam"]) > 0
