@@ -53,7 +53,9 @@ COMMANDS: dict[str, Command | Group] = {
         "  semdict shards import tokens.pt shards/lease --centroids km_16k.npy\n"
         "  semdict shards export shards/demo tokens.pt --to pt",
     ),
-    "pretrain": Command("semdict.train.masked.pretrain", "train lease, sorcen or mage on token shards"),
+    "pretrain": Command(
+        "semdict.train.masked.pretrain", "train a masked-token model on token shards, by any objective"
+    ),
     "evaluate": Group(
         {name: Command(*entry) for name, entry in MEASURES.items()},
         "scores of an encoder or of samples",

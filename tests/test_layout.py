@@ -193,3 +193,15 @@ def test_the_wheel_holds_one_top_level_package(tmp_path):
     }
     assert modules == {name if name.startswith("semdict") else f"semdict.{name}" for name in MODULES}
     assert {"semdict/report/page.html", "semdict/py.typed"} <= set(files)
+
+
+def test_names_are_the_words_of_the_field():
+    """Private words that stood for cfg, result, rng, sampler, context, paths, discriminator, locked and others."""
+    private = {"given", "found", "chosen", "told", "held", "drawer", "drawers", "canvases", "places", "marked", "turns"}
+    private |= {"adversary", "what", "aside", "say"}
+    wrong = set()
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {getattr(node, field, None) for field in ("id", "arg", "attr", "name", "asname")}
+            wrong |= {f"{name}: {word}" for word in names & private}
+    assert not wrong

@@ -46,10 +46,10 @@ def word_colours(centroids: np.ndarray) -> np.ndarray:
     """(K, D) words -> (K, 3) uint8: their three main directions as red, green, blue, so that like words look alike."""
     centred = centroids.astype(np.float64) - centroids.mean(axis=0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    places = centred @ directions[:3].T
-    places = np.pad(places, ((0, 0), (0, 3 - places.shape[1])))
-    low, high = np.percentile(places, [2, 98], axis=0)
-    return (np.clip((places - low) / np.maximum(high - low, 1e-12), 0, 1) * 255).astype(np.uint8)
+    projected = centred @ directions[:3].T
+    projected = np.pad(projected, ((0, 0), (0, 3 - projected.shape[1])))
+    low, high = np.percentile(projected, [2, 98], axis=0)
+    return (np.clip((projected - low) / np.maximum(high - low, 1e-12), 0, 1) * 255).astype(np.uint8)
 
 
 def word_maps(words: np.ndarray, colours: np.ndarray, side: int = 256) -> np.ndarray:
