@@ -150,7 +150,7 @@ def test_a_rule_over_several_keys_says_what_to_set_and_no_more(tmp_path, tree):
     assert str(caught.value).endswith("params.yaml: inputs.centroids is weights/README.md, kmeans.centroids is km.npy: "
                                       "set inputs.centroids: km.npy, or a folder around it")  # fmt: skip
     with pytest.raises(ParamsError) as caught:
-        load_params(write(tmp_path, tree), ["shards.shard_rows=5000"])
+        load_params(write(tmp_path, tree), ["shards.shard_rows=5000", "shards.chunk_rows=4096"])
     assert str(caught.value).endswith("params.yaml: shards: shard_rows 5000 is not a multiple of chunk_rows 4096")
 
 
