@@ -1,5 +1,6 @@
 """Documents name only what exists: links, files, commands, options, stages and imports."""
 
+import argparse
 import ast
 import re
 from fnmatch import fnmatch
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from semdict.cli import load
 from semdict.commands import COMMANDS, Group
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +72,20 @@ def test_commands_exist(page):
         entry = COMMANDS[command]
         if isinstance(entry, Group) and action:
             assert action in entry.actions, f"semdict {command} {action}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "extending.md"], ids=name)
+def test_options_exist(page):
+    for line in re.findall(r"\bsemdict ([a-z][^`#\n]+)", code_of(page).replace("\\\n", " ")):
+        words = line.split()
+        entry, rest = COMMANDS[words[0]], words[1:]
+        if isinstance(entry, Group):
+            entry, rest = entry.actions.get(rest[0]) if rest else None, rest[1:]
+        if entry is not None:
+            parser = argparse.ArgumentParser()
+            load(entry).add_arguments(parser)
+            used = {word.partition("=")[0] for word in rest if word.startswith("--")}
+            assert used <= {"--help", *parser._option_string_actions}, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
