@@ -168,6 +168,9 @@ def test_a_run_continues_across_an_edited_comment_and_not_across_edited_code(cop
     code = tmp_path / "code"
     for folder in ("pipeline", "train", "semdict"):
         shutil.copytree(ROOT / folder, code / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pipeline", "train"):  # the copy's folders under their import names, before an installed package's
+        if not (code / "semdict" / name).exists():
+            (code / "semdict" / name).symlink_to(f"../{name}")
     vcq = {"chunk": 1, "batch": 1, "views": ["centre"], "psnr_floor": 0.0, "psnr_images": 2}
     tiny.write_params(copy, encode={"chunk": 1, "batch": 1}, vcq_encode=vcq, runtime={"workers": 1})
     tokenizer = copy / "runs" / "tiny" / "vcq" / "tokenizer.pt"
