@@ -43,11 +43,11 @@ def make_images(root: Path, classes: int = 3, each: int = 4, start: int = 0) -> 
         Image.fromarray(draw_image(start + n)).save(path)
 
 
-def make_vqgan(path: Path, seed: int = 0, codes: int = CODES) -> None:
-    """Random weights in the MAGE layout, scaled so that the codes in use vary."""
+def make_vqgan(path: Path, seed: int = 0, codes: int = CODES, levels: int = 5) -> None:
+    """Random weights in the MAGE layout, scaled so that the codes in use vary; the stride is 2 ** (levels - 1)."""
     torch.manual_seed(seed)
     sizes = Sizes(
-        stem=32, widths=(32,) * 5, blocks=1, decoder_blocks=1, z_channels=8, codes=codes, dim=8, strided=False
+        stem=32, widths=(32,) * levels, blocks=1, decoder_blocks=1, z_channels=8, codes=codes, dim=8, strided=False
     )
     model = MageTokenizer(sizes).eval()
     with torch.no_grad():

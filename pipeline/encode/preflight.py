@@ -51,7 +51,7 @@ def preflight(
     decibels = psnr(pixels[:shown], copies)
     rows, labels = [pixels[:shown], copies], ["original", "generative\nback to pixels"]
     if centroids is not None:
-        rows.append(word_maps(tokens["disc"][:shown], word_colours(centroids)))
+        rows.append(word_maps(tokens["disc"][:shown], word_colours(centroids), pixels.shape[1]))
         labels.append("discriminative\nas colours")
     save_grid(reports / "reconstructions.png", rows, labels)
     report = {
@@ -72,7 +72,7 @@ def preflight(
 
 
 def sample_crops(job: EncodeJob, manifest: Manifest, count: int) -> np.ndarray:
-    """(n, 256, 256, 3) uint8: the first view of up to `count` good rows, evenly spread over the manifest."""
+    """(n, S, S, 3) uint8: the first view of up to `count` good rows, evenly spread over the manifest."""
     good = np.flatnonzero(manifest.status == 0)
     picks = np.unique(np.linspace(0, len(good) - 1, min(count, len(good))).astype(np.int64)) if len(good) else []
     reader = manifest.reader(dict(job.images))

@@ -1,4 +1,4 @@
-"""Tokens back to pixels: the PSNR and the picture that show whether the tokeniser saw what it expects."""
+"""Tokens back to pixels: PSNR and pictures that show whether the tokenizer saw the pixels it expects."""
 
 import math
 from pathlib import Path
@@ -34,7 +34,7 @@ def psnr(originals: np.ndarray, copies: np.ndarray) -> np.ndarray:
 
 
 def reconstruct(tokenizer: Decoder, gen: np.ndarray, batch: int) -> np.ndarray:
-    """(n, L) generative ids -> (n, 256, 256, 3) uint8."""
+    """(n, L) generative ids -> (n, H, W, 3) uint8, decoded `batch` at a time."""
     parts = [
         to_uint8(tokenizer.decode(torch.from_numpy(gen[i : i + batch].astype(np.int64)).to(tokenizer.device)))
         for i in range(0, len(gen), batch)
@@ -43,7 +43,7 @@ def reconstruct(tokenizer: Decoder, gen: np.ndarray, batch: int) -> np.ndarray:
 
 
 def word_colours(centroids: np.ndarray) -> np.ndarray:
-    """(K, D) words -> (K, 3) uint8: their three main directions as red, green, blue, so that like words look alike."""
+    """(K, D) centroids -> (K, 3) uint8: three main components as red, green, blue, so that similar words look alike."""
     centred = centroids.astype(np.float64) - centroids.mean(axis=0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     projected = centred @ directions[:3].T
@@ -52,8 +52,8 @@ def word_colours(centroids: np.ndarray) -> np.ndarray:
     return (np.clip((projected - low) / np.maximum(high - low, 1e-12), 0, 1) * 255).astype(np.uint8)
 
 
-def word_maps(words: np.ndarray, colours: np.ndarray, side: int = 256) -> np.ndarray:
-    """(n, L) word ids on a square grid -> (n, side, side, 3) uint8, one coloured block per cell."""
+def word_maps(words: np.ndarray, colours: np.ndarray, side: int) -> np.ndarray:
+    """(n, L) discriminative ids on a square grid -> (n, side, side, 3) uint8, one coloured block per cell."""
     grid = math.isqrt(words.shape[1])
     blocks = colours[words].reshape(len(words), grid, grid, 3)
     return blocks.repeat(side // grid, axis=1).repeat(side // grid, axis=2)
