@@ -25,7 +25,7 @@ $(TESTING): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(INSTALLED)
 
 demo: $(INSTALLED) ## run the offline demo to verified token shards and trained models
-	@grep -q '^preset: demo$$' params.yaml || { echo 'params.yaml holds another preset: make preset NAME=demo'; exit 2; }
+	@grep -qE '^preset: demo( |$$)' params.yaml || { echo 'params.yaml holds another preset: make preset NAME=demo'; exit 2; }
 	semdict check
 	dvc repro
 	semdict shards verify shards/demo

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from demo import measure, stand_ins, train_teacher, train_vqgan
 from demo.data import as_float, draw_training_set, load_split, psnr, save_half
 from demo.images import CLASSES, GROUNDS, picture, write_images
 from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.config.presets import render
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 
+ROOT = Path(__file__).parent.parent
 UNSEEN = 987  # seed of images that are in no training set
 
 
@@ -191,3 +194,17 @@ def test_the_demo_is_as_hard_as_photographs(drawn):
     result = measure.measure(drawn, stand_ins.SHIPPED / "vqgan.ckpt", stand_ins.SHIPPED / "teacher.pth")
     assert result["teacher_features"] > 0.93 and result["discriminative_tokens"] > 0.8
     assert 0.2 < result["generative_tokens"] < 0.55
+
+
+@pytest.mark.parametrize(
+    ("preset", "accepted"), [("demo", True), ("in1k-mae", False), ("in1k", False)], ids=["demo", "in1k-mae", "in1k"]
+)
+def test_make_demo_starts_with_the_written_params_of_its_own_preset_only(tmp_path, preset, accepted):
+    """The recipe's first line, run by a shell on params.yaml as `semdict preset` writes it."""
+    (tmp_path / "params.yaml").write_text(render(preset))
+    recipe = (ROOT / "Makefile").read_text().split("\ndemo:", 1)[1].splitlines()[1]
+    guard = recipe.strip().removeprefix("@").replace("$$", "$")
+    assert "params.yaml" in guard
+    done = subprocess.run(["sh", "-c", guard], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is accepted
+    assert ("make preset NAME=demo" in done.stdout) is not accepted
