@@ -12,6 +12,19 @@ from semdict.commands import COMMANDS, Command, Group
 from semdict.pipeline.common.errors import SemdictError, UsageError, suggestion
 
 DESCRIPTION = "Turns image datasets into paired token shards, and trains on them."
+# The key of params.yaml that lowers a command's use of GPU memory.
+MEMORY_KEYS = {
+    "semdict sample-features": "lower sample_features.batch",
+    "semdict encode": "lower encode.batch",
+    "semdict pretrain": "raise pretrain.accumulate",
+    "semdict condition": "raise condition.accumulate",
+    "semdict generate": "lower generate.batch",
+    "semdict vcq train": "raise vcq.accumulate",
+    "semdict vcq encode": "lower vcq_encode.batch",
+    "semdict ar train": "raise ar.accumulate",
+    "semdict ar sample": "lower ar_sample.batch",
+    "semdict evaluate fine-tune": "raise evaluate.finetune.accumulate",
+}
 EXAMPLE = "example:\n  semdict shards info shards/demo"
 
 
@@ -25,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SemdictError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, `semdict --help` imports no torch
+            raise
+        message = ". ".join(str(error).split(". ")[:2])
+        print(f"{name}: {message}; {MEMORY_KEYS.get(name, 'lower the batch')} and run it again", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # `semdict ... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from ruamel import yaml
 
-from semdict.cli import load, main
+from semdict.cli import MEMORY_KEYS, load, main
 from semdict.commands import COMMANDS, Command
+from semdict.pipeline.config.presets import render
 
 HEAVY = ("torch", "zarr", "pyarrow", "dask", "numpy", "faiss", "pydantic", "PIL", "dvc")
 
@@ -112,3 +115,35 @@ def test_short_names_are_importable_and_the_package_itself_is_light():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("HEAVY []\nsemdict.pipeline.tokenizers") and done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("name", MEMORY_KEYS)
+def test_a_full_gpu_is_one_line_that_names_a_key_of_the_presets(name, monkeypatch, capsys):
+    words = name.split()[1:]
+    module = load(leaves()[" ".join(words)])
+    text = "CUDA out of memory. Tried to allocate 28.00 GiB. GPU 0 has a total capacity of 79.11 GiB."
+
+    def run(args):
+        raise torch.OutOfMemoryError(text)
+
+    monkeypatch.setattr(module, "add_arguments", lambda parser: None)
+    monkeypatch.setattr(module, "run", run)
+    assert main(words) == 1
+    lines = capsys.readouterr().err.splitlines()
+    key = MEMORY_KEYS[name].split()[1]
+    assert lines == [f"{name}: CUDA out of memory. Tried to allocate 28.00 GiB; {MEMORY_KEYS[name]} and run it again"]
+    section = yaml.YAML(typ="safe").load(render("demo"))
+    for part in key.split("."):
+        section = section[part]
+    assert isinstance(section, int)
+
+
+def test_other_runtime_errors_are_not_taken_for_a_full_gpu(monkeypatch):
+    module = load(leaves()["check"])
+
+    def run(args):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(module, "run", run)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        main(["check"])

@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from semdict.pipeline.encode.worker import CROPS, EncodeWorker
 from semdict.pipeline.execute.store import ChunkStore
 from semdict.pipeline.manifest.table import load_manifest
 from semdict.pipeline.shards import open_shards, verify_shards
@@ -224,3 +226,24 @@ def test_ten_crop_and_random_views_are_encoded_and_their_boxes_kept(copy):
     boxes = np.stack(shards.index.column("boxes").to_pylist()).reshape(12, 4, 5)
     assert len(np.unique(boxes[:, 2:, 0])) > 6, "random boxes differ between images"
     assert (boxes[:, 1, 4] == 1).all()
+
+
+class MeanTokenizer:
+    """Tokens that tell the crops apart: the mean of each channel; keeps how many crops came at a time."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.sizes: list[int] = []
+
+    def tokens(self, images: torch.Tensor, precision: str) -> dict[str, torch.Tensor]:
+        self.sizes.append(len(images))
+        return {"gen": (images.mean((2, 3)) * 255).round().long()}
+
+
+@pytest.mark.parametrize("count", [1, CROPS, CROPS + 1, 2 * CROPS + 31])
+def test_the_models_see_a_bounded_number_of_crops_at_a_time(count):
+    crops = np.random.default_rng(0).integers(0, 256, (count, 1, 1, 3), dtype=np.uint8)
+    worker = EncodeWorker(SimpleNamespace(precision="float32"), None, None, MeanTokenizer())
+    np.testing.assert_array_equal(worker._tokens(crops)["gen"], crops.reshape(count, 3))
+    assert max(worker.tokenizer.sizes) <= CROPS and sum(worker.tokenizer.sizes) == count
