@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import shutil
 import subprocess
 from pathlib import Path
@@ -339,3 +340,37 @@ def test_what_is_not_a_shard_directory(tmp_path, capsys):
     write_sums(path)
     assert main(["shards", "verify", str(path)]) == 2
     assert "install a newer one" in capsys.readouterr().err
+
+
+class Trap:
+    """An object whose pickle makes a file when it is loaded."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_a_set_forged_as_zarr_2_with_pickled_chunks_is_refused_before_a_chunk_is_read(tmp_path):
+    """Arrays of zarr 2 may name numcodecs's pickle codec, which runs code; the group's format is checked first."""
+    spec, block = make_set(rows=8)
+    path = write(tmp_path / "s", spec, block)
+    group = path / "tokens.zarr"
+    meta = json.loads((group / "zarr.json").read_bytes())
+    (group / "zarr.json").write_text(json.dumps(meta | {"zarr_format": 2}))
+    (group / ".zgroup").write_text(json.dumps({"zarr_format": 2}))
+    (group / ".zattrs").write_text(json.dumps(meta["attributes"]))
+    shutil.rmtree(group / "gen")
+    (group / "gen").mkdir()
+    array = {"zarr_format": 2, "shape": [8], "chunks": [8], "dtype": "|O", "order": "C", "fill_value": None}
+    (group / "gen" / ".zarray").write_text(json.dumps({**array, "compressor": None, "filters": [{"id": "pickle"}]}))
+    (group / "gen" / "0").write_bytes(pickle.dumps(Trap(str(tmp_path / "ran"))))
+    for read in (open_shards, lambda folder: open_shards(folder).gen[:], verify_shards):
+        try:
+            result = read(path)
+        except ShardError as error:
+            assert "zarr_format 2" in str(error) and "zarr.json" in str(error)
+        else:
+            assert read is verify_shards and not result.ok
+    assert not (tmp_path / "ran").exists()

@@ -20,5 +20,5 @@ def features(preset: str) -> Path:
 
 
 def centroids(preset: str) -> Path:
-    """The discriminative dictionary."""
+    """The discriminative codebook."""
     return DATA / preset / "kmeans" / "centroids.npy"

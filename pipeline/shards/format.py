@@ -197,7 +197,8 @@ def read_metadata(path: Path) -> tuple[dict[str, Any], ShardSpec, Layout]:
     """
     group = path / TOKENS / "zarr.json"
     try:
-        meta = json.loads(group.read_bytes())["attributes"]
+        head = json.loads(group.read_bytes())
+        meta, zarr_format = head["attributes"], head["zarr_format"]
     except FileNotFoundError:
         reason = "does not exist" if not path.exists() else f"has no {TOKENS}/zarr.json"
         raise NotShardsError(f"{path} is not a token shard directory: it {reason}") from None
@@ -205,6 +206,10 @@ def read_metadata(path: Path) -> tuple[dict[str, Any], ShardSpec, Layout]:
         raise NotShardsError(f"{path} is not a token shard directory: {group} cannot be read ({error})") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise NotShardsError(f"{path} is not a token shard directory: {group} does not say format {FORMAT!r}")
+    if zarr_format != 3:  # arrays of zarr 2 may name codecs that run code, such as pickle
+        raise ShardError(
+            f"{group} says zarr_format {zarr_format!r}, token shards are zarr 3: the file is damaged or forged"
+        )
     if meta.get("version") not in READABLE:
         raise NotShardsError(
             f"{path} is format version {meta.get('version')}, this program reads versions {READABLE[0]} to {VERSION}: "
