@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.common.errors import UsageError, WeightsError
 from semdict.pipeline.common.safeload import load_array, load_checkpoint, load_tensors
+from semdict.train.eval.image_sets import read_npz
 
 
 class TouchPayload:
@@ -246,3 +247,13 @@ def test_arrays(tmp_path):
             with pytest.raises(WeightsError, match=name.replace(".", r"\.")):
                 load_array(tmp_path / name, mmap=mmap)
     assert not mark.exists()
+
+
+def test_scored_arrays_that_inflate_are_refused_by_their_sizes(tmp_path):
+    """68 MB of zeros in a file of 70 KB; images of noise and the flat images of a real sampler are read."""
+    np.savez_compressed(tmp_path / "bomb.npz", arr_0=np.zeros((1 << 26) + (1 << 22), np.uint8))
+    with pytest.raises(UsageError, match=r"bomb\.npz.*would inflate to"):
+        read_npz(tmp_path / "bomb.npz", ("arr_0",))
+    flat = np.full((8, 64, 64, 3), 7, np.uint8)
+    np.savez_compressed(tmp_path / "flat.npz", arr_0=flat)
+    np.testing.assert_array_equal(read_npz(tmp_path / "flat.npz", ("arr_0",))["arr_0"], flat)

@@ -65,6 +65,7 @@ AVERAGED = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")
 PLAIN = ("state_dict", "model", "model_state_dict", "module", "teacher", "student")
 WRAPPERS = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module")  # DDP, compile, Fabric, FSDP
 WRAPPED = re.compile(rf"^(?:(?:{'|'.join(WRAPPERS)})\.)+|(?<=\.)(?:(?:{'|'.join(WRAPPERS[1:])})\.)+")
+ARRAYS_INFLATION, ARRAYS_SLACK = 64, 1 << 24  # the same of an .npz: token grids and flat images compress well
 INFLATION, SLACK = 4, 1 << 20  # members of a zip file may take this many times its size, and this many bytes more
 
 
@@ -192,6 +193,14 @@ def _load_torch(path: Path) -> Any:
     inert = [(Inert, name) for name in names if LEFTOVERS.fullmatch(name)]
     with torch.serialization.safe_globals([*inert, *HARMLESS]):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_npz_size(path: Path) -> None:
+    """ValueError if the members of an .npz, by its directory, would take far more memory than the file has bytes."""
+    with zipfile.ZipFile(path) as archive:
+        inflated, stored = sum(record.file_size for record in archive.infolist()), path.stat().st_size
+    if inflated > ARRAYS_INFLATION * stored + ARRAYS_SLACK:
+        raise ValueError(f"its {stored} bytes would inflate to {inflated}")
 
 
 def _check_zip(path: Path) -> set[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import ManifestError, SemdictError, UsageError
 from semdict.pipeline.common.files import is_foreign, sha256_file, sha256_json
+from semdict.pipeline.common.safeload import check_npz_size
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
@@ -226,10 +227,11 @@ def generator_settings(folder: Path) -> dict[str, Any]:
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Arrays of an .npz by name, never a pickle; UsageError names what is missing or refused."""
     try:
+        check_npz_size(path)
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in names if name not in file.files]
             if missing:
                 raise UsageError(f"{path} holds {', '.join(file.files)}; {missing[0]} is missing")
             return {name: file[name] for name in names}
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, NotImplementedError) as error:
         raise UsageError(f"{path} cannot be read as plain arrays ({error}); nothing in it was executed") from None

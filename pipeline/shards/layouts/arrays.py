@@ -31,7 +31,6 @@ COLUMNS = {
     "label": ("label", "labels"),
 }
 SIZES = {"gen": 1024, "disc": 16384}
-INFLATION, SLACK = 64, 1 << 24  # members of a .npz may take this many times its bytes, and this many more
 
 
 def read(
@@ -73,11 +72,10 @@ def _npy(path: str | Path) -> np.ndarray:
 
 def _npz(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray], tuple[str, ...]]:
     """Column -> its name in the file, column -> array, and the names that were not used."""
+    from semdict.pipeline.common.safeload import check_npz_size
+
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > INFLATION * path.stat().st_size + SLACK:
-            raise ShardError(f"{path} was refused: its {path.stat().st_size} bytes would inflate to {size}")
+        check_npz_size(path)
         with np.load(path, allow_pickle=False) as content:
             names = {column: name for column, known in COLUMNS.items() for name in known[::-1] if name in content.files}
             if "gen" not in names:
