@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import alternate
+from semdict.train.masked.iterative_decoding import Decoding, ImageRng, decode_iteratively, share_equal_contexts
 from semdict.train.masked.model import SIZES, MaskedTokenTransformer, model_config
 from semdict.train.masked.objectives.lease import Lease
-from semdict.train.masked.sampling import Decoding, ImageRng, decode_iteratively, share_equal_contexts
 from semdict.train.masked.vocab import LEASE
 
 CODES = 1024

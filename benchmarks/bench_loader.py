@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.memory import status
 from benchmarks.report import arguments, machine, publish
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
-from semdict.train.data.tokens import ResidentLoader, TokenTable, table_from_shards
+from semdict.train.data.resident import ResidentLoader, TokenTable, table_from_shards
 
 LENGTH, CODES, WORDS = 256, 1024, 16384
 TURNS = 4

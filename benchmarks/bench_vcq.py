@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.report import arguments, machine, publish
 from benchmarks.timing import alternate
 from semdict.train.ar.model import ArConfig, ArModel, preset
-from semdict.train.ar.sampling import sample
+from semdict.train.ar.sampler import sample
 from semdict.train.engine.guidance import Guidance
 from semdict.train.engine.optim import adamw
 from semdict.train.vcq.discriminator import PatchGan

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from semdict.train.ar.sample import ArSampler
-from semdict.train.ar.sampling import sample, sample_code, uniforms
+from semdict.train.ar.sampler import sample, sample_code, uniforms
 from semdict.train.engine.guidance import MODES, Guidance, combine, cosine_ramp, scales, size_ratio
 from semdict.train.engine.model_file import save_model
 from semdict.train.vcq.schedule import codebook_sizes

@@ -20,11 +20,11 @@ from semdict.cli import main
 from semdict.pipeline.analysis.curves import curves_of
 from semdict.pipeline.common.errors import SemdictError, ShardError, UsageError
 from semdict.pipeline.shards import Block, ShardSpec, open_shards, verify_shards, write_shards
-from semdict.pipeline.shards.formats import EXPORTERS, IMPORTERS, export_tokens, import_tokens
+from semdict.pipeline.shards.convert import EXPORTERS, IMPORTERS, export_tokens, import_tokens
 from semdict.pipeline.shards.layouts.webdataset import percent
 from semdict.pipeline.shards.rows import row_batches
+from semdict.train.data.resident import ResidentLoader, table_from_shards
 from semdict.train.data.streaming import StreamingLoader
-from semdict.train.data.tokens import ResidentLoader, table_from_shards
 from tests.token_sets import good_rows, write_awkward_set
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from semdict.pipeline.common.errors import SemdictError, ShardError, WeightsError
-from semdict.train.data.tokens import class_names
+from semdict.train.data.resident import class_names
 from semdict.train.engine.model_file import save_model
 from semdict.train.eval.features import FeatureStore, encoder_features
 from semdict.train.eval.sources import TokenBatch, TokenSource

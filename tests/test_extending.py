@@ -20,8 +20,8 @@ TABLES = {  # section -> files of the project that its change edits
     "A tokenizer": {"pipeline/tokenizers/registry.py"},
     "A teacher": {"pipeline/tokenizers/teachers.py"},
     "A measure": {"train/eval/measures.py", BASE},
-    "An import layout": {"pipeline/shards/formats.py"},
-    "An export layout": {"pipeline/shards/formats.py"},
+    "An import layout": {"pipeline/shards/convert.py"},
+    "An export layout": {"pipeline/shards/convert.py"},
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from semdict.cli import main
 from semdict.pipeline.common.errors import SemdictError, ShardError, UsageError
 from semdict.pipeline.shards import open_shards, verify_shards
-from semdict.pipeline.shards.formats import import_tokens
+from semdict.pipeline.shards.convert import import_tokens
 
 
 def ids(*shape: int, size: int = 1024, dtype=np.int64, seed: int = 0) -> np.ndarray:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
-from semdict.pipeline.shards.formats import export_tokens
+from semdict.pipeline.shards.convert import export_tokens
+from semdict.train.data.resident import ResidentLoader, TokenTable, table_from_shards
 from semdict.train.data.streaming import StreamingLoader, find_blocks, read_about
 from semdict.train.data.token_set import recipe_of
-from semdict.train.data.tokens import ResidentLoader, TokenTable, table_from_shards
 
 ROWS, VIEWS, LENGTH, BAD = 90, 3, 4, (0, 7, 88)
 

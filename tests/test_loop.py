@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from semdict.pipeline.common.errors import InterruptedRun, SemdictError, UsageError, WeightsError
-from semdict.train.data.tokens import ResidentLoader
+from semdict.train.data.resident import ResidentLoader
 from semdict.train.engine import checkpoint, dist
 from semdict.train.engine.logging import read_log
 from semdict.train.engine.loop import Phase, Plan, Run, fit

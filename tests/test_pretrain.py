@@ -16,7 +16,7 @@ import yaml
 
 from semdict.cli import main
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
-from semdict.pipeline.shards.formats import export_tokens
+from semdict.pipeline.shards.convert import export_tokens
 from semdict.train.engine.logging import read_log
 from semdict.train.engine.model_file import load_model
 from semdict.train.masked.model import MaskedTokenTransformer

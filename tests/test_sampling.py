@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.masked.context import box_cells, hidden_cells
-from semdict.train.masked.model import MaskedTokenTransformer, model_config
-from semdict.train.masked.released import load_released
-from semdict.train.masked.sampling import (
+from semdict.train.masked.iterative_decoding import (
     Decoding,
     ImageRng,
     cells_to_hide,
@@ -23,6 +21,8 @@ from semdict.train.masked.sampling import (
     sample_unknown,
     share_equal_contexts,
 )
+from semdict.train.masked.model import MaskedTokenTransformer, model_config
+from semdict.train.masked.released import load_released
 from tests import tiny
 
 CODES, MASK = 7, 7

@@ -18,7 +18,7 @@ from semdict.pipeline.common.files import is_foreign
 from semdict.pipeline.shards import FILL, Block, NotShardsError, ShardSpec, open_shards, verify_shards, write_shards
 from semdict.pipeline.shards.checksums import write_sums
 from semdict.pipeline.shards.command import summary
-from semdict.pipeline.shards.formats import export_tokens
+from semdict.pipeline.shards.convert import export_tokens
 from semdict.pipeline.shards.ids import MAX_CODES
 from tests.token_sets import cut, make_index, make_set, tree, write
 

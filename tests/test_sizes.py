@@ -18,9 +18,9 @@ from semdict.pipeline.shards import open_shards, verify_shards
 from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.train.data.augment import TimmAugmentation
 from semdict.train.data.images import ImageLoader, ImageRows, RandomCrop, centre_crops, usable_rows
+from semdict.train.data.resident import ResidentLoader, table_from_shards
 from semdict.train.data.streaming import StreamingLoader
 from semdict.train.data.token_set import TokenSet
-from semdict.train.data.tokens import ResidentLoader, table_from_shards
 from tests import tiny
 from tests.test_eval_cli import EVALUATE, MODEL, RUNTIME, images
 

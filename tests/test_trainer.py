@@ -12,7 +12,7 @@ import yaml
 from semdict.cli import main
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.execute.code_identity import PACKAGES, identity_of, import_closure
-from semdict.train.data.tokens import ResidentLoader
+from semdict.train.data.resident import ResidentLoader
 from semdict.train.engine import dist, trainer
 from semdict.train.engine.logging import RunLog
 from semdict.train.engine.loop import Phase

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import SemdictError
-from semdict.train.data.tokens import ResidentLoader, TokenTable
+from semdict.train.data.resident import ResidentLoader, TokenTable
 from semdict.train.engine import dist
 from semdict.train.engine.loop import Batch, Clock, Phase, Plan, Run, fit
 from semdict.train.engine.lr_schedule import warmup_cosine

@@ -57,7 +57,7 @@ Exit status: 0 sound, 1 damaged (names array and chunk), 2 not a shard directory
 
 
 class Import:
-    """Writes the tokens of another layout as a shard directory; layouts come from the table of `formats.py`."""
+    """Writes the tokens of another layout as a shard directory; layouts come from the table of `convert.py`."""
 
     EXAMPLE = """example:
   semdict shards import tokens.pt shards/lease --centroids km_16k.npy"""
@@ -65,7 +65,7 @@ class Import:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Source, target and codebooks, and the options of every layout."""
-        from semdict.pipeline.shards.formats import IMPORTERS
+        from semdict.pipeline.shards.convert import IMPORTERS
 
         parser.add_argument("file", type=Path)
         parser.add_argument("dir", type=Path)
@@ -81,7 +81,7 @@ class Import:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Import, and print the counts."""
-        from semdict.pipeline.shards.formats import IMPORTERS, guess_layout, import_tokens
+        from semdict.pipeline.shards.convert import IMPORTERS, guess_layout, import_tokens
 
         layout = args.layout or guess_layout(args.file)
         result = import_tokens(
@@ -102,7 +102,7 @@ class Import:
 
 
 class Export:
-    """Writes a shard directory in another layout; layouts come from the table of `formats.py`."""
+    """Writes a shard directory in another layout; layouts come from the table of `convert.py`."""
 
     EXAMPLE = """examples:
   semdict shards export shards/demo tokens.pt --to pt
@@ -112,7 +112,7 @@ class Export:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Source and target, and the options of every layout."""
-        from semdict.pipeline.shards.formats import EXPORTERS
+        from semdict.pipeline.shards.convert import EXPORTERS
 
         parser.add_argument("dir", type=Path)
         parser.add_argument("out", type=Path)
@@ -124,7 +124,7 @@ class Export:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Export, and print the number of rows left out."""
-        from semdict.pipeline.shards.formats import EXPORTERS, export_tokens
+        from semdict.pipeline.shards.convert import EXPORTERS, export_tokens
 
         options = EXPORTERS.selected(args, args.to)
         skipped = export_tokens(args.dir, args.out, args.to, split=args.split, overwrite=args.overwrite, **options)

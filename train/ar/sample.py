@@ -16,7 +16,7 @@ from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import atomic_write, write_json
 from semdict.pipeline.common.publish import check_output
 from semdict.train.ar.model import ArModel
-from semdict.train.ar.sampling import sample
+from semdict.train.ar.sampler import sample
 from semdict.train.ar.train import check_tokenizer
 from semdict.train.engine import dist
 from semdict.train.engine.guidance import Guidance

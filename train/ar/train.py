@@ -12,8 +12,8 @@ from semdict.pipeline.common.device import DTYPES
 from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.files import write_json
 from semdict.train.ar.model import SHAPES, ArConfig, ArModel, drop_labels, nll_bits
+from semdict.train.data.resident import ResidentLoader, class_names, table_from_shards
 from semdict.train.data.token_set import recipe_of
-from semdict.train.data.tokens import ResidentLoader, class_names, table_from_shards
 from semdict.train.engine import dist
 from semdict.train.engine.loop import Batch, Clock, Phase
 from semdict.train.engine.lr_schedule import warmup_hold_linear

@@ -15,7 +15,7 @@ from semdict.pipeline.common.safeload import load_array
 from semdict.train.engine.loop import Loader
 
 # Dataloaders of token sets: value of pretrain.loader -> module with open_metadata and open_loader.
-LOADERS = {"resident": "semdict.train.data.tokens", "streaming": "semdict.train.data.streaming"}
+LOADERS = {"resident": "semdict.train.data.resident", "streaming": "semdict.train.data.streaming"}
 
 
 @dataclass(frozen=True)

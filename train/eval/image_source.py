@@ -17,7 +17,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.device import reduced_precision, to_device
 from semdict.pipeline.common.errors import ManifestError, UsageError
-from semdict.train.data.tokens import class_names
+from semdict.train.data.resident import class_names
 from semdict.train.engine.rng import Stream, permutation, torch_seed
 from semdict.train.eval.sources import TokenBatch
 from semdict.train.masked.encoder import Encoder

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.files import sha256_file
+from semdict.train.data.resident import class_names
 from semdict.train.data.token_set import recipe_of
-from semdict.train.data.tokens import class_names
 from semdict.train.masked.encoder import Encoder
 
 

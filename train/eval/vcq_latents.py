@@ -15,7 +15,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.device import DTYPES, to_device
 from semdict.pipeline.common.errors import ManifestError
-from semdict.train.data.tokens import class_names
+from semdict.train.data.resident import class_names
 from semdict.train.eval.image_sets import ImageSet
 from semdict.train.vcq.tokenizer import Tokenizer1d
 

@@ -15,8 +15,8 @@ from semdict.pipeline.common.device import reduced_precision
 from semdict.pipeline.common.errors import ShardError, UsageError, WeightsError
 from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.safeload import load_array, load_tensors
+from semdict.train.data.resident import ResidentLoader, table_from_shards
 from semdict.train.data.token_set import TokenSet
-from semdict.train.data.tokens import ResidentLoader, table_from_shards
 from semdict.train.engine import dist
 from semdict.train.engine.loop import Batch, Phase
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine

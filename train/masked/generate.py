@@ -24,8 +24,8 @@ from semdict.train.engine import dist
 from semdict.train.engine.sampling_run import SamplingRun
 from semdict.train.masked.context import Context, hidden_cells, load_context
 from semdict.train.masked.encoder import run_name
+from semdict.train.masked.iterative_decoding import Decoding, ImageRng, decode_iteratively
 from semdict.train.masked.samplers import open_sampler
-from semdict.train.masked.sampling import Decoding, ImageRng, decode_iteratively
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params, Vqgan

@@ -17,8 +17,8 @@ from semdict.train.engine.model_file import ModelFile, load_model, model_kind, m
 from semdict.train.masked.conditional import ConditionalTransformer
 from semdict.train.masked.context import Context
 from semdict.train.masked.encoder import Encoder, load_encoder, run_name
+from semdict.train.masked.iterative_decoding import LogitsAt, share_equal_contexts
 from semdict.train.masked.objectives import objective_class
-from semdict.train.masked.sampling import LogitsAt, share_equal_contexts
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Generate

@@ -1,1 +1,1 @@
-"""One module per layout that token sets are imported from or exported to; `shards/formats.py` has the tables."""
+"""One module per layout that token sets are imported from or exported to; `shards/convert.py` has the tables."""
