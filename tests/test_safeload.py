@@ -250,7 +250,7 @@ def test_arrays(tmp_path):
 
 
 def test_scored_arrays_that_inflate_are_refused_by_their_sizes(tmp_path):
-    """68 MB of zeros in a file of 70 KB; images of noise and the flat images of a real sampler are read."""
+    """71 MB of zeros in a file of about 70 KB are refused; flat images, which compress well too, are read."""
     np.savez_compressed(tmp_path / "bomb.npz", arr_0=np.zeros((1 << 26) + (1 << 22), np.uint8))
     with pytest.raises(UsageError, match=r"bomb\.npz.*would inflate to"):
         read_npz(tmp_path / "bomb.npz", ("arr_0",))
