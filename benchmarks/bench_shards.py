@@ -111,7 +111,7 @@ def part_load(folder: Path, rows: int) -> dict:
 
 def part_read_one_core(folder: Path, rows: int) -> dict:
     """Original ids through the lazy arrays, one thread on one core, with the commands' setting of the allocator."""
-    from semdict.pipeline.common.memory import keep_freed_memory
+    from semdict.pipeline.common.device import keep_freed_memory
     from semdict.pipeline.shards import open_shards
 
     keep_freed_memory()

@@ -8,8 +8,7 @@ import pytest
 import torch
 from ruamel import yaml
 
-from semdict.cli import MEMORY_KEYS, load, main
-from semdict.commands import COMMANDS, Command
+from semdict.cli import COMMANDS, MEMORY_KEYS, Command, load, main
 from semdict.pipeline.config.presets import render
 
 HEAVY = ("torch", "zarr", "pyarrow", "dask", "numpy", "faiss", "pydantic", "PIL", "dvc")

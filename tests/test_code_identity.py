@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from semdict.commands import COMMANDS, Group
+from semdict.cli import COMMANDS, Group
 from semdict.pipeline.common.errors import SemdictError
 from semdict.pipeline.execute.code_identity import code_identity, identity_of, import_closure
 
@@ -142,11 +142,11 @@ def test_the_identity_is_known_for_every_command():
 
 
 def test_a_module_run_as_a_program_has_its_own_identity():
-    """`python -m semdict.pipeline.common.memory` calls itself __main__."""
+    """`python -m semdict.pipeline.common.progress` calls itself __main__."""
     script = (
         "import runpy, sys\nfrom semdict.pipeline.execute.code_identity import code_identity\n"
-        "class Spec: name = 'semdict.pipeline.common.memory'\n"
+        "class Spec: name = 'semdict.pipeline.common.progress'\n"
         "sys.modules['__main__'].__spec__ = Spec\nprint(code_identity('__main__'))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == code_identity("semdict.pipeline.common.memory")
+    assert done.stdout.strip() == code_identity("semdict.pipeline.common.progress")

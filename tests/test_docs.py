@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from semdict.cli import load
-from semdict.commands import COMMANDS, Group
+from semdict.cli import COMMANDS, Group, load
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").glob("*.md")])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from semdict.pipeline.config.preset_command import awaited_folders
+from semdict.pipeline.config.command import awaited_folders
 from semdict.pipeline.config.presets import preset_names
 from semdict.pipeline.shards import open_shards, verify_shards
 from semdict.train.vcq.schedule import codebook_sizes

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from semdict.commands import COMMANDS, Group
+from semdict.cli import COMMANDS, Group
 from semdict.pipeline.config.params import load_params
 from semdict.pipeline.execute.code_identity import PACKAGES, import_closure
 from tests.test_dvc import ROOT, call, project

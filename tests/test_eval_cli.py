@@ -306,7 +306,8 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     from semdict.pipeline.images.crops import Crop, ViewSpec, crop_views, expand_views
     from semdict.pipeline.images.decode import BadImage, Status
     from semdict.pipeline.manifest.table import load_manifest
-    from semdict.train.eval import image_source as sources
+    from semdict.train.eval.linear_probe import RandomCropFeatures
+    from semdict.train.eval.sources import ImageSource
     from semdict.train.masked.encoder import load_encoder
 
     folders = {split: str(world / "images" / split) for split in ("train", "val")}
@@ -314,7 +315,7 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
     encoder, cpu = load_encoder(world / "runs/tiny/mage"), torch.device("cpu")
     crop = Crop("resize-larger", 256, 1.14)
     recipe = CropRecipe(crop, tuple(expand_views(["centre"])))
-    source = sources.ImageSource(path, folders, ["train"], recipe, vqgan, encoder, cpu, batch=2)
+    source = ImageSource(path, folders, ["train"], recipe, vqgan, encoder, cpu, batch=2)
     manifest, seen = load_manifest(path), []
 
     def remember(pixels):
@@ -322,7 +323,7 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
         return torch.zeros(len(pixels), 256, dtype=torch.long)
 
     source.codes = lambda images: remember((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
-    batches = sources.RandomCropFeatures(source, lambda tokens: tokens[:, :1].float(), 1, 5, seed=3)
+    batches = RandomCropFeatures(source, lambda tokens: tokens[:, :1].float(), 1, 5, seed=3)
     orders = []
     for epoch in range(2):
         labels = torch.cat([label for _, label in batches(epoch)])
@@ -338,7 +339,7 @@ def test_random_crops_are_new_every_epoch_and_belong_to_their_labels(world):
             assert np.array_equal(pixels, want[0])
         seen.clear()
     assert orders[0] != orders[1] and batches.steps == 2
-    few = sources.RandomCropFeatures(source, lambda tokens: tokens[:, :1].float(), 1, 3, 0, within=np.array([4, 7, 9]))
+    few = RandomCropFeatures(source, lambda tokens: tokens[:, :1].float(), 1, 3, 0, within=np.array([4, 7, 9]))
     assert sorted(next(few(0))[1].tolist()) == sorted(source.labels[[4, 7, 9]].tolist())
     seen.clear()
     first = next(i for i in range(9) if source.labels[order[i]] != source.labels[order[i + 1]])

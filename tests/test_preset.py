@@ -9,8 +9,8 @@ import yaml
 from semdict.cli import main
 from semdict.pipeline.common.errors import ParamsError, UsageError
 from semdict.pipeline.common.publish import occupied
+from semdict.pipeline.config.command import watched_folders, write_params
 from semdict.pipeline.config.params import load_params, validate
-from semdict.pipeline.config.preset_command import watched_folders, write_params
 from semdict.pipeline.config.presets import complete, preset_names, render, resolve
 from semdict.pipeline.config.yaml import parse_yaml, read_yaml
 from tests import tiny

@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from semdict.pipeline.common.device import resolve_device
+from semdict.pipeline.common.device import keep_freed_memory, resolve_device
 from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.hub import absolute
-from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.config import paths
 from semdict.pipeline.config.params import add_params_arguments, params_of

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semdict.pipeline.common.device import to_device
-from semdict.pipeline.common.memory import keep_freed_memory
+from semdict.pipeline.common.device import keep_freed_memory, to_device
 from semdict.pipeline.execute.store import Advance, Arrays, Chunk
 from semdict.pipeline.images.batches import CropBatch, CropRecipe, Source, stream_batches
 from semdict.pipeline.manifest.table import Manifest, load_manifest

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from semdict.pipeline.common.device import reduced_precision, resolve_device, to_device
+from semdict.pipeline.common.device import keep_freed_memory, reduced_precision, resolve_device, to_device
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.common.files import sha256_file, write_json
 from semdict.pipeline.common.hub import absolute, local_file
-from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.common.progress import progress
 from semdict.pipeline.common.publish import check_output, publish_folder
 from semdict.pipeline.config import paths

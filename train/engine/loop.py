@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from semdict.pipeline.common.device import DTYPES
+from semdict.pipeline.common.device import DTYPES, keep_freed_memory
 from semdict.pipeline.common.errors import InterruptedRun, SemdictError, UsageError
 from semdict.pipeline.common.files import write_json
-from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.common.progress import progress
 from semdict.train.engine import checkpoint, dist
 from semdict.train.engine.logging import RunLog, read_log

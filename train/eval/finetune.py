@@ -29,8 +29,8 @@ from semdict.train.engine.rng import Stream, numpy_seed
 from semdict.train.engine.trainer import Components, Trainer
 from semdict.train.eval.classifier import Classifier, layer_groups
 from semdict.train.eval.common import same_classes, top_accuracy, write_confusion
-from semdict.train.eval.image_source import ImageSource
 from semdict.train.eval.setup import Setup, add_common_arguments
+from semdict.train.eval.sources import ImageSource
 
 EXAMPLE = """examples:
   semdict evaluate fine-tune --model runs/demo/lease

@@ -1,16 +1,22 @@
 """`semdict evaluate probe`: linear probe on frozen features (LEASE and Sorcen, tables A.2)."""
 
 import argparse
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from semdict.pipeline.common.errors import UsageError
+from semdict.train.engine.rng import Stream, permutation, torch_seed
 from semdict.train.eval.common import write_confusion, write_curve
 from semdict.train.eval.features import encoder_features
-from semdict.train.eval.image_source import RandomCropFeatures
 from semdict.train.eval.linear_head import ArrayBatches, Batches, HeadConfig, fit_probe
 from semdict.train.eval.setup import Setup, add_common_arguments
+from semdict.train.eval.sources import ImageSource
 
 EXAMPLE = """examples:
   semdict evaluate probe --model runs/demo/lease --shards shards/demo
@@ -18,6 +24,7 @@ EXAMPLE = """examples:
   semdict evaluate probe --model runs/in1k/lease --set evaluate.source=images     the published protocol, VQGAN online
 
 Writes probe.json, probe_curve.csv and probe_confusion.csv. Features of a shard directory's views are kept in work/."""
+ROWS = 128  # images of a training batch that share a forward pass and its dropout; changes the result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,3 +68,36 @@ def training_batches(
     batches = RandomCropFeatures(source, features, setup.encoder.model.config.width, cfg.batch, cfg.seed, subset)
     about = {"views": ["random resized crop and flip, new every epoch"], "features": "made every epoch"}
     return batches, {**source.about, **about, "images": len(batches.labels), "embedding_dropout": dropout}
+
+
+class RandomCropFeatures:
+    """Training batches for a head: features of new random crops every epoch, as in the published probe.
+
+    features: tokens (B, L) -> (B, E), called with torch's generator seeded from (seed, epoch, part) for its dropout.
+    Yields (features (B, E), labels (B,)); within: positions of the images to use, all by default.
+    """
+
+    def __init__(
+        self, source: ImageSource, features: Callable[[Tensor], Tensor], width: int, batch: int, seed: int,
+        within: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.source = source if within is None else source.narrowed(within)
+        count = len(self.source.labels)
+        if not 2 <= batch <= count:
+            raise UsageError(f"batch {batch} must be between 2 and the {count} images there are")
+        self.features, self.width, self.batch, self.seed = features, width, batch, seed
+        self.steps = count // batch
+        self.labels = torch.from_numpy(self.source.labels).to(source.device)
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = permutation(len(self.labels), self.seed, Stream.CROP_ORDER, epoch)[: self.steps * self.batch]
+        cuts = range(ROWS, self.batch, ROWS)
+        parts = [part for batch in order.reshape(self.steps, self.batch) for part in np.split(batch, cuts)]
+        crops = enumerate(self.source.random_crops(parts, epoch, self.seed))
+        for _ in range(self.steps):
+            features, labels = [], []
+            for number, (tokens_BL, positions) in itertools.islice(crops, len(cuts) + 1):
+                torch.manual_seed(torch_seed(self.seed, Stream.CROP_DROPOUT, epoch, number))
+                features.append(self.features(tokens_BL))
+                labels.append(self.labels[torch.from_numpy(positions).to(self.labels.device)])
+            yield torch.cat(features), torch.cat(labels)

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from semdict.pipeline.common.device import resolve_device
+from semdict.pipeline.common.device import keep_freed_memory, resolve_device
 from semdict.pipeline.common.files import write_json
-from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.config import paths
 from semdict.train.eval.common import same_classes
 from semdict.train.eval.features import FeatureSet, FeatureStore
-from semdict.train.eval.image_source import ImageSource
-from semdict.train.eval.sources import Source, TokenSource
+from semdict.train.eval.sources import ImageSource, Source, TokenSource
 from semdict.train.masked.encoder import Encoder, load_encoder
 
 if TYPE_CHECKING:

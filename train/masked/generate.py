@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semdict.pipeline.common.device import reduced_precision
+from semdict.pipeline.common.device import keep_freed_memory, reduced_precision
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import atomic_write, write_json
-from semdict.pipeline.common.memory import keep_freed_memory
 from semdict.pipeline.common.publish import check_output
 from semdict.train.data.token_set import recipe_of
 from semdict.train.engine import dist

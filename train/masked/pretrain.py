@@ -17,8 +17,8 @@ from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.trainer import Components, Trainer, add_run_arguments
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
+from semdict.train.masked.monitor import Pictures, WithClassifier
 from semdict.train.masked.objectives import OBJECTIVES, objective_class
-from semdict.train.masked.online import WithClassifier
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
@@ -108,7 +108,6 @@ class Pretraining:
         if not trainer.runtime.picture_every or not trainer.world.first:
             return []
         from semdict.pipeline.tokenizers import load_tokenizer
-        from semdict.train.masked.pictures import Pictures
 
         cfg, token_set = self.vqgan, self.token_set
         vqgan = load_tokenizer(cfg.weights, trainer.world.device, cfg.layout, cfg.ema)
