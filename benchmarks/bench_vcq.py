@@ -98,7 +98,7 @@ def bench_tokenizer(device: str, small: bool, repeats: int, peak: float) -> dict
     objective = TokenizerObjective(LossWeights(perceptual=0.0, start=0), None)
     images = torch.rand(batch, 3, config.image_size, config.image_size, device=device)
     rng = torch.Generator(device).manual_seed(0)
-    optimisers = [adamw(part, (0.9, 0.95), 1e-4) for part in (model, discriminator)]
+    optimisers = [adamw(part, (0.9, 0.95), 1e-4, decay_tables=False) for part in (model, discriminator)]
 
     def step() -> None:
         with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=gpu):

@@ -178,10 +178,14 @@ def test_no_class_row_gets_the_gradient():
 
 
 def test_weight_decay_groups():
+    """The paper spares biases, norms and adaptive norms only; RAR's rule, which spares the tables too, is an option."""
     model = ArModel(TINY)
     decayed, spared = parameter_groups(model, 0.03)
     names = {name for name, _ in decayed["params"]}
-    assert not [n for n in names if "norm" in n or "bias" in n or "adaln" in n or "embed" in n]
+    assert not [n for n in names if "norm" in n or "bias" in n or "adaln" in n]
+    assert {"embed.weight", "class_embed.weight"} <= names
+    as_rar = {name for name, _ in parameter_groups(model, 0.03, decay_tables=False)[0]["params"]}
+    assert names - as_rar == {"embed.weight", "class_embed.weight"}
     assert {"layers.0.adaln_offset", "adaln.weight", "adaln.bias", "norm.weight"} <= {n for n, _ in spared["params"]}
     assert {"head.weight", "layers.1.qkv.weight", "layers.0.down.weight"} <= names
     assert sum(len(g["params"]) for g in (decayed, spared)) == len(list(model.parameters()))

@@ -38,8 +38,8 @@ def test_layer_decay_groups():
     assert set(names) == {name for name, _ in model.named_parameters()}
     assert sum(len(group["params"]) for group in groups) == len(names)
     expected = {
-        "encoder.token_emb.word.weight": (0.65**4, 0.0),
-        "encoder.token_emb.position.weight": (0.65**4, 0.0),
+        "encoder.token_emb.word.weight": (0.65**4, 0.05),
+        "encoder.token_emb.position.weight": (0.65**4, 0.05),
         "encoder.blocks.0.attn.qkv.weight": (0.65**3, 0.05),
         "encoder.blocks.0.norm1.weight": (0.65**3, 0.0),
         "encoder.blocks.2.mlp.fc2.weight": (0.65, 0.05),

@@ -194,11 +194,24 @@ def test_schedule_is_a_ramp_and_half_a_cosine():
     assert scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)
 
 
-def test_decay_spares_biases_norms_and_tables():
+def test_weight_decay_follows_timms_rule():
+    """timm decides by shape and the name `bias`: embedding tables and positions are decayed (MAGE, LEASE)."""
+    from timm.optim import param_groups_weight_decay
+
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Embedding(5, 4))
     model.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, 4, 4)))
-    model[0].bias.requires_grad_(True)
+    spared_by_timm, decayed_by_timm = param_groups_weight_decay(model, 0.05)
     decayed, spared = parameter_groups(model, 0.05)
+    for ours, theirs in ((decayed, decayed_by_timm), (spared, spared_by_timm)):
+        assert ours["weight_decay"] == theirs["weight_decay"]
+        assert {id(p) for _, p in ours["params"]} == {id(p) for p in theirs["params"]}
+    assert {name for name, _ in decayed["params"]} == {"0.weight", "2.weight", "pos_embed"}
+
+
+def test_tables_can_be_spared_from_weight_decay():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Embedding(5, 4))
+    model.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, 4, 4)))
+    decayed, spared = parameter_groups(model, 0.05, decay_tables=False)
     assert [name for name, _ in decayed["params"]] == ["0.weight"] and decayed["weight_decay"] == 0.05
     assert {name for name, _ in spared["params"]} == {"0.bias", "1.weight", "1.bias", "2.weight", "pos_embed"}
     assert spared["weight_decay"] == 0.0

@@ -154,7 +154,7 @@ class ArModel(nn.Module):
         return self.config.sizes if masked else (self.config.vocab,) * len(self.config.sizes)
 
     def no_weight_decay(self) -> set[str]:
-        """Biases, norms and adaptive-norm parameters are not decayed; the embedding tables neither (RAR's rule)."""
+        """Adaptive-norm parameters are not decayed, besides biases and norms (VCQ, appendix A)."""
         return {name for name, _ in self.named_parameters() if "adaln" in name}
 
     def forward(self, ids_BL: Tensor, labels_B: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class ArTraining:
         cfg = self.cfg
         model = ArModel(self.config(max(1, loader.classes)), cfg.seed).to(trainer.world.device)
         lr_schedule = warmup_hold_linear(cfg.lr, cfg.final_lr, cfg.warmup, cfg.hold, cfg.steps)
-        optimiser = adamw(model, tuple(cfg.betas), cfg.weight_decay)
+        optimiser = adamw(model, tuple(cfg.betas), cfg.weight_decay, decay_tables=cfg.decay_tables)
         phase = Phase("model", model, NextToken(cfg.label_dropout), optimiser, lr_schedule, cfg.clip)
         return Components([phase], cfg.steps, {"model": model})
 

@@ -110,7 +110,7 @@ class Conditioning:
         lr_schedule = warmup_cosine(peak, cfg.warmup_epochs * epoch, steps, cfg.min_lr)
         masking = Masking.from_cfg(cfg.mask)
         objective = ConditionalReconstruction(cfg.label_dropout, cfg.word_dropout, masking, cfg.label_smoothing)
-        optimiser = adamw(model, tuple(cfg.betas), cfg.weight_decay)
+        optimiser = adamw(model, tuple(cfg.betas), cfg.weight_decay, decay_tables=cfg.decay_tables)
         phase = Phase("model", model, objective, optimiser, lr_schedule, cfg.clip)
         return Components([phase], steps, {"model": model})
 

@@ -85,7 +85,7 @@ class Pretraining:
         steps, peak = cfg.epochs * epoch, scaled_lr(cfg.base_lr, cfg.batch)
         lr_schedule = warmup_cosine(peak, cfg.warmup_epochs * epoch, steps, cfg.min_lr)
         trained = nn.ModuleDict({"model": model, "objective": objective})
-        optimiser = adamw(trained, tuple(cfg.betas), cfg.weight_decay)
+        optimiser = adamw(trained, tuple(cfg.betas), cfg.weight_decay, decay_tables=cfg.decay_tables)
         phase = Phase("model", model, objective, optimiser, lr_schedule, cfg.clip)
 
         def move_averages(clock: Clock, _log: RunLog | None) -> None:

@@ -158,7 +158,7 @@ class VcqTraining:
         """A phase with the optimiser and the learning-rate schedule of section vcq."""
         cfg = self.cfg
         lr_schedule = warmup_hold_linear(cfg.lr, cfg.final_lr, cfg.warmup, cfg.hold, cfg.steps)
-        optimiser = adamw(module, tuple(cfg.betas), cfg.weight_decay)
+        optimiser = adamw(module, tuple(cfg.betas), cfg.weight_decay, decay_tables=False)
         return Phase(name, module, objective, optimiser, lr_schedule, cfg.clip, start)
 
     def averaging(self, average: Ema, model: nn.Module) -> Hook:

@@ -88,6 +88,7 @@ class Pretrain(Extensible):
     min_lr: Weight
     warmup_epochs: CountOrZero
     weight_decay: Weight
+    decay_tables: bool
     betas: Betas
     clip: Weight
     dropout: Dropout
@@ -129,6 +130,7 @@ class Condition(Section):
     min_lr: Weight
     warmup_epochs: CountOrZero
     weight_decay: Weight
+    decay_tables: bool
     betas: Betas
     clip: Weight
     dropout: Dropout

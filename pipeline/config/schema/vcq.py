@@ -118,6 +118,7 @@ class Ar(Section):
     hold: CountOrZero
     betas: Betas
     weight_decay: Weight
+    decay_tables: bool
     clip: Weight
     precision: Precision
     seed: Seed
