@@ -88,6 +88,11 @@ ROWS = (
     ),
     ("vcq", "autoregressive decoding with a cache against without", "{decode[cached_over_uncached]:.1f} x"),
     ("entropy", "conditional entropy of {rows:,} x 256 codes, slowest of six sets", "{slowest:.1f} s"),
+    (
+        "analyse",
+        "`semdict analyse` on {rows:,} x 256 pairs of 1,024 x 16,384 ids: the whole command, peak memory",
+        "{command[seconds]:.0f} s, {command[peak_bytes]:,} bytes",
+    ),
     ("entropy", "against a Python dictionary of prefixes, {rows_compared:,} rows", "{least:.0f} to {most:.0f} x"),
 )
 

@@ -92,6 +92,9 @@ COMMANDS: dict[str, Command | Group] = {
         "  semdict ar sample --model runs/demo/ar --tokenizer runs/demo/vcq --out samples",
     ),
     "entropy": Command("semdict.pipeline.analysis.stage", "information along token sequences: VCQ's table 1, figure 2"),
+    "analyse": Command(
+        "semdict.pipeline.analysis.codebooks", "how the two codebooks of a token set relate, and its size on disk"
+    ),
     "report": Command("semdict.report.command", "one HTML page of all results there are"),
     "preset": Command("semdict.pipeline.config.command:Preset", "write a preset to params.yaml"),
     "check": Command("semdict.pipeline.config.command:Check", "validate params.yaml and name missing inputs"),

@@ -16,6 +16,7 @@ from tools.doc_tables import replace_tables
 ROOT = Path(__file__).resolve().parent.parent
 # script -> keys of a figure that must be positive
 SMALL = {
+    "analyse": ("command", "peak_bytes"),
     "contrastive": ("times_faster_than", "full_logits"),
     "decode": ("decode", "decode", "ratio"),
     "entropy": ("rows",),

@@ -27,6 +27,7 @@ PICTURES = {
 }
 ENCODER_ONLY = ("pipeline/shards/", "train/data/")
 UNSHAPED: dict[str, dict[str, str]] = {
+    "analyse": {"pipeline/images/": "imported with the manifest, of which this stage reads the sizes"},
     "pretrain": PICTURES,
     "ar_sample": dict.fromkeys(("pipeline/shards/", "train/data/"), "imported with the trainer"),
     "vcq_evaluate": dict.fromkeys(ENCODER_ONLY, "imported with the encoder's measures, which this stage does not call"),

@@ -72,7 +72,10 @@ class Missing:
 
 def sections(results: Results) -> list[Section]:
     """The sections that have something to show."""
-    parts = (tokens(results), masked_models(results), vcq(results), entropy(results), comparisons(results))
+    parts = (
+        tokens(results), masked_models(results), vcq(results), codebooks(results), entropy(results),
+        comparisons(results),
+    )  # fmt: skip
     return [part for part in parts if part]
 
 
@@ -170,6 +173,25 @@ def vcq(results: Results) -> Section:
     return part
 
 
+def codebooks(results: Results) -> Section:
+    """The two codebooks of the token set compared."""
+    part = Section("codebooks", "Generative against discriminative tokens")
+    if content := results.read("analyse/analyse.json"):
+        directions = {"H(GEN | DISC)": content["gen_given_disc"], "H(DISC | GEN)": content["disc_given_gen"]}
+        keys = list(scalars(content["gen_given_disc"]))
+        rows = [[key.replace("_", " "), *(number(of[key]) for of in directions.values())] for key in keys]
+        part.tables.append(Table(["", *directions], rows))
+        part.detail("analyse/analyse.json", content)
+    captions = {
+        "conditional_entropy": "Conditional entropy of every token, in nats",
+        "class_tokens": "Most frequent tokens of a class",
+        "pmi": "Pointwise mutual information of the strongest pairs",
+    }
+    for name, caption in captions.items():
+        part.picture(results.reports / "analyse" / f"{name}.png", caption)
+    return part
+
+
 def entropy(results: Results) -> Section:
     """Information along the sequence of each token set."""
     part = Section("entropy", "Entropy along the sequence")
@@ -200,6 +222,7 @@ def absent(results: Results) -> list[Missing]:
         "vcq/metrics.json": "dvc repro vcq_train",
         "ar/metrics.json": "dvc repro ar_train",
         "vcq/evaluate.json": "dvc repro vcq_evaluate",
+        "analyse/analyse.json": "dvc repro analyse",
         "entropy/entropy.json": "dvc repro entropy",
     }
     for name in results.masked_runs():

@@ -10,6 +10,7 @@ from semdict.pipeline.config.schema.evaluate import Evaluate, Scores
 from semdict.pipeline.config.schema.masked import Condition, Generate, Pretrain
 from semdict.pipeline.config.schema.tokens import (
     NO_FILE,
+    Analyse,
     Encode,
     Features,
     Inputs,
@@ -24,6 +25,7 @@ from semdict.pipeline.config.schema.tokens import (
 from semdict.pipeline.config.schema.vcq import Ar, ArSample, Vcq, VcqEvaluate
 
 __all__ = [
+    "Analyse",
     "Ar",
     "ArSample",
     "Condition",
@@ -60,6 +62,7 @@ class Params(Section):
     kmeans: Kmeans
     encode: Encode
     shards: Shards
+    analyse: Analyse
     pretrain: Pretrain
     condition: Condition
     generate: Generate

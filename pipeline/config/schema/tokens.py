@@ -4,7 +4,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from semdict.pipeline.config.schema.base import BILLION, Count, CropProtocol, Decibels, Precision, Section, Seed, Share
+from semdict.pipeline.config.schema.base import (
+    BILLION,
+    Count,
+    CropProtocol,
+    Decibels,
+    Precision,
+    Rate,
+    Section,
+    Seed,
+    Share,
+)
 
 NO_FILE = "weights/README.md"  # stands in `inputs` where there is no file to watch
 
@@ -115,3 +125,15 @@ class Shards(Section):
         if self.shard_rows % self.chunk_rows:
             raise ValueError(f"shard_rows {self.shard_rows} is not a multiple of chunk_rows {self.chunk_rows}")
         return self
+
+
+class Analyse(Section):
+    """The two codebooks of a token set compared (LEASE, appendix D)."""
+
+    split: str | None
+    view: str | None
+    bound: Rate
+    top: Count
+    pmi_tokens: Annotated[int, Field(ge=1, le=1000)]
+    min_count: Count
+    seed: Seed
