@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the commands they send it to.
+# Children inherit ignored signals: Ctrl-C is ignored where a shell started the tests in the background, SIGHUP under
+# nohup. The tests send both to the commands that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SEMDICT_SHARED", ROOT.parent / "shared"))
