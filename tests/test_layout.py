@@ -1,6 +1,7 @@
 """The layout of the project: who may import whom, how large files are, and what the wheel contains."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -142,6 +143,18 @@ def test_pretraining_imports_little_of_train():
     trainer = {name: len(MODULES[name].read_text().splitlines()) for name in reached if name.startswith("train.")}
     assert sum(trainer.values()) < PRETRAIN_LINES, sorted(trainer.items(), key=lambda item: -item[1])
     assert not [name for name in trainer if name.startswith("train.eval.")]
+
+
+def test_validated_parameters_bring_the_tables_of_train_and_no_trainer():
+    """The schema reads the names of objectives and measures from two tables, the only arrow from pipeline to train."""
+    script = (
+        "import json, sys\nfrom semdict.pipeline.config.params import load_params\nload_params('params.yaml')\n"
+        "print(json.dumps([name for name in sys.modules if name.startswith(('semdict.train.', 'torch'))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    packages = {"semdict.train.masked", "semdict.train.eval"}
+    tables = {"semdict.train.masked.objectives", "semdict.train.eval.measures"}
+    assert set(json.loads(done.stdout)) == packages | tables
 
 
 @pytest.mark.parametrize("parent", LEAN)

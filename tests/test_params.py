@@ -40,7 +40,12 @@ def test_params_yaml_of_the_repository_is_valid():
 
 @pytest.mark.parametrize(
     ("section", "wrong", "near"),
-    [("kmeans", "itertions", "kmeans.iterations"), ("encode", "batch_size", "encode.batch"), (None, "kmean", "kmeans")],
+    [
+        ("kmeans", "itertions", "kmeans.iterations"),
+        ("encode", "batch_size", "encode.batch"),
+        ("evaluate", "fine_tune", "evaluate.finetune"),  # the measure is called fine-tune
+        (None, "kmean", "kmeans"),
+    ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path, tree, section, wrong, near):
     (tree[section] if section else tree)[wrong] = 1

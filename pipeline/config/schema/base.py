@@ -75,7 +75,8 @@ class AddedSection(Section):
 class Extensible(Section):
     """A section with a subsection per entry of a table in semdict.train, which is imported by name.
 
-    The pipeline does not depend on the trainers: the table's names are all that is read from it.
+    Only the table's names are read. Its module is plain data and imports no trainer, so that the pipeline runs without
+    their code; tests/test_layout.py checks this.
     """
 
     table: ClassVar[tuple[str, str]]  # module and name of the table
@@ -84,9 +85,11 @@ class Extensible(Section):
 
     @classmethod
     def entries(cls) -> Collection[str]:
-        """Names of the subsections that the table allows."""
+        """Names of the subsections that the table allows, as fields spell them: finetune is fine-tune."""
         module, name = cls.table
-        return [entry.replace("-", "_") for entry in getattr(import_module(module), name)]
+        fields = {field.replace("_", ""): field for field in cls.model_fields}
+        entries = [entry.replace("-", "_") for entry in getattr(import_module(module), name)]
+        return [fields.get(entry.replace("_", ""), entry) for entry in entries]
 
     def section(self, name: str) -> Section:
         """The subsection of one entry."""
@@ -109,6 +112,16 @@ class Extensible(Section):
             elif cls.needed:
                 raise ValueError(f"{name} is missing; `semdict preset --complete` adds what is missing")
         return section
+
+
+class WarmedUp(Section):
+    """A training with keys `epochs` and `warmup_epochs`, which must not be more than all epochs."""
+
+    @model_validator(mode="after")
+    def _warms_up_within_the_training(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} is more than epochs {self.epochs}")
+        return self
 
 
 class Runtime(Section):
@@ -137,9 +150,3 @@ def check_crop(value: Any) -> Any:
 
 
 CropProtocol = Annotated[str | dict[str, float], PlainValidator(check_crop)]
-
-
-def check_warmup(warmup_epochs: int, epochs: int) -> None:
-    """ValueError when the warm-up is longer than the training."""
-    if warmup_epochs > epochs:
-        raise ValueError(f"warmup_epochs {warmup_epochs} is more than epochs {epochs}")

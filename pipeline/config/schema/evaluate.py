@@ -18,12 +18,12 @@ from semdict.pipeline.config.schema.base import (
     Seed,
     Share,
     Splits,
+    WarmedUp,
     Weight,
-    check_warmup,
 )
 
 
-class EvaluateProbe(Section):
+class EvaluateProbe(WarmedUp):
     """Linear probe (LEASE and Sorcen, tables A.2)."""
 
     epochs: Count
@@ -35,11 +35,6 @@ class EvaluateProbe(Section):
     embedding_dropout: Dropout
     seed: Seed
     eval_every: Count
-
-    @model_validator(mode="after")
-    def _fits(self) -> "EvaluateProbe":
-        check_warmup(self.warmup_epochs, self.epochs)
-        return self
 
 
 class SecondSet(Section):
@@ -73,7 +68,7 @@ class EvaluateKnn(Section):
     second: dict[Name, SecondSet]
 
 
-class EvaluateFewShot(Section):
+class EvaluateFewShot(WarmedUp):
     """Linear probe on a few images per class (LEASE, table A.4)."""
 
     shots: Annotated[list[Count], Field(min_length=1)]
@@ -87,15 +82,14 @@ class EvaluateFewShot(Section):
     embedding_dropout: Dropout
 
     @model_validator(mode="after")
-    def _fits(self) -> "EvaluateFewShot":
-        check_warmup(self.warmup_epochs, self.epochs)
+    def _distinct(self) -> "EvaluateFewShot":
         for name in ("shots", "seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} names one twice")
         return self
 
 
-class EvaluateFinetune(Section):
+class EvaluateFinetune(WarmedUp):
     """End-to-end fine-tuning on images (LEASE, table A.3)."""
 
     epochs: Count
@@ -121,8 +115,7 @@ class EvaluateFinetune(Section):
     seed: Seed
 
     @model_validator(mode="after")
-    def _fits(self) -> "EvaluateFinetune":
-        check_warmup(self.warmup_epochs, self.epochs)
+    def _rises(self) -> "EvaluateFinetune":
         if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
             raise ValueError(f"crop_scale {self.crop_scale} must rise from above 0")
         return self

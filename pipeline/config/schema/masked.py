@@ -17,8 +17,8 @@ from semdict.pipeline.config.schema.base import (
     Seed,
     Share,
     Splits,
+    WarmedUp,
     Weight,
-    check_warmup,
 )
 
 Widths = Annotated[list[Count], Field(min_length=2, max_length=2)]  # hidden, output
@@ -66,7 +66,7 @@ class PretrainMage(Section):
     """Reconstruction only: no keys of its own."""
 
 
-class Pretrain(Extensible):
+class Pretrain(Extensible, WarmedUp):
     """Masked-token training on token shards, with a section for every objective."""
 
     table: ClassVar = ("semdict.train.masked.objectives", "OBJECTIVES")
@@ -107,13 +107,8 @@ class Pretrain(Extensible):
         shared = self.model_dump(by_alias=True, exclude=set(self.entries()))
         return {**shared, objective: self.section(objective).model_dump()}
 
-    @model_validator(mode="after")
-    def _fits(self) -> "Pretrain":
-        check_warmup(self.warmup_epochs, self.epochs)
-        return self
 
-
-class Condition(Section):
+class Condition(WarmedUp):
     """Class-conditional fine-tuning of the decoder under a frozen encoder (LEASE, table A.5)."""
 
     class_embeddings: str | None
@@ -138,11 +133,6 @@ class Condition(Section):
     mask: Mask
     precision: Precision
     seed: Seed
-
-    @model_validator(mode="after")
-    def _fits(self) -> "Condition":
-        check_warmup(self.warmup_epochs, self.epochs)
-        return self
 
 
 class Generate(Section):

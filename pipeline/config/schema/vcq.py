@@ -16,8 +16,8 @@ from semdict.pipeline.config.schema.base import (
     Seed,
     Share,
     Splits,
+    WarmedUp,
     Weight,
-    check_warmup,
 )
 
 Shape = Annotated[list[Count], Field(min_length=3, max_length=3)]  # depth, width, heads
@@ -141,7 +141,7 @@ class ArSample(Section):
     precision: SamplingPrecision
 
 
-class FirstK(Section):
+class FirstK(WarmedUp):
     """Linear probe on the first k tokens."""
 
     first: Annotated[list[Count], Field(min_length=1)]
@@ -153,11 +153,6 @@ class FirstK(Section):
     warmup_epochs: CountOrZero
     weight_decay: Weight
     seed: Seed
-
-    @model_validator(mode="after")
-    def _fits(self) -> "FirstK":
-        check_warmup(self.warmup_epochs, self.epochs)
-        return self
 
 
 class VcqEvaluate(Section):
