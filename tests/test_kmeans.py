@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from semdict.pipeline.common import nearest as search
 from semdict.pipeline.common.errors import SemdictError, WeightsError
-from semdict.pipeline.kmeans import clustering
+from semdict.pipeline.kmeans import clustering, faiss_engine
 from semdict.pipeline.kmeans.clustering import assign, train_centroids
 from semdict.pipeline.kmeans.stage import existing_centroids
 
@@ -234,24 +234,25 @@ def test_wrong_arguments_are_refused():
 
 def test_faiss_is_tried_on_a_gpu_in_a_process_of_its_own(monkeypatch):
     """Some GPU builds abort the process where they lack kernels for the GPU; the trial reports that instead."""
-    clustering.faiss_gpu_error.cache_clear()
+    faiss_engine.faiss_gpu_error.cache_clear()
     if not torch.cuda.is_available():
-        assert clustering.faiss_gpu_error() != ""
+        assert faiss_engine.faiss_gpu_error() != ""
     trials = {"import os; os.abort()": "status -6", "raise RuntimeError('no kernel image')": "no kernel", "pass": ""}
     for script, reason in trials.items():
-        clustering.faiss_gpu_error.cache_clear()
-        monkeypatch.setattr(clustering, "GPU_TRIAL", script)
-        error = clustering.faiss_gpu_error()
+        faiss_engine.faiss_gpu_error.cache_clear()
+        monkeypatch.setattr(faiss_engine, "GPU_TRIAL", script)
+        error = faiss_engine.faiss_gpu_error()
         assert reason in error and bool(error) == bool(reason)
-    clustering.faiss_gpu_error.cache_clear()
+    faiss_engine.faiss_gpu_error.cache_clear()
 
 
 def test_a_gpu_that_faiss_cannot_use_is_left_to_torch(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(clustering, "faiss_gpu_error", lambda: "no kernel image")
-    assert clustering._select_engine("auto", "auto")[1:] == (f"torch {torch.__version__} cuda", "cuda")
+    monkeypatch.setattr(clustering, "faiss_gpu_error", lambda _: "no kernel image")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert clustering._select_engine("auto", "auto")[1:] == (f"torch {torch.__version__} cuda", ["cuda"])
     assert "no kernel image" in capsys.readouterr().err
-    assert clustering._select_engine("faiss", "auto")[2] == "cpu"
+    assert clustering._select_engine("faiss", "auto")[2] == ["cpu"]
     with pytest.raises(SemdictError, match=r"no kernel image.*kmeans\.engine: torch"):
         clustering._select_engine("faiss", "cuda")
 

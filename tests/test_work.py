@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from semdict.pipeline.common.errors import BusyError, SemdictError
 from semdict.pipeline.common.files import atomic_write
 from semdict.pipeline.execute import dask as on_dask
+from semdict.pipeline.execute import processes
 from semdict.pipeline.execute.executor import run_chunks
 from semdict.pipeline.execute.locks import lock
 from semdict.pipeline.execute.store import Chunk, ChunkStore, fingerprint, split_rows
@@ -101,9 +102,9 @@ def test_each_worker_sees_one_of_the_gpus_that_this_process_may_use(monkeypatch)
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-8d1a,7")  # the third is none that CUDA knows
-    assert on_dask.visible_gpus() == ["5", "GPU-8d1a"]
+    assert processes.visible_gpus() == ["5", "GPU-8d1a"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert on_dask.visible_gpus() == ["0", "1"]
+    assert processes.visible_gpus() == ["0", "1"]
     seen = [on_dask.worker_options(i, ["5", "GPU-8d1a"], 3)["env"]["CUDA_VISIBLE_DEVICES"] for i in range(3)]
     assert seen == ["5", "GPU-8d1a", "5"]
     assert "CUDA_VISIBLE_DEVICES" not in on_dask.worker_options(0, [], 1)["env"]

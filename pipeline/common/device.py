@@ -1,7 +1,7 @@
 """What models run on: device names, precision, images on their way to the device, and the CPU's allocator."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -55,3 +55,23 @@ def keep_freed_memory() -> None:
         return  # another C library: its allocator has its own rules
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, (1 << 31) - 1)
+
+
+class HostCopy:
+    """Tensors on their way to the host: the copies queue behind the kernels that fill them, `arrays` waits for them.
+
+    A plain `.cpu()` would also wait for everything that was queued since.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+        self._done = None
+        if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tensors as arrays, once they have arrived."""
+        if self._done is not None:
+            self._done.synchronize()
+        return {name: copy.numpy() for name, copy in self._copies.items()}

@@ -13,6 +13,7 @@ from semdict.pipeline.encode.assemble import Publication, encode_and_publish
 from semdict.pipeline.encode.preflight import Floor, preflight
 from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.execute.code_identity import code_identity
+from semdict.pipeline.execute.processes import decode_threads, resolve_scheduler
 from semdict.pipeline.execute.store import ChunkStore, fingerprint
 from semdict.pipeline.images.batches import CropRecipe
 from semdict.pipeline.manifest.table import Manifest, load_manifest
@@ -62,12 +63,13 @@ class EncodeStage:
 
         `tokenizer` is what `spec` opens, in this process; workers open their own.
         """
+        scheduler = resolve_scheduler(scheduler, self.params.runtime.device)
         manifest = load_manifest(self.paths.manifest)
         if len(manifest) == 0:
             raise ManifestError(f"{self.paths.manifest} lists no images; run `dvc repro manifest`")
         recipe = self.recipe(streams)
         shards = self.shard_spec(manifest, streams, recipe, self.fingerprint(manifest, recipe, tokenizer.device.type))
-        job = self.job(spec, shards)
+        job = self.job(spec, shards, scheduler)
         store = ChunkStore(self.paths.work, self.name, job.fingerprint)
         report = preflight(job, tokenizer, manifest, self.cfg, self.floor, self.paths.reports, streams.centroids)
         publication = Publication(
@@ -122,7 +124,7 @@ class EncodeStage:
             source=shards.source,
         )
 
-    def job(self, spec: StreamTokenizerSpec, shards: ShardSpec) -> EncodeJob:
+    def job(self, spec: StreamTokenizerSpec, shards: ShardSpec, scheduler: str = "in-process") -> EncodeJob:
         """The picklable job, with absolute paths: workers may start in other folders."""
         images = self.params.manifest.images.items()
         return EncodeJob(
@@ -134,6 +136,6 @@ class EncodeStage:
             dtypes=tuple((name, dtype.name) for name, dtype in shards.dtypes.items()),
             length=shards.length,
             batch=self.cfg.batch,
-            workers=self.params.runtime.workers,
+            workers=decode_threads(self.params.runtime.workers, scheduler),
             precision=self.cfg.precision,
         )

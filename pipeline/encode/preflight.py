@@ -11,7 +11,7 @@ from semdict.pipeline.common.device import to_device
 from semdict.pipeline.common.errors import SemdictError
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.config.schema import Encode
-from semdict.pipeline.encode.worker import EncodeJob
+from semdict.pipeline.encode.worker import CROPS, EncodeJob
 from semdict.pipeline.images.batches import load_crop
 from semdict.pipeline.images.decode import BadImage
 from semdict.pipeline.images.visualize import psnr, reconstruct, save_grid, word_colours, word_maps
@@ -44,10 +44,11 @@ def preflight(
     """
     pixels = sample_crops(job, manifest, max(floor.images, cfg.precision_images))
     images = to_device(pixels, tokenizer.device)
-    exact = _tokens(tokenizer, images, "float32", cfg.batch)
-    tokens = exact if job.precision == "float32" else _tokens(tokenizer, images, job.precision, cfg.batch)
+    batch = min(cfg.batch, CROPS)
+    exact = _tokens(tokenizer, images, "float32", batch)
+    tokens = exact if job.precision == "float32" else _tokens(tokenizer, images, job.precision, batch)
     shown = min(floor.images, len(pixels))
-    copies = reconstruct(tokenizer, tokens["gen"][:shown], cfg.batch)
+    copies = reconstruct(tokenizer, tokens["gen"][:shown], batch)
     decibels = psnr(pixels[:shown], copies)
     rows, labels = [pixels[:shown], copies], ["original", "generative\nback to pixels"]
     if centroids is not None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from semdict.pipeline.common.device import keep_freed_memory, to_device
+from semdict.pipeline.common.device import HostCopy, keep_freed_memory, to_device
+from semdict.pipeline.common.errors import SemdictError
+from semdict.pipeline.common.nearest import marked_non_finite
 from semdict.pipeline.execute.store import Advance, Arrays, Chunk
 from semdict.pipeline.images.batches import CropBatch, CropRecipe, Source, stream_batches
 from semdict.pipeline.manifest.table import Manifest, load_manifest
@@ -67,27 +68,32 @@ class EncodeWorker:
                 yield batch.chunk, {**arrays, "reasons": np.frombuffer(text, dtype=np.uint8)}
                 arrays = {}
 
-    def _tokenised(self, batches: Iterable[CropBatch]) -> Iterator[tuple[CropBatch, dict[str, Tensor]]]:
+    def _tokenised(self, batches: Iterable[CropBatch]) -> Iterator[tuple[CropBatch, dict[str, np.ndarray]]]:
         """Pair each batch with its tokens, one batch late: a GPU has the next queued before this one is read back."""
-        waiting: tuple[CropBatch, dict[str, Tensor]] | None = None
+        waiting: tuple[CropBatch, HostCopy] | None = None
         for batch in batches:
-            tokens = {}
+            copies = HostCopy({})
             if len(batch.rows):
-                tokens = self._tokens(batch.pixels.reshape(-1, *batch.pixels.shape[2:]))
+                copies = self._queue(batch.pixels.reshape(-1, *batch.pixels.shape[2:]))
             if waiting:
-                yield waiting
-            waiting = batch, tokens
+                yield waiting[0], waiting[1].arrays()
+            waiting = batch, copies
         if waiting:
-            yield waiting
+            yield waiting[0], waiting[1].arrays()
 
-    def _tokens(self, crops: np.ndarray) -> dict[str, Tensor]:
-        """(N, H, W, 3) uint8 crops of any number -> tokens of each stream, (N, L), at most `CROPS` crops at a time."""
+    @torch.inference_mode()
+    def _queue(self, crops: np.ndarray) -> HostCopy:
+        """(N, H, W, 3) uint8 crops of any number -> tokens of each stream, (N, L), at most `CROPS` crops at a time.
+
+        Nothing here waits for a GPU: what it computes is on its way when this returns.
+        """
         device, precision = self.tokenizer.device, self.job.precision
-        pieces = [
-            self.tokenizer.tokens(to_device(crops[start : start + CROPS], device), precision)
-            for start in range(0, len(crops), CROPS)
-        ]
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        with marked_non_finite():
+            pieces = [
+                self.tokenizer.tokens(to_device(crops[start : start + CROPS], device), precision)
+                for start in range(0, len(crops), CROPS)
+            ]
+        return HostCopy({name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
 
     def _blank(self, chunk: Chunk) -> Arrays:
         """A chunk in which no row has tokens yet, with the manifest's statuses."""
@@ -96,8 +102,8 @@ class EncodeWorker:
         status = self.manifest.status[chunk.start : chunk.stop].astype(np.uint8)
         return {**tokens, "status": status, "boxes": np.zeros((*shape[:2], 5), np.float32)}
 
-    def _fill(self, arrays: Arrays, reasons: dict[int, str], batch: CropBatch, tokens: dict[str, Tensor]) -> None:
-        """Put one batch's tokens, boxes and statuses into the chunk's arrays."""
+    def _fill(self, arrays: Arrays, reasons: dict[int, str], batch: CropBatch, tokens: dict[str, np.ndarray]) -> None:
+        """Put one batch's tokens, boxes and statuses into the chunk's arrays; SemdictError where features are NaN."""
         start = batch.chunk.start
         for row, (status, reason) in batch.bad.items():
             arrays["status"][row - start] = status
@@ -106,5 +112,12 @@ class EncodeWorker:
             return
         n, V = batch.pixels.shape[:2]
         for name, dtype in self.job.dtypes:
-            arrays[name][batch.rows - start] = tokens[name].reshape(n, V, -1).cpu().numpy().astype(dtype)
+            ids_nVL = tokens[name].reshape(n, V, -1)
+            if (lost := np.argwhere(ids_nVL < 0)).size:
+                key = self.manifest.key(int(batch.rows[lost[0][0]]))
+                raise SemdictError(
+                    f"image {key}: the features behind its {name} tokens hold NaN or Inf ({len(lost)} cells of this "
+                    f"batch do); check the weights, and the precision {self.job.precision}"
+                )
+            arrays[name][batch.rows - start] = ids_nVL.astype(dtype)
         arrays["boxes"][batch.rows - start] = batch.boxes

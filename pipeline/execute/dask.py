@@ -1,6 +1,5 @@
 """Chunks on Dask workers: processes of this machine, or a cluster that is running. The only file that knows Dask."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,9 @@ import dask
 import numpy as np
 from distributed import Client, Nanny, Scheduler, SpecCluster, as_completed
 
+from semdict.pipeline.common.cores import cores
 from semdict.pipeline.common.errors import SemdictError
+from semdict.pipeline.execute.processes import local_processes, visible_gpus
 from semdict.pipeline.execute.store import Advance, Chunk, ChunkStore, Finished, Job, Worker
 
 ALLOWED_FAILURES = 20  # worker deaths until a chunk is blamed: workers are pre-empted more often than chunks kill them
@@ -74,14 +75,13 @@ def _cluster(scheduler: str) -> Iterator[str]:
     if not scheduler.startswith("local"):
         yield scheduler
         return
-    with _start_local(int(scheduler.partition("-")[2] or 0)) as cluster:
+    with _start_local(local_processes(scheduler)) as cluster:
         yield cluster.scheduler_address
 
 
 def _start_local(count: int) -> SpecCluster:
-    """A scheduler and `count` worker processes (0 = one per GPU); started anew where a worker dies while it starts."""
+    """A scheduler and `count` worker processes; started anew where a worker dies while it starts."""
     gpus = visible_gpus()
-    count = count or len(gpus) or 1
     spec = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}}
     for attempt in range(1, STARTS + 1):
         workers = {i: {"cls": Nanny, "options": worker_options(i, gpus, count)} for i in range(count)}
@@ -96,18 +96,8 @@ def _start_local(count: int) -> SpecCluster:
 
 def worker_options(index: int, gpus: list[str], count: int) -> dict[str, Any]:
     """Options of one Nanny: one thread per process; each process sees one of `gpus`, set before it imports torch."""
-    threads = str(max(1, (os.cpu_count() or 1) // count))
+    threads = str(max(1, cores() // count))
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
     return {"nthreads": 1, "env": env, "host": "127.0.0.1"}
-
-
-def visible_gpus() -> list[str]:
-    """CUDA names of the GPUs that this process may use: entries of an inherited CUDA_VISIBLE_DEVICES, else numbers."""
-    import torch
-
-    count = torch.cuda.device_count()
-    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(i) for i in range(count)] if inherited is None else [name.strip() for name in inherited.split(",")]
-    return names[:count]

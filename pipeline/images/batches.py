@@ -5,7 +5,6 @@ any number of workers. What a bad image does is up to the function that loads it
 return it (`good_or_bad`: encode records a status), or take the next image (`first_good`: training).
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from semdict.pipeline.common.cores import cores
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.execute.store import Chunk
 from semdict.pipeline.images.crops import Crop, ViewSpec, crop_identity, crop_views, expand_views
@@ -97,7 +97,7 @@ def load_ahead(
     picklable then, and `pin_memory` applies to collated tensors. `batches` may be endless. An exception of `load` is
     raised at the batch that it belongs to.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or cores()
     if processes:
         from torch.utils.data import DataLoader
 

@@ -4,12 +4,9 @@ Both engines get the same initial centroids, split empty clusters in the same wa
 """
 
 import importlib.util
-import math
-import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,9 +14,10 @@ import torch
 from torch import Tensor
 
 from semdict.pipeline.common.errors import SemdictError
-from semdict.pipeline.common.nearest import nearest, refuse_non_finite, rows_per_chunk, search_chunk
+from semdict.pipeline.common.nearest import nearest, refuse_non_finite
+from semdict.pipeline.kmeans.faiss_engine import faiss_gpu_error, faiss_lloyd, gpu_number
+from semdict.pipeline.kmeans.torch_engine import Curves, lloyd
 
-SPLIT_SEED, SPLIT_SHIFT = 1234, 1 / 1024  # FAISS's constants for splitting a large cluster
 SLAB_BYTES = 64 << 20  # features read at once
 
 
@@ -49,24 +47,26 @@ def train_centroids(
     """Cluster features (N, D), any float dtype, around k centroids by squared Euclidean distance (Lloyd's iteration).
 
     `features` may be an array, a tensor, a memory map or a zarr array: at most `max_points_per_centroid * k` rows,
-    sampled by `seed`, are in memory. `engine` is auto, faiss or torch; auto takes FAISS (its GPU build when there),
-    and torch on a GPU that FAISS cannot use. `init` (k, D) replaces k distinct random points as the start.
+    sampled by `seed`, are in memory, once, as float16 where they are stored so. `engine` is auto, faiss or torch; auto
+    takes FAISS (its GPU build when there), and torch on a GPU that FAISS cannot use. FAISS works on one GPU; torch
+    takes all that the process sees, or the one that `device` names. `init` (k, D) replaces k distinct random points as
+    the start.
     Raises SemdictError for a row with NaN or Inf (named), fewer distinct points than k, and an engine that is missing.
     """
     if len(features.shape) != 2 or k < 1 or iterations < 1:
         raise SemdictError(f"k-means of {tuple(features.shape)} features, k {k}, iterations {iterations}: not possible")
-    run, name, device_name = _select_engine(engine, device)
+    run, name, devices = _select_engine(engine, device)
     rows = _draw_rows(features.shape[0], max_points_per_centroid * k, seed)
-    sample_ND = _read(features, rows, keep_half=run is _lloyd)
+    sample_ND = _read(features, rows)
     start_KD = _distinct_start(sample_ND, k, seed)
     if init is not None:
         start_KD = np.ascontiguousarray(init, dtype=np.float32)
         if start_KD.shape != (k, sample_ND.shape[1]):
             raise SemdictError(f"init is {start_KD.shape}, expected ({k}, {sample_ND.shape[1]})")
-    centroids_KD, *curves = run(sample_ND, start_KD, iterations, device_name)
-    counts_K = np.bincount(_assign_array(sample_ND, torch.from_numpy(centroids_KD).to(device_name)), minlength=k)
+    centroids_KD, curves = run(sample_ND, start_KD, iterations, devices)
+    counts_K = np.bincount(_assign_array(sample_ND, torch.from_numpy(centroids_KD).to(devices[0])), minlength=k)
     order_K = np.argsort(-counts_K, kind="stable")
-    return KmeansResult(centroids_KD[order_K], counts_K[order_K], *curves, engine=name, points=len(sample_ND))
+    return KmeansResult(centroids_KD[order_K], counts_K[order_K], **asdict(curves), engine=name, points=len(sample_ND))
 
 
 def assign(features: Tensor | np.ndarray, centroids: Tensor | np.ndarray) -> Tensor | np.ndarray:
@@ -81,46 +81,40 @@ def assign(features: Tensor | np.ndarray, centroids: Tensor | np.ndarray) -> Ten
     return nearest(features, centroids_KD)
 
 
-def _select_engine(engine: str, device: str) -> tuple[Any, str, str]:
-    """(engine function, its name with version, device)."""
+Engine = Callable[[np.ndarray, np.ndarray, int, list[str]], tuple[np.ndarray, Curves]]
+
+
+def _select_engine(engine: str, device: str) -> tuple[Engine, str, list[str]]:
+    """(engine function, its name with version and device, devices: the first one also assigns)."""
     if engine not in ("auto", "faiss", "torch"):
         raise SemdictError(f"k-means engine {engine} is unknown: auto, faiss or torch")
     cuda = torch.cuda.is_available()
     device_name = ("cuda" if cuda else "cpu") if device == "auto" else device
     if device_name.startswith("cuda") and not cuda:
         raise SemdictError(f"k-means device {device}: no such GPU here; use auto or cpu")
-    torch_engine = (_lloyd, f"torch {torch.__version__} {torch.device(device_name).type}", device_name)
     if engine == "torch" or (engine == "auto" and importlib.util.find_spec("faiss") is None):
-        return torch_engine
+        return _torch_engine(device_name)
     if importlib.util.find_spec("faiss") is None:
         raise SemdictError("k-means engine faiss is not installed; install faiss-cpu or faiss-gpu, or use engine torch")
     import faiss
 
-    if device_name.startswith("cuda") and (why := faiss_gpu_error()):
+    if device_name.startswith("cuda") and (why := faiss_gpu_error(gpu_number(device_name))):
         if engine == "auto":
             print(f"k-means: torch instead of FAISS, which cannot use this GPU ({why})", file=sys.stderr)
-            return torch_engine
+            return _torch_engine(device_name)
         if device != "auto":
             raise SemdictError(f"FAISS cannot use this GPU ({why}); use kmeans.engine: torch, or runtime.device: cpu")
         device_name = "cpu"
-    return _faiss, f"faiss {faiss.__version__} {torch.device(device_name).type}", device_name
+    return faiss_lloyd, f"faiss {faiss.__version__} {torch.device(device_name).type}", [device_name]
 
 
-GPU_TRIAL = """
-import sys, numpy, faiss
-if faiss.get_num_gpus() == 0:
-    sys.exit("this build of FAISS has no GPU support")
-faiss.Kmeans(4, 2, niter=1, gpu=True, min_points_per_centroid=1).train(numpy.eye(4, dtype=numpy.float32))
-"""
-
-
-@cache
-def faiss_gpu_error() -> str:
-    """Why FAISS cannot train on a GPU here, "" if it can: tried in a child, for builds without kernels may abort."""
-    child = subprocess.run([sys.executable, "-c", GPU_TRIAL], capture_output=True, text=True, check=False)
-    if child.returncode == 0:
-        return ""
-    return (child.stderr.strip().splitlines() or [f"the trial ended with status {child.returncode}"])[-1][:200]
+def _torch_engine(device_name: str) -> tuple[Engine, str, list[str]]:
+    """The torch engine on the named device, or on all visible GPUs if none is named by number."""
+    device, count = torch.device(device_name), 1
+    if device.type == "cuda" and device.index is None:
+        count = torch.cuda.device_count()
+    devices = [f"cuda:{i}" for i in range(count)] if count > 1 else [device_name]
+    return lloyd, f"torch {torch.__version__} {device.type}{f' x {count}' if count > 1 else ''}", devices
 
 
 def _draw_rows(total: int, limit: int, seed: int) -> np.ndarray:
@@ -130,10 +124,10 @@ def _draw_rows(total: int, limit: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(total, limit, replace=False, shuffle=False))
 
 
-def _read(features: Any, rows_N: np.ndarray, keep_half: bool) -> np.ndarray:
-    """Rows `rows_N` in memory, (N, D) float32, or float16 as stored when the engine can use it; all finite."""
+def _read(features: Any, rows_N: np.ndarray) -> np.ndarray:
+    """Rows `rows_N` in memory, (N, D) float16 where they are stored so, else float32; all finite."""
     width = features.shape[1]
-    half = keep_half and str(features.dtype).removeprefix("torch.") == "float16"
+    half = str(features.dtype).removeprefix("torch.") == "float16"
     sample_ND = np.empty((len(rows_N), width), dtype=np.float16 if half else np.float32)
     slab = max(1, SLAB_BYTES // (4 * width))
     for first in range(0, features.shape[0], slab):
@@ -166,105 +160,6 @@ def _distinct_start(sample_ND: np.ndarray, k: int, seed: int) -> np.ndarray:
         f"k-means around {k} centroids needs {k} distinct points, the sample of {len(sample_ND)} points has "
         f"{len(picks)}; lower kmeans.k or sample more images"
     )
-
-
-def _faiss(sample_ND: np.ndarray, start_KD: np.ndarray, iterations: int, device_name: str) -> tuple:
-    """Lloyd's iteration by FAISS, CPU or GPU build; (centroids, objective, splits, imbalance)."""
-    import faiss
-
-    points, width = sample_ND.shape
-    k = len(start_KD)
-    if points == k:  # FAISS would copy the points and report no iteration
-        return _lloyd(sample_ND, start_KD, iterations, "cpu")
-    engine = faiss.Kmeans(
-        width,
-        k,
-        niter=iterations,
-        gpu=device_name.startswith("cuda"),
-        max_points_per_centroid=points // k + 1,  # the sample is drawn already
-        min_points_per_centroid=1,
-    )
-    engine.train(sample_ND, init_centroids=start_KD)
-    stats = engine.iteration_stats
-    return (
-        np.array(engine.centroids, dtype=np.float32),
-        [float(step["obj"]) / points for step in stats],
-        [int(step["nsplit"]) for step in stats],
-        [float(step["imbalance_factor"]) for step in stats],
-    )
-
-
-def _lloyd(sample_ND: np.ndarray, start_KD: np.ndarray, iterations: int, device_name: str) -> tuple:
-    """Lloyd's iteration in torch; (centroids, objective, splits, imbalance). Same bits for the same device.
-
-    Sums are kept in 64-bit fixed point: their order, which a GPU does not promise, then changes nothing.
-    """
-    points, k = len(sample_ND), len(start_KD)
-    centroids_KD = torch.from_numpy(start_KD).to(device_name)
-    peak = max(float(sample_ND.max()), -float(sample_ND.min()), 1e-30)
-    unit = 2.0 ** (61 - math.ceil(math.log2(peak)) - math.ceil(math.log2(points)))
-    sample = _near(sample_ND, centroids_KD.device)
-    curves: tuple[list, list, list] = ([], [], [])
-    for _ in range(iterations):
-        sums_KD, counts_K, objective = _one_pass(sample, centroids_KD, unit)
-        means_KD = (sums_KD.double() / unit / counts_K.clamp(min=1)[:, None]).float()
-        centroids_KD = torch.where(counts_K[:, None] > 0, means_KD, centroids_KD)
-        sizes = counts_K.double().cpu().numpy()
-        curves[0].append(objective / points)
-        curves[2].append(float(k * np.square(sizes).sum() / points**2))
-        curves[1].append(_split_empty(centroids_KD, sizes, points))
-    return (centroids_KD.cpu().numpy(), *curves)
-
-
-def _near(sample_ND: np.ndarray, device: torch.device) -> Tensor:
-    """The sample on the device if it leaves half of the free memory there, else where it is."""
-    sample = torch.from_numpy(sample_ND)
-    if device.type == "cuda" and sample.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
-        return sample.to(device)
-    return sample
-
-
-def _one_pass(sample_ND: Tensor, centroids_KD: Tensor, unit: float) -> tuple[Tensor, Tensor, float]:
-    """Sums (K, D) int64 in units of 1 / unit, counts (K,) int64, and the summed squared distance."""
-    sums_KD = torch.zeros(centroids_KD.shape, dtype=torch.int64, device=centroids_KD.device)
-    counts_K = torch.zeros(len(centroids_KD), dtype=torch.int64, device=centroids_KD.device)
-    objective = torch.zeros((), dtype=torch.float64, device=centroids_KD.device)
-    rows, norms_K = rows_per_chunk(centroids_KD), centroids_KD.square().sum(1)
-    for first in range(0, len(sample_ND), rows):
-        part_ND = sample_ND[first : first + rows].to(centroids_KD.device).float()
-        ids_N, scores_N = search_chunk(part_ND, centroids_KD, norms_K)
-        sums_KD.index_add_(0, ids_N, (part_ND.double() * unit).round().long())
-        counts_K += torch.bincount(ids_N, minlength=len(centroids_KD))
-        objective += (scores_N.double() + part_ND.double().square().sum(1)).clamp(min=0).sum()
-    return sums_KD, counts_K, float(objective)
-
-
-def _split_empty(centroids_KD: Tensor, sizes_K: np.ndarray, points: int) -> int:
-    """Give every empty cluster half of a large one, as FAISS does; changes the centroids, returns how many.
-
-    A cluster is taken with probability (size - 1) / (N - K); the two halves move apart by 1/1024 per coordinate,
-    with alternating signs.
-    """
-    k, width = centroids_KD.shape
-    sign_D = 1 - 2 * (torch.arange(width, device=centroids_KD.device) % 2)
-    empty, draws = np.flatnonzero(sizes_K == 0), _split_draws()
-    for hole in empty:
-        donor = 0
-        while next(draws) >= (sizes_K[donor] - 1) / max(points - k, 1):
-            donor = (donor + 1) % k
-        centroids_KD[hole] = centroids_KD[donor] * (1 + sign_D * SPLIT_SHIFT)
-        centroids_KD[donor] *= 1 - sign_D * SPLIT_SHIFT
-        sizes_K[hole] = sizes_K[donor] / 2
-        sizes_K[donor] -= sizes_K[hole]
-    return len(empty)
-
-
-def _split_draws() -> Iterator[float]:
-    """Uniform numbers in [0, 1): the same stream that FAISS starts for every iteration."""
-    source = np.random.MT19937()
-    source._legacy_seeding(SPLIT_SEED)
-    while True:
-        yield from (source.random_raw(1024).astype(np.float32) / np.float32(2**32)).tolist()
 
 
 def _assign_array(points_ND: np.ndarray, centroids_KD: Tensor) -> np.ndarray:

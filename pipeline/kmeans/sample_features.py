@@ -23,6 +23,7 @@ from semdict.pipeline.config.schema import Params
 from semdict.pipeline.execute.code_identity import code_identity
 from semdict.pipeline.execute.executor import run_chunks
 from semdict.pipeline.execute.locks import interrupt_on_signals, lock
+from semdict.pipeline.execute.processes import decode_threads, resolve_scheduler
 from semdict.pipeline.execute.store import WORK, Advance, Arrays, Chunk, ChunkStore, fingerprint, split_rows
 from semdict.pipeline.images.batches import CropBatch, CropRecipe, Source, stream_batches
 from semdict.pipeline.manifest.table import Manifest, load_manifest
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             with publish_folder(out, "features") as folder:
                 write_json(folder / "not-needed.json", {"kmeans.centroids": params.kmeans.centroids})
         else:
-            scheduler = args.scheduler or params.runtime.scheduler
+            scheduler = resolve_scheduler(args.scheduler or params.runtime.scheduler, params.runtime.device)
             sample(params, args.manifest or paths.manifest(params.preset), out, args.work, scheduler)
     return 0
 
@@ -67,7 +68,7 @@ def sample(params: Params, manifest_path: Path, out: Path, work: Path, scheduler
     if not len(rows):
         known = ", ".join(sorted(params.manifest.images))
         raise ManifestError(f"sample_features.splits {list(cfg.splits)} has no image; known splits: {known}")
-    job = make_job(params, manifest, manifest_path)
+    job = make_job(params, manifest, manifest_path, scheduler)
     store = ChunkStore(work, f"sample_features-{params.preset}", job.fingerprint)
     chunks = [chunk for chunk in split_rows(len(manifest), cfg.chunk) if _overlaps(rows, chunk)]
     shapes: dict[Chunk, tuple[int, int]] = {}  # (m, D) of each chunk's features
@@ -163,7 +164,7 @@ class SampleWorker:
         return {"features": features_MD, "row": np.zeros(0, np.int64), "position": np.zeros(0, np.int16)}
 
 
-def make_job(params: Params, manifest: Manifest, manifest_path: Path) -> SampleJob:
+def make_job(params: Params, manifest: Manifest, manifest_path: Path, scheduler: str = "in-process") -> SampleJob:
     """The picklable job; its fingerprint covers images, teacher, crop, sample, kind of device and code."""
     cfg, features = params.sample_features, params.features
     recipe = CropRecipe.of(params.pixels, ["centre"])
@@ -193,7 +194,7 @@ def make_job(params: Params, manifest: Manifest, manifest_path: Path) -> SampleJ
         points=cfg.points,
         seed=cfg.seed,
         batch=cfg.batch,
-        workers=params.runtime.workers,
+        workers=decode_threads(params.runtime.workers, scheduler),
     )
 
 
