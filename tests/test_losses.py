@@ -207,3 +207,20 @@ def test_uniformity_counts_the_diagonal_and_gathered_rows():
     want = (3 * 1 + 2 * 0 + 4 * 0.5) / 9
     assert uniformity(rows).item() == pytest.approx(want)
     assert uniformity(rows[:1], gather=lambda own: torch.cat([own, rows[1:]])).item() == pytest.approx(want)
+
+
+def test_shares_weigh_the_vectors_of_the_contrast_and_the_tokens():
+    """Weights of 1 / N are the plain mean; others are the weighted sum of one-row losses, gradients included."""
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 4, generator=rng, dtype=torch.float64, requires_grad=True)
+    centroids = F.normalize(torch.randn(7, 4, generator=rng, dtype=torch.float64), dim=1)
+    words, shares = torch.tensor([0, 3, 3, 6, 1]), torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2], dtype=torch.float64)
+    table = (centroids, *neighbour_table(centroids, 3), 0.2)
+    (grad,) = torch.autograd.grad(codebook_contrastive(z, words, *table, shares), z)
+    rows = [codebook_contrastive(z[i : i + 1], words[i : i + 1], *table) for i in range(5)]
+    want = sum(share * row for share, row in zip(shares, rows, strict=True))
+    torch.testing.assert_close(codebook_contrastive(z, words, *table, shares), want)
+    torch.testing.assert_close(grad, torch.autograd.grad(want, z)[0])
+    even = torch.full((5,), 0.2, dtype=torch.float64)
+    torch.testing.assert_close(codebook_contrastive(z, words, *table, even), codebook_contrastive(z, words, *table))
+    torch.testing.assert_close(reconstruction_loss(z, words % 4, 0.1, even), reconstruction_loss(z, words % 4, 0.1))

@@ -12,6 +12,7 @@ from semdict.train.engine.ema import Ema, beta
 from semdict.train.engine.loop import Clock
 from semdict.train.engine.rng import batch_generator
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
+from semdict.train.masked.monitor import WithClassifier
 from semdict.train.masked.objectives.lease import Lease
 from semdict.train.masked.objectives.mage import Mage, Masking
 from semdict.train.masked.objectives.sorcen import Sorcen
@@ -175,6 +176,40 @@ def test_sorcen_as_released_repeats_the_published_deviations():
     assert learnt == {name for name, _ in ours.named_parameters() if name.startswith("teacher.parts.projector")}
 
 
+@pytest.mark.parametrize("as_released", [False, True])
+def test_sorcens_batch_norm_sees_all_ranks_and_as_released_one(as_released):
+    """The running mean of the projector after one pass beside another rank's rows, against that of a single process."""
+
+    def running_mean(gather):
+        model = build_model("sorcen")
+        Sorcen(model, as_released=as_released, gather=gather)(model, batch(), seeded())
+        return model.projector[1].running_mean
+
+    alone, beside = running_mean(lambda rows: rows), running_mean(lambda rows: torch.cat([rows, rows.detach() * 3]))
+    assert torch.equal(alone, beside) == as_released
+
+
+@pytest.mark.parametrize("family", ["lease", "sorcen"])
+def test_the_online_classifier_is_the_released_one(family):
+    """Linear, ReLU, Linear; the CLS latent, which is moved far away here, is in Sorcen's mean and not in LEASE's."""
+    model = build_model(family).eval()
+    ours = WithClassifier(objective(family, model), model, 32, 3, seed=0)
+    assert isinstance(ours.classifier[1], nn.ReLU)
+    labelled = {**batch(), "label": torch.zeros(6, dtype=torch.int64)}
+    losses = []
+    for shift in (0.0, 100.0):
+
+        def move_cls(norm, inputs, out, shift=shift):
+            moved = out.clone()
+            moved[:, 0] += shift
+            ours._remember(norm, inputs, moved)
+
+        model.norm._forward_hooks.clear()
+        model.norm.register_forward_hook(move_cls)
+        losses.append(float(ours(model, labelled, seeded(), Clock(50))[1]["online_loss"]))
+    assert (losses[0] != losses[1]) == (family == "sorcen")
+
+
 def test_sorcen_needs_its_heads():
     with pytest.raises(UsageError, match="projector and predictor"):
         Sorcen(build_model("mage"))
@@ -221,6 +256,9 @@ def test_the_batch_and_the_global_generator_are_left_alone(family):
     assert torch.equal(inputs["gen"], batch()["gen"]) and torch.equal(inputs["disc"], batch()["disc"])
 
 
+GROUPS = Masking(group=4)  # of six rows: the border of two ranks cuts a group in two
+
+
 class Halves(nn.Module):
     """Two ranks in one process: an objective on each half of the batch, rows shared as a gather with gradient does."""
 
@@ -241,6 +279,7 @@ class Halves(nn.Module):
                     return torch.cat([rows, other] if rank == 0 else [other, rows])
 
                 settings = {"gather": gather} if family == "sorcen" else {}
+                settings["masking"] = GROUPS
                 half = {k: v[3 * rank : 3 * rank + 3] for k, v in inputs.items()}
                 ours = objective(family, model, **settings)
                 losses.append(ours(model, half, batch_generator(7, 3 * rank, 6), clock)[0])
@@ -252,7 +291,7 @@ def test_two_ranks_have_the_loss_of_one(family):
     inputs, clock = batch(), Clock(50)
     model, halves = Halves().run(family, inputs, clock)
     whole = build_model(family)
-    want, _ = objective(family, whole)(whole, inputs, batch_generator(7, 0, 6), clock)
+    want, _ = objective(family, whole, masking=GROUPS)(whole, inputs, batch_generator(7, 0, 6), clock)
     assert (sum(halves) / 2).item() == pytest.approx(want.item(), rel=2e-6)
     # a gather whose backward sums over ranks gives each rank twice the part that it gets here
     if family != "sorcen":

@@ -256,7 +256,7 @@ class Rotated(Mage):
 
     @classmethod
     def from_cfg(cls, cfg, own, model, token_set):
-        return cls(own.shift, Masking.from_cfg(cfg.mask), cfg.label_smoothing)
+        return cls(own.shift, Masking.from_cfg(cfg), cfg.label_smoothing)
 
     def masked_pass(self, model, batch, rng):
         return super().masked_pass(model, {**batch, "gen": (batch["gen"] + self.shift) % model.codebook_size}, rng)

@@ -103,7 +103,8 @@ class BatchGenerator(torch.Generator):
     """A torch.Generator with the range of rows of the global batch that belongs to its caller; see `rand_rows`.
 
     Ranks and micro-batches of one step have equal generators with another `start`, so that a number drawn once per
-    batch (the mask ratio) is shared, and what is drawn per row belongs to that row wherever it is computed.
+    batch or per group of rows (the mask ratio) is shared, and what is drawn per row belongs to that row wherever it is
+    computed.
     """
 
     start: int  # first row, counted in the global batch
@@ -118,12 +119,28 @@ def batch_generator(seed: int, start: int, total: int, device: torch.device | st
     return generator
 
 
+def rand_groups(rows: int, group: int, rng: torch.Generator) -> Tensor:
+    """(rows,) float64 uniform in [0, 1): one number for every `group` consecutive rows of the global batch.
+
+    Groups are counted from the global batch's first row, so they depend neither on ranks nor on micro-batches.
+    """
+    start, total = _span(rows, rng)
+    uniform = torch.rand(-(-total // group), generator=rng, device=rng.device, dtype=torch.float64)
+    return uniform[torch.arange(start, start + rows, device=rng.device) // group]
+
+
 def rand_rows(rows: int, *shape: int, rng: torch.Generator) -> Tensor:
     """(rows, *shape) float32 uniform in [0, 1): this caller's slice of the numbers of the global batch.
 
     With a plain torch.Generator it is torch.rand(rows, *shape); with a BatchGenerator the whole batch is drawn and cut.
     """
+    start, total = _span(rows, rng)
+    return torch.rand(total, *shape, generator=rng, device=rng.device)[start : start + rows]
+
+
+def _span(rows: int, rng: torch.Generator) -> tuple[int, int]:
+    """First row of the caller in the global batch, and the rows of that batch; a plain generator has the whole."""
     start, total = getattr(rng, "start", 0), getattr(rng, "total", rows)
     if start + rows > total:
         raise ValueError(f"rows [{start}, {start + rows}) reach beyond the global batch of {total}")
-    return torch.rand(total, *shape, generator=rng, device=rng.device)[start : start + rows]
+    return start, total

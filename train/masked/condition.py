@@ -108,7 +108,7 @@ class Conditioning:
         trainer.log(f"{model.null_class} classes")
         steps, peak = cfg.epochs * epoch, scaled_lr(cfg.base_lr, cfg.batch)
         lr_schedule = warmup_cosine(peak, cfg.warmup_epochs * epoch, steps, cfg.min_lr)
-        masking = Masking.from_cfg(cfg.mask)
+        masking = Masking.from_cfg(cfg)
         objective = ConditionalReconstruction(cfg.label_dropout, cfg.word_dropout, masking, cfg.label_smoothing)
         optimiser = adamw(model, tuple(cfg.betas), cfg.weight_decay, decay_tables=cfg.decay_tables)
         phase = Phase("model", model, objective, optimiser, lr_schedule, cfg.clip)

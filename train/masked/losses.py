@@ -20,13 +20,20 @@ def local(rows: Tensor) -> Tensor:
     return rows
 
 
-def reconstruction_loss(logits_NK: Tensor, codes_N: Tensor, smoothing: float = 0.1) -> Tensor:
+def reconstruction_loss(
+    logits_NK: Tensor, codes_N: Tensor, smoothing: float = 0.1, shares_N: Tensor | None = None
+) -> Tensor:
     """Mean nats per masked token: L_R = mean_i [(1 - s)(-log p_i[t_i]) + s mean_c(-log p_i[c])], p = softmax(logits).
+
+    shares_N: weights of a weighted mean instead (see `masking.row_shares`).
 
     logits_NK: (N, K) at masked positions only, any float type, worked in float32 or better; codes_N: (N,) int64.
     N = 0 gives 0. MAGE, arXiv:2211.09117, equation 1; label smoothing s.
     """
     logits_NK = logits_NK if logits_NK.dtype == torch.float64 else logits_NK.float()
+    if shares_N is not None:
+        nats_N = F.cross_entropy(logits_NK, codes_N, reduction="none", label_smoothing=smoothing)
+        return (nats_N * shares_N.to(nats_N.dtype)).sum()
     total = F.cross_entropy(logits_NK, codes_N, reduction="sum", label_smoothing=smoothing)
     return total / max(1, codes_N.shape[0])
 
@@ -47,7 +54,13 @@ def neighbour_table(centroids: Tensor, size: int = 6, tau: float = 0.1) -> tuple
 
 
 def codebook_contrastive(
-    z: Tensor, words: Tensor, centroids: Tensor, neighbours: Tensor, weights: Tensor, temperature: float
+    z: Tensor,
+    words: Tensor,
+    centroids: Tensor,
+    neighbours: Tensor,
+    weights: Tensor,
+    temperature: float,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """Contrast of N vectors with a frozen codebook, several positives each; a scalar in nats.
 
@@ -55,6 +68,7 @@ def codebook_contrastive(
 
     z: (N, D) float, taken as it is (LEASE passes unit rows); words: (N,) int64 in [0, K); centroids: (K, D), unit rows
     in LEASE, no gradient; neighbours: (K, S) int64 and weights: (K, S), rows summing to 1, from `neighbour_table`.
+    shares: (N,) weights of the vectors instead of 1 / N each (see `masking.row_shares`).
     Since sum_j w_ij = 1 the positives are one mixed centroid m_i = sum_j w_ij C_j, and the gradient is known in closed
     form, dL/dz_i = (softmax_k(z_i . C_k / T) C - m_i) / (N T): it is computed in the forward pass, in chunks of rows,
     so no (N, K) array outlives a chunk. Accumulates in float32, float64 for float64 z. N = 0 gives 0 with zero
@@ -69,14 +83,15 @@ def codebook_contrastive(
         raise ValueError("the codebook is frozen: detach centroids and weights, or learn them by another loss")
     if N == 0:
         return z.sum() * 0.0
-    return _FusedContrast.apply(z, words.long(), centroids, neighbours, weights, temperature)
+    shares = z.new_full((N,), 1 / N, dtype=torch.promote_types(z.dtype, torch.float32)) if shares is None else shares
+    return _FusedContrast.apply(z, words.long(), centroids, neighbours, weights, temperature, shares)
 
 
 class _FusedContrast(torch.autograd.Function):
     """`codebook_contrastive` for N > 0; keeps only the (N, D) gradient between forward and backward."""
 
     @staticmethod
-    def forward(ctx, z, words, centroids, neighbours, weights, temperature):
+    def forward(ctx, z, words, centroids, neighbours, weights, temperature, shares):
         N, K = z.shape[0], centroids.shape[0]
         exact = torch.float64 if z.dtype == torch.float64 else torch.float32
         low = _product_type(z)
@@ -94,20 +109,21 @@ class _FusedContrast(torch.autograd.Function):
             odds_RK = _product(z[rows].to(low), codebook_KD.T, exact).mul_(1 / temperature)
             top_R1 = odds_RK.amax(dim=1, keepdim=True)
             total_R1 = odds_RK.sub_(top_R1).exp_().sum(dim=1, keepdim=True)
-            loss += (top_R1 + total_R1.log()).sum() - (z_RD * mixed_RD).sum() / temperature
+            share_R1 = shares[rows, None].to(exact)
+            loss += (share_R1 * (top_R1 + total_R1.log())).sum() - (share_R1 * z_RD * mixed_RD).sum() / temperature
             if grad_ND is not None:
                 odds_RK.div_(total_R1)
-                grad_ND[rows] = _product(odds_RK.to(low), codebook_KD, exact).sub_(mixed_RD)
+                grad_ND[rows] = _product(odds_RK.to(low), codebook_KD, exact).sub_(mixed_RD).mul_(share_R1)
             del odds_RK
         if grad_ND is not None:
-            ctx.save_for_backward(grad_ND.mul_(1 / (temperature * N)).to(z.dtype))
-        return loss / N
+            ctx.save_for_backward(grad_ND.mul_(1 / temperature).to(z.dtype))
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, outer):
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * outer.to(grad_ND.dtype), None, None, None, None, None
+        return grad_ND * outer.to(grad_ND.dtype), None, None, None, None, None, None
 
 
 def _product_type(z: Tensor) -> torch.dtype:
@@ -128,14 +144,22 @@ def _product(left: Tensor, right: Tensor, out: torch.dtype) -> Tensor:
 
 
 def projection_contrast(
-    projected_ND: Tensor, words: Tensor, centroids: Tensor, neighbours: Tensor, weights: Tensor, alpha: float = 0.1
+    projected_ND: Tensor,
+    words: Tensor,
+    centroids: Tensor,
+    neighbours: Tensor,
+    weights: Tensor,
+    alpha: float = 0.1,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """`codebook_contrastive` of the normalised rows z = x / |x| of a projection, normalised in float32 or better."""
     exact = projected_ND if projected_ND.dtype == torch.float64 else projected_ND.float()
-    return codebook_contrastive(F.normalize(exact, dim=1), words, centroids, neighbours, weights, alpha)
+    return codebook_contrastive(F.normalize(exact, dim=1), words, centroids, neighbours, weights, alpha, shares)
 
 
-def masked_contrast(projected_ND: Tensor, words: Tensor, centroids: Tensor, alpha: float = 0.1) -> Tensor:
+def masked_contrast(
+    projected_ND: Tensor, words: Tensor, centroids: Tensor, alpha: float = 0.1, shares: Tensor | None = None
+) -> Tensor:
     """Decoder-side variant: hard cross-entropy -mean_i log softmax_k(z_i . C_k / alpha)[words_i] at masked positions.
 
     projected_ND: (N, D) decoder features after their projection, not normalised; words: (N,); centroids: (K, D), unit
@@ -143,7 +167,7 @@ def masked_contrast(projected_ND: Tensor, words: Tensor, centroids: Tensor, alph
     """
     self_K1 = torch.arange(centroids.shape[0], device=words.device)[:, None]
     return projection_contrast(
-        projected_ND, words, centroids, self_K1, torch.ones_like(self_K1, dtype=centroids.dtype), alpha
+        projected_ND, words, centroids, self_K1, torch.ones_like(self_K1, dtype=centroids.dtype), alpha, shares
     )
 
 

@@ -1,40 +1,36 @@
 """Masking: which cells are hidden (replaced by the mask id), and which of these the encoder does not receive."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from semdict.train.engine.rng import rand_rows
+from semdict.train.engine.rng import rand_groups, rand_rows
 
 
-def draw_ratio(
+def draw_ratios(
+    rows: int,
     rng: torch.Generator,
     mode: float = 0.55,
     std: float = 0.25,
     low: float = 0.5,
     high: float = 1.0,
-    rows: int | None = None,
-) -> float | Tensor:
-    """Mask ratio from normal(mode, std) truncated to [low, high]: one float, or (rows,) float64, one per sample.
+    group: int = 64,
+) -> Tensor:
+    """(rows,) float64 mask ratios from normal(mode, std) truncated to [low, high]; every `group` rows share one.
 
-    Inverse of the cumulative distribution at a uniform number. One ratio per batch is the same for equal generators;
-    ratios per sample follow the rows of a `engine.rng.BatchGenerator`. MAGE, arXiv:2211.09117, section 3.1.
+    Inverse of the cumulative distribution at a uniform number. The published trainings draw one ratio per process,
+    which has 64 rows: groups of 64 of the global batch repeat that on any number of processes. group = 1: one per
+    sample. MAGE, arXiv:2211.09117, section 3.1.
     """
     if not low <= high or std <= 0:
         raise ValueError(f"mask ratio needs low <= high and std > 0, got low {low}, high {high}, std {std}")
-    if rows is None:
-        uniform = torch.rand(1, generator=rng, device=rng.device, dtype=torch.float64)
-    else:
-        uniform = rand_rows(rows, rng=rng).double()
-    below, above = (torch.special.ndtr(uniform.new_tensor((edge - mode) / std)) for edge in (low, high))
-    ratio = (mode + std * torch.special.ndtri(below + uniform * (above - below))).clamp(low, high)
-    return ratio.item() if rows is None else ratio
+    uniform_B = rand_groups(rows, group, rng)
+    below, above = (torch.special.ndtr(uniform_B.new_tensor((edge - mode) / std)) for edge in (low, high))
+    return (mode + std * torch.special.ndtri(below + uniform_B * (above - below))).clamp(low, high)
 
 
-def hidden_count(ratio: float, length: int) -> int:
-    """Number of masked positions, ceil(ratio * length), at least the dropped half and at most all."""
-    return min(length, max(length // 2, math.ceil(ratio * length)))
+def hidden_counts(ratio_B: Tensor, length: int) -> Tensor:
+    """(B,) masked positions, ceil(ratio * length), at least the dropped half and at most all."""
+    return (ratio_B * length).ceil().clamp(length // 2, length)
 
 
 def draw_masks(batch: int, length: int, ratio: float | Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,12 +47,12 @@ def draw_masks(batch: int, length: int, ratio: float | Tensor, rng: torch.Genera
         1, order_BL, torch.arange(length, device=rng.device).expand(batch, -1)
     )
     half = length // 2
-    if isinstance(ratio, Tensor):
-        count = (ratio.to(rng.device) * length).ceil().clamp(half, length)[:, None]
-    else:
-        count = hidden_count(ratio, length)
+    ratio_B = (
+        ratio.to(rng.device) if isinstance(ratio, Tensor) else rank_BL.new_full((batch,), ratio, dtype=torch.float64)
+    )
+    count_B1 = hidden_counts(ratio_B, length)[:, None]
     keep_idx = order_BL[:, half:].sort(dim=1).values
-    return keep_idx, rank_BL < count, rank_BL < half
+    return keep_idx, rank_BL < count_B1, rank_BL < half
 
 
 def check_ratio(ratio: float | Tensor) -> None:
@@ -64,3 +60,14 @@ def check_ratio(ratio: float | Tensor) -> None:
     low, high = (float(ratio.min()), float(ratio.max())) if isinstance(ratio, Tensor) else (ratio, ratio)
     if not 0.5 <= low <= high <= 1.0:
         raise ValueError(f"mask ratio must lie in [0.5, 1] (half of the cells are dropped), got {low} to {high}")
+
+
+def row_shares(selected_BL: Tensor) -> Tensor:
+    """(N,) float32 weight of each selected cell in a mean over rows of the means over a row's cells.
+
+    The rows of a group have equal counts, so this is also the mean over groups of the means over a group's cells: what
+    the published trainings compute, one group a process. Unlike the mean over all cells it does not depend on how the
+    batch is split. A row without selected cells counts as 0.
+    """
+    share_B1 = 1 / (len(selected_BL) * selected_BL.sum(dim=1, keepdim=True).clamp_min(1)).float()
+    return share_B1.expand(selected_BL.shape)[selected_BL]

@@ -25,7 +25,9 @@ RATIO = 0.75  # of the cells are hidden in a picture
 
 
 class WithClassifier(nn.Module):
-    """An objective with a classifier width -> 512 -> classes on the mean of the encoder's kept latents (without CLS).
+    """An objective with a classifier width -> 512 -> classes on the mean of the encoder's kept latents.
+
+    As released: ReLU between the layers, and the CLS latent in the mean for Sorcen only.
 
     The latents are taken from a hook on the encoder's final norm (`model.norm`) and detached, so no gradient reaches
     the encoder; the classifier's cross-entropy is added to the loss that is differentiated, and reported separately.
@@ -35,7 +37,7 @@ class WithClassifier(nn.Module):
     def __init__(self, objective: "Mage", model: nn.Module, width: int, classes: int, seed: int) -> None:
         super().__init__()
         self.objective = objective
-        self.classifier = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes))
+        self.classifier = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, classes))
         init_weights(self.classifier, torch.Generator().manual_seed(seed))
         self._latents: list[Tensor] = []
         model.norm.register_forward_hook(self._remember)
@@ -49,7 +51,8 @@ class WithClassifier(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self._latents.clear()
         loss, scalars = self.objective(model, batch, rng, clock)
-        logits_BC = self.classifier(self._latents[0][:, 1:].float().mean(dim=1))
+        first = 0 if self.objective.online_pools_cls else 1
+        logits_BC = self.classifier(self._latents[0][:, first:].float().mean(dim=1))
         self._latents.clear()
         label_B, known_B = batch["label"], batch["label"] >= 0
         count = known_B.sum().clamp_min(1)

@@ -31,7 +31,6 @@ class Mask(Section):
     std: Rate
     min: Annotated[float, Field(ge=0.5, le=1.0)]
     max: Annotated[float, Field(ge=0.5, le=1.0)]
-    per_sample: bool
 
     @model_validator(mode="after")
     def _ordered(self) -> "Mask":
@@ -95,6 +94,7 @@ class Pretrain(Extensible, WarmedUp):
     label_smoothing: Dropout
     contrast_weight: Annotated[float, Field(ge=0, le=1e6, alias="lambda")]
     mask: Mask
+    mask_group: Count
     online_classifier: bool
     precision: Precision
     seed: Seed
@@ -131,6 +131,7 @@ class Condition(WarmedUp):
     dropout: Dropout
     label_smoothing: Dropout
     mask: Mask
+    mask_group: Count
     precision: Precision
     seed: Seed
 

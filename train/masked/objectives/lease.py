@@ -14,6 +14,7 @@ from semdict.pipeline.common.errors import UsageError
 from semdict.train.data.token_set import TokenSet
 from semdict.train.engine.loop import START, Batch, Clock
 from semdict.train.masked.losses import masked_contrast, neighbour_table, projection_contrast
+from semdict.train.masked.masking import row_shares
 from semdict.train.masked.model import MaskedTokenTransformer
 from semdict.train.masked.objectives.mage import Mage, Masking, Pass, Scalars
 
@@ -69,7 +70,7 @@ class Lease(Mage):
 
     @classmethod
     def from_cfg(cls, cfg: "Pretrain", own: "Section", model: MaskedTokenTransformer, token_set: TokenSet) -> "Lease":
-        masking = Masking.from_cfg(cfg.mask)
+        masking = Masking.from_cfg(cfg)
         return cls(
             token_set.centroid_tensor(), own.contrast, own.neighbours, cfg.contrast_weight, own.tau, own.alpha, masking,
             cfg.label_smoothing,
@@ -107,7 +108,9 @@ class Lease(Mage):
             parts["contrast_encoder"] = self.encoder_side(model, p, words_BL)
         if self.contrast in ("decoder", "both"):
             projected = model.dec_to_dino(p.features[:, 1:][p.masked])
-            parts["contrast_decoder"] = masked_contrast(projected, words_BL[p.masked], self.centroids, self.alpha)
+            parts["contrast_decoder"] = masked_contrast(
+                projected, words_BL[p.masked], self.centroids, self.alpha, row_shares(p.masked)
+            )
         loss = parts["reconstruction"] + self.weight * sum(v for k, v in parts.items() if k.startswith("contrast"))
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}}
 
@@ -117,5 +120,6 @@ class Lease(Mage):
         projected_ND = model.proj_to_dino(p.latents[:, 1:][visible_BM])
         words_N = words_BL.gather(1, p.keep_idx)[visible_BM]
         return projection_contrast(
-            projected_ND, words_N, self.centroids, self.neighbour_ids, self.neighbour_weights, self.alpha
-        )
+            projected_ND, words_N, self.centroids, self.neighbour_ids, self.neighbour_weights, self.alpha,
+            row_shares(visible_BM),
+        )  # fmt: skip

@@ -13,30 +13,30 @@ from torch import Tensor, nn
 from semdict.train.data.token_set import TokenSet
 from semdict.train.engine.loop import START, Batch, Clock
 from semdict.train.masked.losses import reconstruction_loss
-from semdict.train.masked.masking import draw_masks, draw_ratio
+from semdict.train.masked.masking import draw_masks, draw_ratios, row_shares
 from semdict.train.masked.model import MaskedTokenTransformer
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema.base import Section
-    from semdict.pipeline.config.schema.masked import Mask, Pretrain
+    from semdict.pipeline.config.schema.masked import Condition, Pretrain
 
 Scalars = dict[str, Tensor]  # detached, 0-d
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Mask ratio: normal(mode, std) truncated to [low, high]; one per batch, as published, or one per sample."""
+    """Mask ratio: normal(mode, std) truncated to [low, high]; one for every `group` rows of the global batch."""
 
     mode: float = 0.55
     std: float = 0.25
     low: float = 0.5
     high: float = 1.0
-    per_sample: bool = False
+    group: int = 64
 
     @classmethod
-    def from_cfg(cls, cfg: "Mask") -> "Masking":
-        """The masking of a section `mask` of params.yaml."""
-        return cls(cfg.mode, cfg.std, cfg.min, cfg.max, cfg.per_sample)
+    def from_cfg(cls, cfg: "Pretrain | Condition") -> "Masking":
+        """The masking of section pretrain or condition of params.yaml: its `mask` and `mask_group`."""
+        return cls(cfg.mask.mode, cfg.mask.std, cfg.mask.min, cfg.mask.max, cfg.mask_group)
 
 
 @dataclass
@@ -54,8 +54,8 @@ class Mage(nn.Module):
     """Reconstruction only, L = L_R; MAGE without its optional contrast.
 
     Other objectives derive from it and override some of `architecture` and `architecture_from` (fields of ModelConfig),
-    `from_cfg`, `settings` (further parts of the run's identity), `forward`, `after_step`, `chance`, and `last_step`
-    (how iterative decoding fills the last cell, see sampling.Decoding).
+    `from_cfg`, `settings` (further parts of the run's identity), `forward`, `after_step`, `chance`, `online_pools_cls`,
+    and `last_step` (how iterative decoding fills the last cell, see sampling.Decoding).
 
     objective(model, batch, rng, clock) -> (loss, scalars): batch has gen (B, L) integers and disc (B, L) or None; rng
     is a torch.Generator, and if it is an engine.rng.BatchGenerator, numbers belong to rows of the global batch. An
@@ -63,6 +63,7 @@ class Mage(nn.Module):
     """
 
     last_step = "sampled"
+    online_pools_cls = False  # whether the online classifier's mean includes the CLS latent
 
     def __init__(self, masking: Masking | None = None, smoothing: float = 0.1) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class Mage(nn.Module):
     @classmethod
     def from_cfg(cls, cfg: "Pretrain", own: "Section", model: MaskedTokenTransformer, token_set: TokenSet) -> "Mage":
         """The objective for section pretrain of params.yaml, of which `own` is the objective's own section."""
-        return cls(Masking.from_cfg(cfg.mask), cfg.label_smoothing)
+        return cls(Masking.from_cfg(cfg), cfg.label_smoothing)
 
     @classmethod
     def settings(cls, token_set: TokenSet) -> dict[str, Any]:
@@ -107,8 +108,8 @@ class Mage(nn.Module):
         tokens_BL = batch["gen"].long()
         B, L = tokens_BL.shape
         m = self.masking
-        ratio = draw_ratio(rng, m.mode, m.std, m.low, m.high, B if m.per_sample else None)
-        keep_idx, masked_BL, _ = draw_masks(B, L, ratio, rng)
+        ratio_B = draw_ratios(B, rng, m.mode, m.std, m.low, m.high, m.group)
+        keep_idx, masked_BL, _ = draw_masks(B, L, ratio_B, rng)
         return self.pass_with(model, tokens_BL, masked_BL.to(tokens_BL.device), keep_idx.to(tokens_BL.device))
 
     @staticmethod
@@ -118,6 +119,6 @@ class Mage(nn.Module):
         return Pass(tokens_BL, masked_BL, keep_idx, latents_BNE, model.decode(latents_BNE, masked_BL, keep_idx))
 
     def reconstruction(self, model: MaskedTokenTransformer, p: Pass) -> Tensor:
-        """L_R over the masked cells of the batch; the head runs on those only."""
+        """L_R over the masked cells of the batch, a mean of means (`row_shares`); the head runs on those only."""
         logits_NK = model.token_logits(p.features[:, 1:][p.masked])
-        return reconstruction_loss(logits_NK, p.tokens[p.masked], self.smoothing)
+        return reconstruction_loss(logits_NK, p.tokens[p.masked], self.smoothing, row_shares(p.masked))

@@ -1,21 +1,22 @@
 """Sorcen: reconstruction, uniformity and echo contrast (arXiv:2503.15060).
 
 An echo is a second view of an image: codes sampled from the decoder's predictions inside a random square. Shapes: B
-batch, L = grid^2 cells, Q = side^2 cells of the square, E encoder width, P width of the projections, K image codes.
+batch, L = grid^2 cells, Q = cells inside the squares of the batch, T codes to sample from, E encoder width, P width of
+the projections, K image codes.
 """
 
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import UsageError
 from semdict.train.data.token_set import TokenSet
 from semdict.train.engine import dist
 from semdict.train.engine.ema import Ema, beta
 from semdict.train.engine.loop import START, Batch, Clock
-from semdict.train.engine.rng import rand_rows
+from semdict.train.engine.rng import rand_groups, rand_rows
 from semdict.train.masked.losses import Gather, info_nce, local, uniformity
 from semdict.train.masked.model import MaskedTokenTransformer
 from semdict.train.masked.objectives.mage import Mage, Masking, Pass, Scalars
@@ -40,11 +41,13 @@ class Sorcen(Mage):
 
     as_released=True repeats the published training where it departs from the paper: the teacher starts from its own
     random initialisation, its projector also takes gradients, it is averaged inside every forward pass (so in
-    evaluation too) on a schedule of 1600 epochs whatever the run, and the echo warm-up lasts through epoch 10.
+    evaluation too) on a schedule of 1600 epochs whatever the run, the echo warm-up lasts through epoch 10, and
+    BatchNorm sees the rows of one process.
     The default follows the paper: teacher = copy of the student at the start, no gradient, moved once per
     training step by `after_step`, schedule as long as the run. `teacher` resumes or continues an existing average.
     """
 
+    online_pools_cls = True
     PARTS = ("blocks", "projector")
     RELEASED_EPOCHS, RELEASED_WARMUP, RELEASED_SEED = 1600, 11, 1
 
@@ -87,7 +90,7 @@ class Sorcen(Mage):
     def from_cfg(cls, cfg: "Pretrain", own: "Section", model: MaskedTokenTransformer, token_set: TokenSet) -> "Sorcen":
         return cls(
             model, cfg.contrast_weight, own.temperature, own.top, None if own.as_released else own.echo_warmup_epochs,
-            own.uniform_weight, own.momentum, own.as_released, masking=Masking.from_cfg(cfg.mask),
+            own.uniform_weight, own.momentum, own.as_released, masking=Masking.from_cfg(cfg),
             smoothing=cfg.label_smoothing, gather=dist.gather,
         )  # fmt: skip
 
@@ -110,19 +113,17 @@ class Sorcen(Mage):
     def sample_echo(self, model: MaskedTokenTransformer, p: Pass, rng: torch.Generator, epoch: float) -> Tensor:
         """(B, L) int64 echo of the batch: true or sampled codes inside a square, the mask id elsewhere.
 
-        Logits are computed for the square's cells only, without gradient.
+        Logits are computed for the squares' cells only, without gradient.
         """
         B, L = p.tokens.shape
-        _, cells_BQ = draw_square(B, model.config.grid, rng)
-        cells_BQ = cells_BQ.to(p.tokens.device)
-        if int(epoch) < self.echo_warmup:
-            codes_BQ = p.tokens.gather(1, cells_BQ)
-        else:
+        inside_BL = draw_squares(B, model.config.grid, rng, self.masking.group).to(p.tokens.device)
+        echo_BL = p.tokens.masked_fill(~inside_BL, model.mask_token)
+        if int(epoch) >= self.echo_warmup:
+            uniform_BLT = rand_rows(B, L, min(self.top, model.config.vocab.codes - 1), rng=rng).to(p.tokens.device)
             with torch.no_grad():
-                features_BLF = p.features[:, 1:]
-                square_BQF = features_BLF.gather(1, cells_BQ[..., None].expand(-1, -1, features_BLF.shape[-1]))
-                codes_BQ = sample_codes(model.token_logits(square_BQF), rng, self.top)
-        return echo_tokens(codes_BQ, cells_BQ, L, model.mask_token)
+                logits_QK = model.token_logits(p.features[:, 1:][inside_BL])
+                echo_BL[inside_BL] = sample_codes(logits_QK, uniform_BLT[inside_BL])
+        return echo_BL
 
     def losses(self, model: MaskedTokenTransformer, p: Pass, echo_BL: Tensor) -> tuple[Tensor, Scalars]:
         """Total and parts for one pass and one echo."""
@@ -140,46 +141,44 @@ class Sorcen(Mage):
         """(B of all ranks, P) teacher projections of the echo, CLS left out of the mean."""
         with torch.no_grad():
             latents_BNE = model.encode(echo_BL, blocks=self.teacher["blocks"])
-            pooled_BE = self.gather(latents_BNE[:, 1:].mean(dim=1))
         with torch.set_grad_enabled(self.as_released and torch.is_grad_enabled()):
-            return self.teacher["projector"](pooled_BE)
+            return self.joined(self.teacher["projector"], latents_BNE)
 
     def student_side(self, model: MaskedTokenTransformer, latents_BNE: Tensor) -> Tensor:
         """(B of all ranks, P) predictions from the student's kept latents, CLS left out of the mean."""
-        return model.predictor(model.projector(self.gather(latents_BNE[:, 1:].mean(dim=1))))
+        return self.joined(nn.Sequential(model.projector, model.predictor), latents_BNE)
+
+    def joined(self, head: nn.Module, latents_BNE: Tensor) -> Tensor:
+        """(B of all ranks, P) a head on the mean of the latents: BatchNorm over all ranks, as released over each."""
+        pooled_BE = latents_BNE[:, 1:].mean(dim=1)
+        return self.gather(head(pooled_BE)) if self.as_released else head(self.gather(pooled_BE))
 
 
-def draw_square(batch: int, grid: int, rng: torch.Generator) -> tuple[int, Tensor]:
-    """Side of the square, one a batch, uniform on grid/2 .. grid, and its cells (B, Q) int64; a corner per row."""
+def draw_squares(batch: int, grid: int, rng: torch.Generator, group: int = 64) -> Tensor:
+    """(B, L) bool: the cells inside each row's square.
+
+    The side is uniform on grid/2 .. grid, one for every `group` rows of the global batch; the corner is each row's own.
+    """
     low = max(1, int(grid * SMALLEST_SHARE))
-    side = int(torch.randint(low, grid + 1, (1,), generator=rng, device=rng.device))
-    corner_B2 = (rand_rows(batch, 2, rng=rng).double() * (grid - side + 1)).long()
-    return side, square_cells(side, corner_B2, grid)
+    side_B1 = low + (rand_groups(batch, group, rng) * (grid + 1 - low)).long()[:, None]
+    corner_B2 = (rand_rows(batch, 2, rng=rng).double() * (grid - side_B1 + 1)).long()
+    return square_mask(side_B1, corner_B2, grid)
 
 
-def square_cells(side: int, corner_B2: Tensor, grid: int) -> Tensor:
-    """(B, side^2) int64 row-major cell numbers of the squares with top-left (row, column) `corner_B2`."""
-    step = torch.arange(side, device=corner_B2.device)
-    row_BS, column_BS = (corner_B2[:, axis, None] + step for axis in (0, 1))
-    return (row_BS[:, :, None] * grid + column_BS[:, None, :]).flatten(1)
+def square_mask(side_B1: Tensor, corner_B2: Tensor, grid: int) -> Tensor:
+    """(B, L) bool: the row-major cells of the squares with top-left (row, column) `corner_B2`."""
+    step = torch.arange(grid, device=corner_B2.device)
+    row_BG, column_BG = ((step >= edge_B1) & (step < edge_B1 + side_B1) for edge_B1 in corner_B2.split(1, dim=1))
+    return (row_BG[:, :, None] & column_BG[:, None, :]).flatten(1)
 
 
 @torch.no_grad()
-def sample_codes(logits_BQK: Tensor, rng: torch.Generator, top: int = 15) -> Tensor:
-    """(B, Q) int64 codes sampled by their probability from the `top` most likely ones after the single most likely.
+def sample_codes(logits_QK: Tensor, uniform_QT: Tensor) -> Tensor:
+    """(Q,) int64 codes sampled by their probability from the T most likely ones after the single most likely.
 
-    The sample is the maximum of logit + Gumbel noise.
+    The sample is the maximum of logit + Gumbel noise, which comes from uniform numbers in [0, 1).
     """
-    B, Q, K = logits_BQK.shape
-    best = logits_BQK.float().topk(min(top + 1, K), dim=-1)
-    # in [0, 1): moved off 0, whose double logarithm is infinite
-    uniform = rand_rows(B, Q, best.values.shape[-1] - 1, rng=rng).clamp_min(1e-20).to(logits_BQK.device)
-    gumbel = -(-uniform.log()).log()
-    pick = (best.values[..., 1:] + gumbel).argmax(dim=-1, keepdim=True)
-    return best.indices[..., 1:].gather(-1, pick)[..., 0]
-
-
-def echo_tokens(codes_BQ: Tensor, cells_BQ: Tensor, length: int, mask_id: int) -> Tensor:
-    """(B, L) int64: `codes_BQ` at the square's cells, `mask_id` everywhere else."""
-    empty_BL = codes_BQ.new_full((codes_BQ.shape[0], length), mask_id)
-    return empty_BL.scatter(1, cells_BQ, codes_BQ)
+    best = logits_QK.float().topk(uniform_QT.shape[-1] + 1, dim=-1)
+    gumbel_QT = -(-uniform_QT.clamp_min(1e-20).log()).log()  # moved off 0, whose double logarithm is infinite
+    pick_Q1 = (best.values[..., 1:] + gumbel_QT).argmax(dim=-1, keepdim=True)
+    return best.indices[..., 1:].gather(-1, pick_Q1)[..., 0]
