@@ -23,7 +23,7 @@ from semdict.pipeline.common.files import write_json
 from semdict.pipeline.common.nearest import nearest
 from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
-from semdict.pipeline.tokenizers.networks import ResidualBlock, Sizes, Upsample
+from semdict.pipeline.tokenizers.vqgan import ResidualBlock, Sizes, Upsample
 
 # B images, D latent channels, N latents (cells of a batch), K codes
 SIZES = Sizes(stem=64, widths=(64,) * 4, blocks=1, decoder_blocks=1, z_channels=32, codes=256, dim=32, strided=False)

@@ -24,7 +24,7 @@ _MODULES = {
 # kind of a model file -> class that it is opened as
 _MODELS = {
     "semdict-pretrained": ("semdict.train.masked.model", "MaskedTokenTransformer"),
-    "semdict-conditional": ("semdict.train.masked.conditional", "ConditionalTransformer"),
+    "semdict-conditional": ("semdict.train.masked.class_conditional_model", "ConditionalTransformer"),
     "semdict-classifier": ("semdict.train.eval.classifier", "Classifier"),
     "semdict-vcq-tokenizer": ("semdict.train.vcq.tokenizer", "Tokenizer1d"),
     "semdict-ar": ("semdict.train.ar.model", "ArModel"),

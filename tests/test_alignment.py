@@ -15,10 +15,10 @@ from semdict.pipeline.images.crops import Crop, crop_views, expand_views
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 from semdict.pipeline.tokenizers.base import ConvTokenizer, save_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
-from semdict.pipeline.tokenizers.networks import Sizes
 from semdict.pipeline.tokenizers.pair import PairTokenizer
 from semdict.pipeline.tokenizers.teachers import Teacher
 from semdict.pipeline.tokenizers.timm_backbone import build_network
+from semdict.pipeline.tokenizers.vqgan import Sizes
 
 SIDE, CELL = 16, 16  # cells a side; pixels of a 256-pixel crop per cell
 CELLS = torch.arange(SIDE * SIDE)

@@ -129,7 +129,7 @@ def test_code_that_shapes_tokens_is_in_the_closures_of_the_encoders():
     vcq = import_closure("semdict.train.vcq.encode", roots)
     assert {"semdict.train.engine.layers", "semdict.train.vcq.schedule", "semdict.pipeline.common.device"} <= vcq.keys()
     paired = import_closure("semdict.pipeline.encode.stage", roots)
-    assert {"semdict.pipeline.tokenizers.networks", "semdict.pipeline.images.crops"} <= paired.keys()
+    assert {"semdict.pipeline.tokenizers.vqgan", "semdict.pipeline.images.crops"} <= paired.keys()
     assert not any(name.startswith("semdict.train") for name in paired), "pipeline never imports train"
 
 

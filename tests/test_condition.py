@@ -24,7 +24,7 @@ from semdict.pipeline.shards import Block, ShardSpec, write_shards
 from semdict.train.engine.logging import read_log
 from semdict.train.engine.model_file import load_model, save_model
 from semdict.train.engine.rng import batch_generator
-from semdict.train.masked.conditional import (
+from semdict.train.masked.class_conditional_model import (
     ConditionalConfig,
     ConditionalReconstruction,
     ConditionalTransformer,

@@ -19,7 +19,7 @@ from semdict.pipeline.config.schema import Generate
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
 from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.train.engine.model_file import load_model, save_model
-from semdict.train.masked.conditional import (
+from semdict.train.masked.class_conditional_model import (
     ConditionalConfig,
     ConditionalTransformer,
 )

@@ -14,7 +14,7 @@ from semdict.pipeline.common.files import sha256_file
 from semdict.train.ar.model import ArConfig, ArModel
 from semdict.train.engine.model_file import load_model, save_model
 from semdict.train.eval.classifier import Classifier
-from semdict.train.masked.conditional import ConditionalConfig, ConditionalTransformer
+from semdict.train.masked.class_conditional_model import ConditionalConfig, ConditionalTransformer
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
 from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d
 

@@ -200,7 +200,7 @@ def test_pictures_are_written(folder, shards):
 
     from semdict.pipeline.tokenizers.base import save_tokenizer
     from semdict.pipeline.tokenizers.mage import MageTokenizer
-    from semdict.pipeline.tokenizers.networks import Sizes
+    from semdict.pipeline.tokenizers.vqgan import Sizes
 
     torch.manual_seed(0)
     sizes = Sizes(

@@ -15,8 +15,8 @@ from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.pipeline.tokenizers.base import Codebook
 from semdict.pipeline.tokenizers.magvit2 import BinaryCodebook
-from semdict.pipeline.tokenizers.networks import DepthToSpace, Sizes
 from semdict.pipeline.tokenizers.registry import LAYOUTS
+from semdict.pipeline.tokenizers.vqgan import DepthToSpace, Sizes
 
 pytestmark = pytest.mark.golden
 

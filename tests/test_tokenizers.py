@@ -12,8 +12,8 @@ from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.tokenizers import load_tokenizer
 from semdict.pipeline.tokenizers.base import ConvTokenizer, save_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
-from semdict.pipeline.tokenizers.networks import Downsample, GridAttention, ResidualBlock, Sizes, Variant
 from semdict.pipeline.tokenizers.taming import TamingTokenizer
+from semdict.pipeline.tokenizers.vqgan import Downsample, GridAttention, ResidualBlock, Sizes, Variant
 
 TINY = Sizes(stem=32, widths=(32, 64, 64), blocks=1, decoder_blocks=1, z_channels=16, codes=50, dim=16, strided=False)
 TAMING = Sizes(stem=32, widths=(32, 64, 64), blocks=1, decoder_blocks=2, z_channels=12, codes=40, dim=8, attention=(2,))

@@ -234,7 +234,7 @@ def test_without_resume_an_unfinished_run_starts_anew(tmp_path, train, kill_at):
 def test_the_closure_of_a_trainer_reaches_what_it_trains():
     for module, imported in {
         "semdict.train.masked.pretrain": "semdict.train.masked.losses",
-        "semdict.train.masked.condition": "semdict.train.masked.conditional",
+        "semdict.train.masked.condition": "semdict.train.masked.class_conditional_model",
         "semdict.train.vcq.train": "semdict.train.vcq.quantizer",
         "semdict.train.ar.train": "semdict.train.ar.head",
         "semdict.train.eval.finetune": "semdict.train.data.augment",

@@ -15,7 +15,7 @@ from semdict.pipeline.config.presets import resolve
 from semdict.pipeline.config.yaml import read_yaml
 from semdict.pipeline.tokenizers.base import save_tokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
-from semdict.pipeline.tokenizers.networks import Sizes
+from semdict.pipeline.tokenizers.vqgan import Sizes
 from semdict.train.masked.objectives import objective_class
 
 VIT = {"patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 2}

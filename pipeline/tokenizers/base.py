@@ -14,7 +14,7 @@ from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.files import atomic_write
 from semdict.pipeline.common.nearest import exact_float32, nearest
 from semdict.pipeline.common.safeload import refuse_misfit
-from semdict.pipeline.tokenizers.networks import GROUPS, Decoder, Encoder, Sizes, Variant
+from semdict.pipeline.tokenizers.vqgan import GROUPS, Decoder, Encoder, Sizes, Variant
 
 # B images, L = h * w grid cells in row-major order, D width of a code, K codes
 AVERAGED = "model_ema."  # averaged copies stand beside the plain tensors, their names without dots behind this

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.nearest import nearest
 from semdict.pipeline.tokenizers.base import Codebook, ConvTokenizer
-from semdict.pipeline.tokenizers.networks import Variant
+from semdict.pipeline.tokenizers.vqgan import Variant
 
 MIDDLE = {"0": "block_1", "1": "attn_1", "2": "block_2"}
 

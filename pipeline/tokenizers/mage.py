@@ -1,7 +1,7 @@
 """MAGE's VQGAN (LTH14/mage): the released file, or a MAGE checkpoint that contains it under `vqgan.`."""
 
 from semdict.pipeline.tokenizers.base import ConvTokenizer
-from semdict.pipeline.tokenizers.networks import Sizes, Variant
+from semdict.pipeline.tokenizers.vqgan import Sizes, Variant
 
 # vqgan_jax_strongaug.ckpt
 RELEASED = Sizes(

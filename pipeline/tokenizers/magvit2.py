@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from semdict.pipeline.tokenizers.base import ConvTokenizer
-from semdict.pipeline.tokenizers.networks import Variant
+from semdict.pipeline.tokenizers.vqgan import Variant
 
 
 class BinaryCodebook(nn.Module):

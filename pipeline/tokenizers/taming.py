@@ -1,7 +1,7 @@
 """VQModel of CompVis/taming-transformers (arXiv:2012.09841), also inside latent-diffusion checkpoints."""
 
 from semdict.pipeline.tokenizers.base import ConvTokenizer
-from semdict.pipeline.tokenizers.networks import Variant
+from semdict.pipeline.tokenizers.vqgan import Variant
 
 
 class TamingTokenizer(ConvTokenizer):

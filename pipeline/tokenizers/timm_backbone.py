@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.safeload import existing_file, load_tensors, refuse_misfit
-from semdict.pipeline.tokenizers.dino_names import published_names
+from semdict.pipeline.tokenizers.dino_checkpoints import published_names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESERVED = {  # arguments of timm that another parameter decides -> that parameter

@@ -24,7 +24,7 @@ from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.rng import Stream, torch_generator, torch_seed
 from semdict.train.engine.trainer import Components, Trainer, add_run_arguments
-from semdict.train.masked.conditional import (
+from semdict.train.masked.class_conditional_model import (
     ConditionalConfig,
     ConditionalReconstruction,
     ConditionalTransformer,

@@ -14,7 +14,7 @@ from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.train.engine.checkpoint import differences
 from semdict.train.engine.guidance import combine
 from semdict.train.engine.model_file import ModelFile, load_model, model_kind, model_path
-from semdict.train.masked.conditional import ConditionalTransformer
+from semdict.train.masked.class_conditional_model import ConditionalTransformer
 from semdict.train.masked.context import Context
 from semdict.train.masked.encoder import Encoder, load_encoder, run_name
 from semdict.train.masked.iterative_decoding import LogitsAt, share_equal_contexts
