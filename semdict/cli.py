@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from semdict import __version__
+from semdict.journal import run_recorded
 from semdict.pipeline.common.errors import SemdictError, UsageError, suggestion
 from semdict.train.eval.measures import MEASURES
 
@@ -177,7 +178,7 @@ def call(name: str, command: Command, words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command_module.add_arguments(parser)
-    return command_module.run(parser.parse_args(words)) or 0
+    return run_recorded(name, words, parser.parse_args(words), command_module.run)
 
 
 def load(command: Command) -> Any:

@@ -2,13 +2,16 @@
 
 import math
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from semdict.pipeline.common.files import atomic_write
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
 
 
 class Decoder(Protocol):
@@ -59,23 +62,45 @@ def word_maps(words: np.ndarray, colours: np.ndarray, side: int) -> np.ndarray:
     return blocks.repeat(side // grid, axis=1).repeat(side // grid, axis=2)
 
 
+def wrapped(label: str, font: "FreeTypeFont", width: int) -> str:
+    """The label with line breaks between words, so that its lines fit `width` pixels; single long words are cut."""
+    lines = []
+    for part in label.splitlines():
+        line = ""
+        for word in part.split():
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            while font.getlength(longer) > width:
+                longer = longer[:-2] + "…"
+            line = longer
+        lines.append(line)
+    return "\n".join(lines[:4])
+
+
 def save_grid(path: Path, rows: list[np.ndarray], labels: list[str], columns: int = 8, cell: int = 128) -> None:
-    """A PNG of image rows stacked in bands: `rows[k]` (n, H, W, 3) uint8 carries `labels[k]` at its left."""
+    """A PNG of image rows stacked in bands: `rows[k]` (n, H, W, 3) uint8 carries `labels[k]` at its left.
+
+    The letters stay readable where a page shows the picture at half its width. A label that would stand alone before
+    every band is written once.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     n = min(4 * columns, *map(len, rows))
     bands = math.ceil(n / columns)
-    gutter, gap = 110, 2
+    gutter, gap = 150, 2
     width, height = gutter + columns * (cell + gap), bands * (len(rows) * (cell + gap) + 10)
     sheet = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
     for i in range(n):
         band, column = divmod(i, columns)
         for k, images in enumerate(rows):
             top = band * (len(rows) * (cell + gap) + 10) + k * (cell + gap)
             tile = Image.fromarray(images[i]).resize((cell, cell), Image.Resampling.LANCZOS)
             sheet.paste(tile, (gutter + column * (cell + gap), top))
-            if column == 0:
-                draw.text((4, top + cell // 2 - 8), labels[k], fill="black", font=font)
+            if column == 0 and (len(rows) > 1 or band == 0):
+                label = wrapped(labels[k], font, gutter - 8)
+                draw.multiline_text((4, top + cell // 2), label, fill="black", font=font, anchor="lm", spacing=2)
     with atomic_write(path) as staged:
         sheet.save(staged, format="PNG")

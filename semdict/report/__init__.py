@@ -1,5 +1,6 @@
-"""One HTML page of all results there are, read from reports/ and runs/.
+"""One HTML page of all results there are, read from reports/, runs/ and shards/.
 
-command.py parses the arguments and writes the page, results.py reads the result files, sections.py arranges them,
-images.py draws the curves and embeds the pictures, page.html is the template.
+command.py parses the arguments and writes the page; results.py reads the result files; sections.py arranges them, with
+runs.py (runs side by side), words.py (patches of words) and provenance.py. parts.py, charts.py and pictures.py are what a
+section is made of; page.html, page.css and page.js are the template.
 """

@@ -14,8 +14,10 @@ EXAMPLE = """examples:
   semdict report
   semdict report --preset in1k --out /tmp/in1k.html
 
-Writes one self-contained file with all pictures and curves inside. Shows the results that exist and lists the missing
-ones with the commands that compute them. Reads reports/PRESET and runs/PRESET and computes nothing."""
+Writes one self-contained file of less than 10 MB: all pictures and interactive charts are inside, it opens without a
+network. Shows the results that exist in reports/PRESET, runs/PRESET and shards/PRESET, runs and samples of any name
+among them, and lists what was begun and is not complete with the commands that complete it. Patches of words are cut
+from the images where these are on this machine. Trains and scores nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +45,25 @@ def run(args: argparse.Namespace) -> int:
 def render(results: "Results") -> str:
     """HTML of all results there are; equal results give equal text."""
     import jinja2
+    from plotly.offline import get_plotlyjs
 
     from semdict import __version__
-    from semdict.report.sections import absent, sections
+    from semdict.report.sections import Page, absent, head
 
+    page = Page(results)
     loader = jinja2.PackageLoader("semdict.report", package_path="")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    content = {"sections": sections(results), "missing": absent(results)}
-    return environment.get_template("page.html").render(preset=results.preset, version=__version__, **content)
+    sections = page.sections()
+    return environment.get_template("page.html").render(
+        preset=results.preset,
+        version=__version__,
+        title=page.title,
+        licence=page.set_summary.get("licence"),
+        head=head(page),
+        sections=sections,
+        missing=absent(results),
+        plotly=get_plotlyjs() if any(section.charts for section in sections) else "",
+    )
 
 
 def write_page(results: "Results", out: Path) -> list["Missing"]:
