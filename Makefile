@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 INSTALLED := $(VENV)/installed-$(EXTRA)
 TESTING := $(VENV)/installed-$(EXTRA)-test
 
-.PHONY: help demo test lint format preset graph check demo-weights replicate figures clean
+.PHONY: help demo test campaign lint format preset graph check demo-weights replicate figures clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -61,6 +61,9 @@ demo-weights: $(INSTALLED) ## train the demo's shipped VQGAN and teacher again
 replicate: $(INSTALLED) ## the papers' comparisons on the demo's tokens, over seeds (make demo first; about 90 minutes)
 	python -m replicate.lease
 	python -m replicate.vcq
+
+campaign: $(TESTING) ## kill every command at every file event, flip bits, feed bad inputs (30 minutes; again: goes on)
+	OMP_NUM_THREADS=1 python -m tests.campaign
 
 figures: ## cut the documents' pictures from the demo's reports
 	python -m demo.figures

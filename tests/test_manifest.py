@@ -24,7 +24,7 @@ from semdict.pipeline.images.decode import MAX_PIXELS, BadImage, DecodeSpec, Sta
 from semdict.pipeline.manifest import folders, scan
 from semdict.pipeline.manifest.cache import open_cache
 from semdict.pipeline.manifest.stage import build_manifest
-from semdict.pipeline.manifest.table import COLUMNS, load_manifest
+from semdict.pipeline.manifest.table import COLUMNS, Manifest, load_manifest
 from tests import tiny
 from tests.image_files import bad_files, encoded, good_files, picture
 from tests.test_sources import write, write_parquet, write_tar
@@ -90,11 +90,11 @@ def test_the_fingerprint_depends_on_the_content_only(tmp_path):
         values[3] = f"{values[3]}x" if isinstance(values[3], str) else values[3] + 1
         at = COLUMNS.names.index(name)
         changed = table.set_column(at, COLUMNS.field(name), pa.array(values, COLUMNS.field(name).type))
+        assert Manifest(changed).sha256 != base, name
         pq.write_table(changed, tmp_path / "changed.parquet")
-        assert load_manifest(tmp_path / "changed.parquet").sha256 != base, name
-    swapped = table.take([1, 0, *range(2, 12)])
-    pq.write_table(swapped, tmp_path / "changed.parquet")
-    assert load_manifest(tmp_path / "changed.parquet").sha256 != base
+        with pytest.raises(ManifestError, match="its content is not what was written"):
+            load_manifest(tmp_path / "changed.parquet")
+    assert Manifest(table.take([1, 0, *range(2, 12)])).sha256 != base
 
 
 def test_every_bad_file_keeps_its_row_with_its_reason(tmp_path):

@@ -21,6 +21,7 @@ from semdict.pipeline.analysis.estimates import (
     shuffled_null,
     uniform_null,
 )
+from semdict.pipeline.common.digests import check_published
 from semdict.pipeline.common.errors import ShardError, UsageError
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def read_nll(run: Path) -> tuple[tuple[int, ...], dict[str, np.ndarray]]:
     """(codebook sizes, "train" or "held_out" -> bits per position) of a run of `semdict ar train`."""
     path = run / "nll.json"
     try:
+        check_published(path)
         content = json.loads(path.read_text())
         sizes, bits = tuple(content["sizes"]), {kind: np.array(curve) for kind, curve in content["bits"].items()}
     except FileNotFoundError:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semdict.pipeline.common.digests import check_digest
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.hub import local_file
 
@@ -135,8 +136,12 @@ def refuse_misfit(
 
 
 def load_array(path: str | os.PathLike, mmap: bool = False) -> np.ndarray:
-    """Read a .npy file of plain numbers, memory-mapped read-only on request; WeightsError for anything else."""
+    """Read a .npy file of plain numbers, memory-mapped read-only on request.
+
+    WeightsError for anything else, and for a file that is not the one whose digest lies beside it.
+    """
     path = existing_file(path)
+    check_digest(path, WeightsError)
     try:
         array = np.load(path, allow_pickle=False, mmap_mode="r" if mmap else None)
     except Exception as error:

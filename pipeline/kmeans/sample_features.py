@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from semdict.pipeline.common.device import keep_freed_memory, reduced_precision, resolve_device, to_device
+from semdict.pipeline.common.digests import write_sums
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.common.files import sha256_file, write_json
 from semdict.pipeline.common.hub import absolute, local_file
@@ -214,7 +215,7 @@ def _overlaps(rows: np.ndarray, chunk: Chunk) -> bool:
 def _publish(store: ChunkStore, chunks: list[tuple[Chunk, tuple[int, int]]], out: Path) -> None:
     """Write `chunks` and the shapes of their features as zarr group `out`, complete or not at all.
 
-    {features (M, D) float16, row (M,) int64, position (M,) int16} in row order.
+    {features (M, D) float16, row (M,) int64, position (M,) int16} in row order; SHA256SUMS lists its files.
     """
     import zarr
 
@@ -233,3 +234,4 @@ def _publish(store: ChunkStore, chunks: list[tuple[Chunk, tuple[int, int]]], out
             for name, array in arrays.items():
                 array[start : start + points] = part[name]
             start += points
+        write_sums(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from semdict.pipeline.common.digests import check_sums, forget_digest, record_digest
 from semdict.pipeline.common.errors import SemdictError, WeightsError
 from semdict.pipeline.common.files import atomic_write, write_json
 from semdict.pipeline.common.publish import check_output
@@ -67,6 +68,7 @@ def _cluster(params: Params, features: Path, out: Path, reports: Path) -> None:
 
     if not (features / "features").exists():
         raise SemdictError(f"{features} holds no sampled features; run `dvc repro sample_features`")
+    check_sums(features, "run `dvc repro -f sample_features`")
     array = zarr.open_array(features / "features", mode="r")
     cfg = params.kmeans
     result = train_centroids(
@@ -90,11 +92,13 @@ def _cluster(params: Params, features: Path, out: Path, reports: Path) -> None:
 
 
 def _write(out: Path, centroids: np.ndarray, reports: Path, metrics: dict, objective: list[float]) -> None:
-    """Write centroids.npy, kmeans.json (metrics) and kmeans_objective.csv (a DVC plot)."""
+    """Write centroids.npy with its digest, kmeans.json (metrics) and kmeans_objective.csv (a DVC plot)."""
     with atomic_write(reports / "kmeans_objective.csv") as tmp_path:
         lines = [f"{i},{value:.9g}" for i, value in enumerate(objective)]
         tmp_path.write_text("\n".join(["iteration,objective", *lines]) + "\n")
     write_json(reports / "kmeans.json", metrics)
+    forget_digest(out)
     with atomic_write(out) as tmp_path, tmp_path.open("wb") as file:
         np.save(file, np.ascontiguousarray(centroids, dtype=np.float32))
+    record_digest(out)
     print(f"{out}: {centroids.shape[0]} centroids of width {centroids.shape[1]} ({metrics['engine']})", file=sys.stderr)

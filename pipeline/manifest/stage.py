@@ -107,8 +107,10 @@ def _cache_file(cache: Path, limits: DecodeSpec) -> Path:
 def _assemble(listing: Listing, results: pa.Table) -> pa.Table:
     """The manifest's columns, from the listing and the results of the scan."""
     arrays = [(results if name in results.column_names else listing.table)[name] for name in COLUMNS.names]
-    meta = {META: json.dumps({"format": 1, "classes": listing.classes, "layouts": listing.layouts}).encode()}
-    return pa.table(arrays, schema=COLUMNS.with_metadata(meta))
+    meta = {"format": 1, "classes": listing.classes, "layouts": listing.layouts}
+    table = pa.table(arrays, schema=COLUMNS.with_metadata({META: json.dumps(meta).encode()}))
+    meta["sha256"] = Manifest(table).sha256  # of the content; `load_manifest` compares it
+    return table.replace_schema_metadata({META: json.dumps(meta).encode()})
 
 
 def _report_bad(manifest: Manifest, path: Path, max_bad_fraction: float) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,8 +42,8 @@ class Manifest:
 
     def __init__(self, table: pa.Table):
         self.table = table.combine_chunks()
-        meta = json.loads((table.schema.metadata or {}).get(META, b"{}"))
-        self.classes: list[str] = meta.get("classes", [])
+        self.meta = _metadata(table)
+        self.classes: list[str] = self.meta.get("classes", [])
         self.label: np.ndarray = self.table["label"].to_numpy()
         self.status: np.ndarray = self.table["status"].to_numpy()
 
@@ -81,6 +82,14 @@ class Manifest:
         return digest.hexdigest()
 
 
+def _metadata(table: pa.Table) -> dict[str, Any]:
+    """Class names, layouts and the content's SHA-256, as the stage wrote them."""
+    meta = json.loads((table.schema.metadata or {}).get(META, b"{}"))
+    if not isinstance(meta, dict) or not isinstance(meta.get("classes", []), list):
+        raise ValueError("no metadata of a manifest")
+    return meta
+
+
 def _text_bytes(strings: pa.StringArray) -> memoryview:
     """The characters of an Arrow string array, end to end, as UTF-8."""
     _, offsets, data = strings.buffers()
@@ -100,4 +109,11 @@ def load_manifest(path: str | Path) -> Manifest:
         ) from None
     if not table.schema.equals(COLUMNS):
         raise ManifestError(f"{path} has columns {table.schema.names}, expected {COLUMNS.names} of fixed types")
-    return Manifest(table)
+    try:
+        manifest = Manifest(table)
+        sound = manifest.meta.get("sha256", manifest.sha256) == manifest.sha256
+    except (ValueError, TypeError, AttributeError, pa.ArrowException):
+        sound = False
+    if not sound:
+        raise ManifestError(f"{path} is damaged: its content is not what was written; run `dvc repro -f manifest`")
+    return manifest

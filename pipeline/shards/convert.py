@@ -60,7 +60,7 @@ class LayoutTable:
         selected = {}
         for other in self.modules:
             for key in self.options(other):
-                if getattr(args, key) in (None, False):
+                if getattr(args, key) is None or getattr(args, key) is False:  # 0 is a number that was asked for
                     continue
                 if key not in self.options(name):
                     flag = f"--{key.replace('_', '-')}"

@@ -8,6 +8,7 @@ so a position is one number.
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semdict.pipeline.common.digests import seal_holds
 from semdict.pipeline.common.errors import ShardError, UsageError
 from semdict.train.data.loader import Resumable, share_of
 from semdict.train.data.token_set import recipe_of
@@ -40,6 +42,7 @@ class TarBlock:
     columns: dict[str, tuple[int, int]]
     first: int
     rows: int
+    checksum: int | None  # CRC-32 over the columns' bytes, in the order of COLUMNS; None in exports without it
 
 
 def open_metadata(path: Path) -> tuple[dict[str, Any], str, None]:
@@ -63,6 +66,8 @@ def read_about(folder: str | Path) -> dict[str, Any]:
         raise ShardError(f"{path} does not exist: {folder} was not written by `semdict shards export`") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is damaged ({error}); export the shards again") from None
+    if not seal_holds(about):
+        raise ShardError(f"{path} is damaged: its SHA-256 is not the one that it states; export the shards again")
     if not isinstance(tars, dict) or rows == 1:
         raise ShardError(f"{folder} holds one image per sample; export again without --per-sample to train from it")
     return about
@@ -79,14 +84,18 @@ def find_blocks(folder: str | Path, about: dict[str, Any], splits: list[str]) ->
         if path.name != name:
             raise ShardError(f"{folder}/dataset.json names {name!r}, which is not a file of that folder")
         try:
-            blocks += _blocks_of(path, sum(block.rows for block in blocks[-1:]) + (blocks[-1].first if blocks else 0))
+            first = blocks[-1].first + blocks[-1].rows if blocks else 0
+            blocks += _blocks_of(path, first, about["blocks"][name] if "blocks" in about else None)
         except (OSError, tarfile.TarError, ValueError, KeyError) as error:
             raise ShardError(f"{path} cannot be read ({error}); export the shards again") from None
     return blocks
 
 
-def _blocks_of(path: Path, first: int) -> Iterator[TarBlock]:
-    """The samples of one tar; the number of rows stands in the header of the label array."""
+def _blocks_of(path: Path, first: int, listed: list[list[Any]] | None) -> Iterator[TarBlock]:
+    """The samples of one tar; the number of rows stands in the header of the label array.
+
+    listed: [name, rows, checksum] of each, as dataset.json has them; ValueError where the tar has others.
+    """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     with tarfile.open(path, "r:") as tar, path.open("rb") as file:
         for member in tar:
@@ -94,12 +103,17 @@ def _blocks_of(path: Path, first: int) -> Iterator[TarBlock]:
             for column, wanted in COLUMNS.items():
                 if extension == wanted:
                     samples.setdefault(base, {})[column] = (member.offset_data, member.size)
-        for base, columns in samples.items():
+        if listed is not None and [name for name, *_ in listed] != list(samples):
+            raise ValueError("its samples are not those that dataset.json lists")
+        for number, (base, columns) in enumerate(samples.items()):
             file.seek(columns["label"][0])
             version = np.lib.format.read_magic(file)
             shape = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
                      np.lib.format.read_array_header_2_0)(file)[0]  # fmt: skip
-            yield TarBlock(path, base, columns, first, shape[0])
+            rows, checksum = (shape[0], None) if listed is None else listed[number][1:]
+            if rows != shape[0]:
+                raise ValueError(f"{base} has {shape[0]} rows, dataset.json says {rows}")
+            yield TarBlock(path, base, columns, first, rows, checksum)
             first += shape[0]
 
 
@@ -205,16 +219,20 @@ class StreamingLoader(Resumable):
 
     def _read(self, block: TarBlock) -> dict[str, np.ndarray]:
         """Every column of a block: ids (n, V, L), label (n,), row (n,); ShardError names what is wrong."""
-        arrays = {"row": np.arange(block.first, block.first + block.rows)}
+        arrays, checksum = {"row": np.arange(block.first, block.first + block.rows)}, 0
         with block.tar.open("rb") as file:
             for column, (offset, size) in block.columns.items():
                 where = f"{block.tar}: {block.name}.{COLUMNS[column]}"
                 file.seek(offset)
+                data = file.read(size)
+                checksum = zlib.crc32(data, checksum)
                 try:
-                    arrays[column] = np.load(io.BytesIO(file.read(size)), allow_pickle=False)
+                    arrays[column] = np.load(io.BytesIO(data), allow_pickle=False)
                 except (ValueError, OSError, EOFError) as error:
                     raise ShardError(f"{where} is not a plain array ({error}); export the shards again") from None
                 self._check(where, column, arrays[column], block.rows)
+        if block.checksum not in (None, checksum):
+            raise ShardError(f"{block.tar}: {block.name} is damaged: its checksum differs; export the shards again")
         return arrays
 
     def _check(self, where: str, column: str, values: np.ndarray, rows: int) -> None:

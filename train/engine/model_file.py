@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from semdict.pipeline.common.digests import check_published
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.common.files import atomic_write, sha256_file
+from semdict.pipeline.common.files import atomic_write
 from semdict.pipeline.common.safeload import load_checkpoint
 
 MODEL = "model.pt"
 TOKENIZER = "tokenizer.pt"
-CARD = "run.json"  # last file of a complete run: settings, metrics, and the SHA-256 of every model file
 
 
 class SavedModule(Protocol):
@@ -90,21 +90,3 @@ def model_path(path: str | Path) -> Path:
 def model_kind(path: str | Path) -> str | None:
     """The kind of a model file, None for a checkpoint that was not written by `save_model`."""
     return load_checkpoint(model_path(path)).get("kind")
-
-
-def check_published(path: Path) -> str:
-    """SHA-256 of a model file; WeightsError if the run.json beside it lists another one."""
-    sha256 = sha256_file(path)
-    card = path.parent / CARD
-    try:
-        published = json.loads(card.read_text()).get("files", {}).get(path.name, sha256)
-    except FileNotFoundError:
-        return sha256  # not in a run's folder
-    except (ValueError, AttributeError):
-        raise WeightsError(f"{card} is damaged; move {path.name} out of this folder, or run the stage again") from None
-    if published != sha256:
-        raise WeightsError(
-            f"{path} has SHA-256 {sha256}, the {CARD} beside it lists {published}: it is damaged or was replaced; "
-            "restore it, or remove the folder and run the stage again"
-        )
-    return sha256

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from semdict.pipeline.common.digests import CARD
 from semdict.pipeline.common.errors import SemdictError, UsageError
 from semdict.pipeline.common.files import remove, sha256_file, sha256_json, write_json
 from semdict.pipeline.common.publish import check_output, occupied, publish_staged
@@ -22,12 +23,12 @@ from semdict.pipeline.execute.locks import lock
 from semdict.train.engine import dist
 from semdict.train.engine.checkpoint import differences, plain
 from semdict.train.engine.loop import Hook, Loader, Phase, Plan, Run, Stateful, fit
-from semdict.train.engine.model_file import CARD
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params, Runtime
 
 FROM_CFG = ("seed", "accumulate", "precision")  # keys of a trainer's section that the loop needs
+DIGESTED = ("*.pt", "nll.json")  # files of a run that other commands read: their SHA-256 is in its card
 FROM_RUNTIME = ("compile", "save_every", "keep", "log_every")
 
 
@@ -135,11 +136,12 @@ class Trainer:
         return self._complete(metrics)
 
     def _complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Write the card: settings, metrics, and the SHA-256 of every model file. The last file of a complete run."""
+        """Write the card: settings, metrics, and the SHA-256 of every file that is read later. Last file of a run."""
         card = {"kind": self.recipe.name, "fingerprint": self.fingerprint, "settings": self.settings}
         card |= {"metrics": metrics}
         if self.world.first:
-            card["files"] = {path.name: sha256_file(path) for path in sorted(self.folder.glob("*.pt"))}
+            files = (path for pattern in DIGESTED for path in self.folder.glob(pattern))
+            card["files"] = {path.name: sha256_file(path) for path in sorted(files)}
             write_json(self.folder / CARD, card)
         return card
 

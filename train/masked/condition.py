@@ -152,7 +152,7 @@ class Conditioning:
     def finish(self, components: Components, loader: ResidentLoader, trainer: Trainer) -> dict[str, Any]:
         """Write the model, measure it on held-out images; the loss at chance in nats."""
         model = components.state["model"]
-        metrics = {"chance": math.log(self.token_set.codebook_size), "classes": model.null_class}
+        metrics = {"chance": {"loss": math.log(self.token_set.codebook_size)}, "classes": model.null_class}
         if trainer.world.first:
             if self.held_out is not None:
                 metrics["held_out"] = self.held_out_loss(model, trainer.world.device)

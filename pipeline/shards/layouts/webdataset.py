@@ -8,11 +8,13 @@ depend on the tokens only: members carry no time, owner or host name.
 import io
 import json
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from semdict.pipeline.common.digests import sealed
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.common.publish import publish_folder
 from semdict.pipeline.shards.reader import TokenShards
@@ -32,15 +34,20 @@ def export(shards: TokenShards, out: str | Path, split: str | None = None, per_s
     written = 0
     with publish_folder(out, "webdataset") as folder:
         tars: dict[str, list[str]] = {}
+        blocks: dict[str, list[list[Any]]] = {}
         for name in export_splits(shards, split):
             tars[name] = []
             for number, batch in enumerate(row_batches(shards, name, TAR_ROWS)):
                 tars[name].append(f"{percent(name, slash=False)}-{number:06d}.tar")
                 with tarfile.open(folder / tars[name][-1], "w", format=tarfile.PAX_FORMAT) as tar:
-                    write = _write_images if per_sample else _write_blocks
-                    write(tar, shards, batch, f"{percent(name, slash=False)}-", number * (TAR_ROWS // BLOCK_ROWS))
+                    if per_sample:
+                        _write_images(tar, shards, batch)
+                    else:
+                        prefix, first = f"{percent(name, slash=False)}-", number * (TAR_ROWS // BLOCK_ROWS)
+                        blocks[tars[name][-1]] = _write_blocks(tar, shards, batch, prefix, first)
                 written += len(batch.rows)
-        write_json(folder / "dataset.json", describe(shards, tars, per_sample))
+        about = describe(shards, tars, per_sample)
+        write_json(folder / "dataset.json", sealed(about if per_sample else {**about, "blocks": blocks}))
     return rows_of(shards, split) - written
 
 
@@ -58,19 +65,26 @@ def percent(key: str, slash: bool = True) -> str:
     return "%2F" + text[1:] if text.startswith("/") else text
 
 
-def _write_blocks(tar: tarfile.TarFile, shards: TokenShards, batch: RowBatch, prefix: str, first: int) -> None:
-    """Samples of up to BLOCK_ROWS rows, numbered from `first`."""
+def _write_blocks(
+    tar: tarfile.TarFile, shards: TokenShards, batch: RowBatch, prefix: str, first: int
+) -> list[list[Any]]:
+    """Samples of up to BLOCK_ROWS rows, numbered from `first`; returns [name, rows, CRC-32 of its arrays] of each."""
+    written = []
     keys = [str(key) for key in shards.index["key"].take(batch.rows).to_pylist()]
     for number, start in enumerate(range(0, len(keys), BLOCK_ROWS), first):
         part = slice(start, start + BLOCK_ROWS)
-        _add(tar, f"{prefix}{number:06d}.gen.npy", _npy(batch.gen[part]))
-        if batch.disc is not None:
-            _add(tar, f"{prefix}{number:06d}.disc.npy", _npy(batch.disc[part]))
-        _add(tar, f"{prefix}{number:06d}.cls.npy", _npy(batch.label[part]))
-        _add(tar, f"{prefix}{number:06d}.keys.json", json.dumps(keys[part], ensure_ascii=False).encode())
+        checksum, base = 0, f"{prefix}{number:06d}"
+        for suffix, ids in (("gen", batch.gen), ("disc", batch.disc), ("cls", batch.label)):
+            if ids is not None:
+                data = _npy(ids[part])
+                checksum = zlib.crc32(data, checksum)
+                _add(tar, f"{base}.{suffix}.npy", data)
+        _add(tar, f"{base}.keys.json", json.dumps(keys[part], ensure_ascii=False).encode())
+        written.append([base, len(keys[part]), checksum])
+    return written
 
 
-def _write_images(tar: tarfile.TarFile, shards: TokenShards, batch: RowBatch, prefix: str, first: int) -> None:
+def _write_images(tar: tarfile.TarFile, shards: TokenShards, batch: RowBatch) -> None:
     """One sample per image, named by its key."""
     index = shards.index.select(["key", "label_name"]).take(batch.rows).to_pylist()
     for at, entry in enumerate(index):
