@@ -133,13 +133,6 @@ def test_a_position_in_something_else_is_refused(other):
         other().load_state_dict(state)
 
 
-def test_one_pass_for_measures_is_a_partition():
-    parts = [ResidentLoader(table(), 16, 0, rank, 4).once(5) for rank in range(4)]
-    found = [rows_of(list(part)) for part in parts]
-    assert sorted(chain(*found)) == sorted(set(range(ROWS)) - set(BAD))
-    assert {len(rows) for rows in found} == {21, 22}
-
-
 def test_impossible_batches_are_refused():
     with pytest.raises(UsageError, match="shared evenly by 3"):
         ResidentLoader(table(), 8, 0, 0, 3)

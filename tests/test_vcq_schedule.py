@@ -6,15 +6,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from semdict.train.vcq.schedule import (
-    KINDS,
-    bits_per_pixel,
-    bits_per_position,
-    capacity,
-    cliff,
-    cliff_uniform,
-    codebook_sizes,
-)
+from semdict.pipeline.analysis.curves import equation_1
+from semdict.pipeline.analysis.estimates import cliff_position
+from semdict.train.vcq.schedule import KINDS, bits_per_pixel, codebook_sizes
 
 IMAGENET = 1_281_167
 # kind, k_min, k_max: mean (rounded sizes), printed mean, printed BPP, total bits, t* at 50K, 1.28M, 12.8M
@@ -37,8 +31,8 @@ def test_table_2(row):
     assert float(sizes_L.double().mean()) == pytest.approx(mean, abs=0.005)
     assert round(float(sizes_L.double().mean())) == printed
     assert bits_per_pixel(sizes_L) == pytest.approx(bpp, abs=6e-5)  # the table's fourth digit comes from rounded bits
-    assert float(capacity(sizes_L)[-1]) == pytest.approx(bits, abs=0.05)
-    assert tuple(cliff(n, sizes_L) for n in (50_000, IMAGENET, 10 * IMAGENET)) == stars
+    assert float(sizes_L.double().log2().sum()) == pytest.approx(bits, abs=0.05)
+    assert tuple(cliff_position(sizes_L, n) for n in (50_000, IMAGENET, 10 * IMAGENET)) == stars
 
 
 def test_first_sizes():
@@ -85,15 +79,15 @@ def test_equal_ends_are_the_constant_schedule(kind):
 def test_table_1():
     printed = {50_000: 2, 118_000: 2, IMAGENET: 2, 12_000_000: 2, 400_000_000: 3, 5_000_000_000: 3}
     for samples, star in printed.items():
-        assert cliff_uniform(samples, 16384) == star
-        assert cliff(samples, codebook_sizes("constant")) == star
+        assert equation_1(samples, 16384) == star
+        assert cliff_position(codebook_sizes("constant"), samples) == star
     assert pytest.approx(209.5, abs=0.05) == 16384**2 / IMAGENET
 
 
 def test_cliff_may_not_be_reached():
-    assert cliff(2**20, codebook_sizes("constant", 4, 16, 16)) is None
-    assert cliff(2**16, codebook_sizes("constant", 4, 16, 16)) == 4
-    assert bits_per_position(torch.tensor([1, 2, 8])).tolist() == [0, 1, 3]
+    assert cliff_position([16] * 4, 2**20) is None
+    assert cliff_position([16] * 4, 2**16) == 4
+    assert bits_per_pixel(torch.tensor([1, 2, 8]), pixels=8) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -236,12 +236,6 @@ def drop_labels(labels_B: Tensor, probability: float, null_class: int, rng: torc
     return torch.where(dropped_B, null_class, labels_B)
 
 
-def parameter_count(config: ArConfig) -> int:
-    """Parameters of a model, counted without allocating them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in ArModel(config).parameters())
-
-
 @torch.no_grad()
 def nll_bits(model: ArModel, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
     """((L,) float64 mean bits per position, number of images) over (ids (B, L), labels (B,)) batches, in eval mode.

@@ -1,6 +1,5 @@
 """The resident dataloader: token sets in memory, batches in an order that depends on (seed, epoch) alone."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,16 +140,6 @@ class ResidentLoader(Resumable):
             "label": None if self._label is None else self._label[torch.from_numpy(at).to(self.device)].long(),
             "row": torch.from_numpy(self.table.row[indices]).to(self.device),
         }
-
-    def once(self, batch: int | None = None) -> Iterator[Batch]:
-        """One pass over this rank's share of the usable rows in ascending order, view 0, for evaluation.
-
-        Shares are contiguous and differ by at most one row; the last batch may be shorter. The position stays.
-        """
-        mine = np.array_split(np.arange(len(self.table.at)), self.world)[self.rank]
-        size = batch or self.batch
-        for start in range(0, len(mine), size):
-            yield self.take(mine[start : start + size])
 
     def sample(self, n: int) -> Tensor:
         """(n, L) int64 generative ids of rows spread evenly over the set, the same every time; for pictures."""

@@ -1,6 +1,6 @@
-"""Codebook size of each position, and derived numbers: bits per pixel, capacity, the entropy cliff t*.
+"""Codebook size of each position (arXiv:2605.06207, equation 3), and the bits per pixel of a schedule.
 
-Paper: arXiv:2605.06207, equations 1-3. Rounding and t*: see docs/vcq.md, choices D1-D4.
+Rounding: docs/vcq.md, choices D1-D4. The position at which information runs out: `pipeline.analysis.estimates`.
 """
 
 import math
@@ -33,27 +33,6 @@ def codebook_sizes(kind: str, length: int = 256, k_min: int = 2, k_max: int = 16
     return torch.floor(k_min + (k_max - k_min) * growth_L + 0.5).long()
 
 
-def bits_per_position(sizes_L: Tensor) -> Tensor:
-    """(L,) float64: log2 K_t, the most that position t can carry."""
-    return torch.as_tensor(sizes_L).double().log2()
-
-
 def bits_per_pixel(sizes_L: Tensor, pixels: int = 256 * 256) -> float:
-    """Bits of one token sequence divided by the pixels of its image (table 2, column BPP)."""
-    return float(bits_per_position(sizes_L).sum()) / pixels
-
-
-def capacity(sizes_L: Tensor) -> Tensor:
-    """(L + 1,) float64 bits: I(t) = sum of log2 K_i over i < t, for t = 0..L (equation 2)."""
-    return torch.cat([torch.zeros(1, dtype=torch.float64), bits_per_position(sizes_L).cumsum(0)])
-
-
-def cliff(samples: int, sizes_L: Tensor) -> int | None:
-    """t*: the smallest t with I(t) >= log2(samples) (equation 2); None when the sequence never gets there."""
-    reached = torch.nonzero(capacity(sizes_L) >= math.log2(samples))
-    return int(reached[0]) if len(reached) else None
-
-
-def cliff_uniform(samples: int, k: int) -> int:
-    """t* = ceil(log2 N / log2 K) of a codebook of one size `k` >= 2 (equation 1)."""
-    return math.ceil(math.log2(samples) / math.log2(k))
+    """Bits of one token sequence, the sum of log2 K_t, divided by the pixels of its image (table 2, column BPP)."""
+    return float(sizes_L.double().log2().sum()) / pixels

@@ -255,12 +255,6 @@ def _check(config: TokenizerConfig) -> None:
         )
 
 
-def parameter_count(config: TokenizerConfig) -> int:
-    """Parameters of a tokenizer, counted without allocating them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Tokenizer1d(config).parameters())
-
-
 def load_vcq_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer1d:
     """The tokenizer of a `semdict vcq train` run (averaged weights) or of its file, in evaluation mode."""
     tokenizer, file = load_model(path, Tokenizer1d, device)
