@@ -50,6 +50,7 @@ AR = {
 }
 
 COMMANDS: dict[str, Command | Group] = {
+    "init": Command("semdict.project.init", "start: write a preset for a folder of images, and make it params.yaml"),
     "manifest": Command("semdict.pipeline.manifest.stage", "list the images: key, label, split, size, SHA-256, status"),
     "sample-features": Command("semdict.pipeline.kmeans.sample_features", "sample teacher patch features for k-means"),
     "kmeans": Command("semdict.pipeline.kmeans.stage", "cluster the sampled features into the discriminative codebook"),

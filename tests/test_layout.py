@@ -33,6 +33,7 @@ TIERS = (
     ("train.ar",),
     ("train.eval",),
     ("semdict",),
+    ("semdict.project",),
     ("semdict.report",),
 )
 LONGEST_FILE = 400
@@ -45,7 +46,7 @@ LEAN_PACKAGES = {"torch", "numpy", "timm", "tqdm", "semdict"}  # timm depends on
 def modules() -> dict[str, Path]:
     """Name -> file of all modules in the wheel; `pipeline.x` and `train.x` without the leading `semdict.`"""
     files = [path for folder in ("pipeline", "train") for path in (ROOT / folder).rglob("*.py")]
-    files += [path for part in ("*.py", "report/*.py") for path in (ROOT / "semdict").glob(part)]
+    files += [path for part in ("*.py", "project/*.py", "report/*.py") for path in (ROOT / "semdict").glob(part)]
     names = {path: str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in files}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
@@ -88,7 +89,8 @@ def folder(name: str) -> str:
     parts = name.split(".")
     if parts[0] in ("pipeline", "train"):
         return ".".join(parts[:2])
-    return "semdict.report" if parts[:2] == ["semdict", "report"] else "semdict"
+    rooms = {name for tier in TIERS for name in tier}
+    return ".".join(parts[:2]) if ".".join(parts[:2]) in rooms else "semdict"
 
 
 def test_imports_name_modules_that_exist():

@@ -37,14 +37,9 @@ class Preset:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """Write params.yaml, make the folders, name what is missing."""
-        if not Path("dvc.yaml").is_file():
-            raise UsageError(f"{Path.cwd()} has no dvc.yaml; run it in the project's folder")
+        refuse_outside_project()
         text = complete(PARAMS) if args.complete else render(args.name)
-        source = str(PARAMS if args.complete else PRESETS / f"{args.name}.yaml")
-        params = validate(parse_yaml(text, source), source)  # a wrong preset is refused before anything changes
-        write_params(text, PARAMS)
-        for folder in [*watched_folders(params), *awaited_folders(Path())]:
-            folder.mkdir(parents=True, exist_ok=True)
+        params = activate(text, PARAMS if args.complete else PRESETS / f"{args.name}.yaml")
         print(f"{PARAMS}: preset {params.preset}")
         print_missing(params)
         return 0
@@ -69,6 +64,24 @@ class Check:
         print(f"{args.params}: preset {params.preset} is valid")
         print_missing(params)
         return 0
+
+
+def refuse_outside_project() -> None:
+    """UsageError where the current folder has no dvc.yaml."""
+    if not Path("dvc.yaml").is_file():
+        raise UsageError(f"{Path.cwd()} has no dvc.yaml; run it in the project's folder")
+
+
+def activate(text: str, source: Path) -> Params:
+    """Make a text from file `source` the params.yaml of the project, and make the folders that DVC asks for.
+
+    ParamsError, before anything changes, where the text is not valid.
+    """
+    params = validate(parse_yaml(text, str(source)), str(source))
+    write_params(text, PARAMS)
+    for folder in [*watched_folders(params), *awaited_folders(Path())]:
+        folder.mkdir(parents=True, exist_ok=True)
+    return params
 
 
 def print_missing(params: Params) -> None:

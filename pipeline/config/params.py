@@ -21,8 +21,8 @@ def load_params(path: str | Path = DEFAULT_PATH, overrides: list[str] | None = N
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ParamsError(f"{path} must contain sections (a YAML mapping), not {type(tree).__name__}")
-    for override in overrides or []:
-        _set(tree, override)
+    for text in overrides or []:
+        override(tree, text)
     return validate(tree, str(path))
 
 
@@ -45,17 +45,17 @@ def params_of(args: argparse.Namespace) -> Params:
     return load_params(args.params, args.set)
 
 
-def _set(tree: dict, override: str) -> None:
+def override(tree: dict, text: str) -> None:
     """Puts `section.key=value` into the tree; the value is read as YAML."""
-    dotted, equals, text = override.partition("=")
+    dotted, equals, value = text.partition("=")
     if not equals or not all(dotted.split(".")):
-        raise ParamsError(f"--set {shown(override)}: expected section.key=value")
+        raise ParamsError(f"--set {shown(text)}: expected section.key=value")
     *sections, key = dotted.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ParamsError(f"--set {shown(override)}: {section} is not a section")
-    tree[key] = parse_yaml(text, f"--set {dotted}")
+            raise ParamsError(f"--set {shown(text)}: {section} is not a section")
+    tree[key] = parse_yaml(value, f"--set {dotted}")
 
 
 def _text_keys(value: Any) -> Any:

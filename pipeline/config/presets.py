@@ -87,9 +87,9 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _merged(overlays: list[tuple[Path, dict[str, Any]]], folder: Path) -> dict[str, Any]:
     """The base with every overlay put over it, and `inputs` derived where no overlay names them."""
-    tree = _mapping(folder / f"{BASE}.yaml")
+    tree, base = (_mapping(folder / f"{BASE}.yaml") for _ in range(2))
     for path, overlay in overlays:
-        for keys in _leaves(overlay, tree, path):
+        for keys in _leaves(overlay, base, path):  # open mappings, such as manifest.images, are replaced as a whole
             _put(tree, keys, _value(overlay, keys))
     stated = {key for _, overlay in overlays for key in overlay.get("inputs", {})}
     for key, path in _derived_inputs(tree).items():

@@ -80,10 +80,13 @@ class ImageList:
 
     def sort(self) -> None:
         """Rows by key; code point order is the byte order of UTF-8, no locale is involved."""
-        order = np.array(sorted(range(len(self.keys)), key=self.keys.__getitem__), np.int64)
+        self.keep(np.array(sorted(range(len(self.keys)), key=self.keys.__getitem__), np.int64))
+
+    def keep(self, rows: Sequence[int] | np.ndarray) -> None:
+        """These rows alone, in this order."""
         for name in COLUMNS:
             column = getattr(self, name)
-            setattr(self, name, [column[i] for i in order])
+            setattr(self, name, [column[i] for i in rows])
 
 
 def merge_label_ids(known: dict[str, int], new: dict[str, int], where: str) -> None:

@@ -16,6 +16,7 @@ from semdict.pipeline.images.decode import SUFFIXES
 from semdict.pipeline.manifest.folders import LIST_THREADS, list_folder
 from semdict.pipeline.manifest.listing import Ignored, ImageList, merge_label_ids, refuse_duplicates, split_root
 from semdict.pipeline.manifest.parquets import list_parquet
+from semdict.pipeline.manifest.shares import assign, shared_splits
 from semdict.pipeline.manifest.tars import list_tar
 
 LAYOUTS = ("auto", "classes", "flat", "webdataset", "parquet")
@@ -53,14 +54,27 @@ SCHEMA = pa.schema(
 )
 
 
-def list_images(images: Mapping[str, str], layout: str = "auto", label_key: str | None = None) -> Listing:
+def list_images(
+    images: Mapping[str, str],
+    layout: str = "auto",
+    label_key: str | None = None,
+    shares: Mapping[str, float] | None = None,
+) -> Listing:
     """List every split of `images` (name -> folder, file, or glob with * ? [] or {000..127}) and agree on labels.
 
     Rows: splits in the order of `images`; within folders by key, within tars and parquet by file name and position, so
     that reading in row order is sequential. Keys are "split/path without suffix". `label_key`: the parquet column or
-    the key of tar members' .json that holds labels. ManifestError names what is in the way.
+    the key of tar members' .json that holds labels. `shares`: for splits of one folder, the share of its images that
+    each takes (`shares.assign`). ManifestError names what is in the way.
     """
     splits = {split: _list_split(split, pattern, layout, label_key) for split, pattern in images.items()}
+    for group in shared_splits(images, shares or {}):
+        images_of_folder = splits[next(iter(group))][0]
+        assigned = assign(images_of_folder.keys, images_of_folder.labels, group)
+        for number, split in enumerate(group):
+            splits[split][0].keep([row for row, owner in enumerate(assigned) if owner == number])
+            if not splits[split][0].keys:
+                raise ManifestError(f"split {split}: its share of {images[split]} (manifest.shares) is no image")
     ids = _agree_on_labels({split: part for split, (part, _) in splits.items()}, images)
     columns: dict[str, list] = {name: [] for name in SCHEMA.names}
     ignored, notes = Ignored(), []

@@ -79,7 +79,7 @@ def build_manifest(
     Folder `cache` keeps results between runs, which `fresh` deletes, and receives `bad.csv` (key, source, status,
     reason) when images are bad. ManifestError when there are no images, or more than `max_bad_fraction` are bad.
     """
-    listing = list_images(cfg.images, cfg.layout, cfg.label_key)
+    listing = list_images(cfg.images, cfg.layout, cfg.label_key, cfg.shares)
     for note in listing.notes:
         print(f"manifest: {note}", file=sys.stderr)
     results = scan(listing.table, cfg.images, _cache_file(cache, limits), limits, workers, fresh)

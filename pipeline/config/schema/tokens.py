@@ -35,9 +35,22 @@ class Manifest(Section):
     """Which images there are."""
 
     images: dict[str, str] = Field(min_length=1)  # split name -> folder, tar glob or parquet glob
+    shares: dict[str, Annotated[float, Field(gt=0, lt=1)]]  # split name -> share of the images of its folder
     layout: Literal["auto", "classes", "flat", "webdataset", "parquet"]
     label_key: str | None
     max_bad_fraction: Share
+
+    @model_validator(mode="after")
+    def _shared(self) -> "Manifest":
+        for path in {self.images.get(split, "") for split in self.shares}:
+            splits = [split for split, other in self.images.items() if other == path]
+            total = sum(self.shares.get(split, 0.0) for split in splits)
+            if not splits or set(splits) - set(self.shares) or abs(total - 1) > 1e-6:
+                raise ValueError(
+                    f"shares {self.shares} must name every split of a folder and sum to 1; splits of "
+                    f"{path or 'no folder'}: {', '.join(splits) or 'none'}"
+                )
+        return self
 
 
 class Pixels(Section):
