@@ -107,11 +107,15 @@ def _derived_inputs(tree: dict[str, Any]) -> dict[str, str]:
 
 
 def _watched_path(file: str | None) -> str:
-    """The folder around a file, the file itself where it lies in the project's folder, NO_FILE for no local file."""
+    """The folder around a file of the project, NO_FILE for no local file.
+
+    The file itself where it lies in the project's own folder or outside of the project: DVC would hash all that lies
+    beside it, the project too where the folder is around it.
+    """
     if not file or is_hub_name(file):
         return NO_FILE
     folder = Path(file).parent.as_posix()
-    return file if folder == "." else folder
+    return file if folder == "." or ".." in Path(file).parts or Path(file).is_absolute() else folder
 
 
 def _leaves(overlay: dict[str, Any], base: dict[str, Any], path: Path, above: tuple[str, ...] = ()) -> list[tuple]:
