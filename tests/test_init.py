@@ -195,7 +195,7 @@ def test_from_a_folder_to_verified_tokens_in_two_commands(tmp_path):
     assert commands == ["dvc repro encode", "dvc repro pretrain@lease", "dvc repro evaluate@lease"]
     call(folder, *commands[0].split())
     planned = call(folder, *commands[2].split(), "--dry")
-    assert [stage for stage in ("pretrain", "evaluate") if f"Running stage '{stage}@lease'" in planned]
+    assert all(f"Running stage '{stage}@lease'" in planned for stage in ("pretrain", "evaluate"))
     assert verify_shards(folder / "shards" / "photos").ok
     shards = open_shards(folder / "shards" / "photos")
     manifest = load_manifest(folder / "data" / "photos" / "manifest" / "manifest.parquet")
