@@ -3,9 +3,11 @@
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -132,6 +134,37 @@ def test_knn_and_a_second_dataset(project):
     assert protocol["images_of_unmapped_classes"] == 2
     assert evaluate(project, "knn", *set_[:4]) == 0  # equal names need no map
     assert report(project, "knn.json")["again_top1"] == pytest.approx(report(project, "knn.json")["top1"])
+
+
+@pytest.mark.slow
+def test_umap_of_the_test_images_and_of_some_classes(project):
+    """Coordinates of every image; the deviation by its definition; images of other classes are left out."""
+    settings = ("--set", "evaluate.umap.neighbours=3", "--set", "evaluate.umap.classes=[c0,c2]")
+    assert evaluate(project, "umap", *settings) == 0
+    reports = project / "reports/tiny/mage"
+    (x, y), (_, train_labels) = plain_features(project, "val"), plain_features(project, "train")
+    points = pq.read_table(reports / "umap.parquet").to_pydict()
+    assert points["label"] == y.tolist() and points["class"] == [f"c{label}" for label in y]
+    distance = np.linalg.norm(x[:, 0] - x[:, 0].mean(axis=0), axis=1)
+    assert points["deviation"] == pytest.approx(distance / np.sqrt((distance**2).mean()), rel=1e-4)
+    assert np.isfinite([points["x"], points["y"]]).all() and len(set(points["x"])) == 6
+    classes = pq.read_table(reports / "umap_classes.parquet").to_pydict()
+    assert classes["label"] == [label for label in train_labels.tolist() if label != 1]
+    for name in ("umap.png", "umap_classes.png"):
+        assert len(Image.open(reports / name).convert("RGB").getcolors(1 << 24)) > 20
+    assert report(project, "umap.json")["protocol"]["metric"] == "euclidean"
+    kept = (reports / "umap.parquet").read_bytes()
+    assert evaluate(project, "umap", *settings) == 0
+    assert (reports / "umap.parquet").read_bytes() == kept, "the same seed, the same coordinates"
+
+
+def test_umap_names_what_is_missing(project, capsys, monkeypatch):
+    assert evaluate(project, "umap", "--set", "evaluate.umap.neighbours=50") == 2
+    assert "7 images are too few for evaluate.umap.neighbours 50" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "umap", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert evaluate(project, "umap") == 2
+    assert "pip install 'semdict[umap]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,22 @@ class EvaluateFewShot(WarmedUp):
         return self
 
 
+class EvaluateUmap(Section):
+    """Pictures of the latents by UMAP (Sorcen, figures F.1 and F.2)."""
+
+    classes: list[str]
+    neighbours: Annotated[int, Field(ge=2, le=1000)]
+    min_dist: Share
+    metric: Literal["euclidean", "cosine"]
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _once(self) -> "EvaluateUmap":
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes {self.classes} names one twice")
+        return self
+
+
 class EvaluateFinetune(WarmedUp):
     """End-to-end fine-tuning on images (LEASE, table A.3)."""
 
@@ -139,6 +155,7 @@ class Evaluate(Extensible):
     probe: EvaluateProbe
     knn: EvaluateKnn
     few_shot: EvaluateFewShot
+    umap: EvaluateUmap
     finetune: EvaluateFinetune
 
 
