@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from semdict.pipeline.common.errors import SemdictError
-from semdict.pipeline.encode.worker import CROPS, EncodeWorker
+from semdict.pipeline.common.inference import CROPS
+from semdict.pipeline.encode.worker import EncodeWorker
 from semdict.pipeline.execute.store import Chunk, ChunkStore
 from semdict.pipeline.images.batches import CropBatch
 from semdict.pipeline.manifest.table import load_manifest
@@ -247,7 +248,7 @@ class MeanTokenizer:
 def test_the_models_see_a_bounded_number_of_crops_at_a_time(count):
     crops = np.random.default_rng(0).integers(0, 256, (count, 1, 1, 3), dtype=np.uint8)
     worker = EncodeWorker(SimpleNamespace(precision="float32"), None, None, MeanTokenizer())
-    np.testing.assert_array_equal(worker._queue(crops).arrays()["gen"], crops.reshape(count, 3))
+    np.testing.assert_array_equal(worker._tokens(crops).arrays()["gen"], crops.reshape(count, 3))
     assert max(worker.tokenizer.sizes) <= CROPS and sum(worker.tokenizer.sizes) == count
 
 
@@ -265,6 +266,6 @@ def test_features_that_are_not_finite_stop_the_run_by_image(world):
     worker = EncodeWorker(job, manifest, None, NanTokenizer())
     crops = np.zeros((2, 1, 1, 1, 3), np.uint8)
     batch = CropBatch(Chunk(0, 0, 2), np.array([0, 1]), crops, np.zeros((2, 1, 5), np.float32), {}, 2, True)
-    tokens = worker._queue(crops[:, 0]).arrays()
+    tokens = worker._queue(batch).arrays()
     with pytest.raises(SemdictError, match=f"{manifest.key(0)}.*gen tokens hold NaN.*2 cells.*bfloat16"):
         worker._fill({"gen": np.zeros((2, 1, 3), np.uint16)}, {}, batch, tokens)

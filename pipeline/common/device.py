@@ -1,8 +1,9 @@
 """What models run on: device names, precision, images on their way to the device, and the CPU's allocator."""
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.nearest import exact_float32
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,10 +38,12 @@ def reduced_precision(device: torch.device, precision: str) -> Iterator[None]:
 
 def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1] on `device`; copied as bytes, divided there."""
-    batch = torch.from_numpy(pixels)
-    if device.type == "cuda":
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    return batch.permute(0, 3, 1, 2).float().div_(255)
+    return send(torch.from_numpy(pixels), device).permute(0, 3, 1, 2).float().div_(255)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; the host does not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def keep_freed_memory() -> None:
@@ -75,3 +79,15 @@ class HostCopy:
         if self._done is not None:
             self._done.synchronize()
         return {name: copy.numpy() for name, copy in self._copies.items()}
+
+
+def read_one_late(batches: Iterable[T], queue: Callable[[T], HostCopy]) -> Iterator[tuple[T, dict[str, np.ndarray]]]:
+    """Pair each batch with the arrays of queue(batch), one batch late: the GPU has the next queued before the wait."""
+    waiting: tuple[T, HostCopy] | None = None
+    for batch in batches:
+        copies = queue(batch)
+        if waiting:
+            yield waiting[0], waiting[1].arrays()
+        waiting = batch, copies
+    if waiting:
+        yield waiting[0], waiting[1].arrays()

@@ -103,6 +103,7 @@ class EncodeStage:
             recipe=recipe,
             batch=self.cfg.batch,
             chunk=self.cfg.chunk,
+            compile=self.cfg.compile,
             limits=[self.params.pixels.max_pixels, self.params.pixels.decode_memory],
             device=device,
             code=code_identity(self.module),

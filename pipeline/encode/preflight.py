@@ -10,8 +10,9 @@ from torch import Tensor
 from semdict.pipeline.common.device import to_device
 from semdict.pipeline.common.errors import SemdictError
 from semdict.pipeline.common.files import write_json
+from semdict.pipeline.common.inference import CROPS
 from semdict.pipeline.config.schema import Encode
-from semdict.pipeline.encode.worker import CROPS, EncodeJob
+from semdict.pipeline.encode.worker import EncodeJob
 from semdict.pipeline.images.batches import load_crop
 from semdict.pipeline.images.decode import BadImage
 from semdict.pipeline.images.visualize import psnr, reconstruct, save_grid, word_colours, word_maps

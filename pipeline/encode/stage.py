@@ -27,7 +27,7 @@ A killed run continues where it stopped: the same command again."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Paths default to the preset's own; every other choice is in params.yaml."""
     add_params_arguments(parser)
-    parser.add_argument("--scheduler", help="in-process | local | local-N | tcp://host:port (default: params.yaml)")
+    parser.add_argument("--scheduler", help="auto | in-process | local-N | tcp://host:port (default: params.yaml)")
     parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--centroids", type=Path, help="default: data/<preset>/kmeans/centroids.npy")
     parser.add_argument("--out", type=Path, help="default: shards/<preset>")
@@ -67,6 +67,7 @@ def pair_spec(params: Params, centroids: Path) -> PairSpec:
         centroids=str(Path(centroids).resolve()),
         device=resolve_device(params.runtime.device),
         image_size=params.pixels.size,
+        compile=params.encode.compile,
     )
 
 

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from semdict.pipeline.common.device import HostCopy, keep_freed_memory, to_device
+from semdict.pipeline.common.device import HostCopy, keep_freed_memory, read_one_late, to_device
 from semdict.pipeline.common.errors import SemdictError
+from semdict.pipeline.common.inference import CROPS
 from semdict.pipeline.common.nearest import marked_non_finite
 from semdict.pipeline.execute.store import Advance, Arrays, Chunk
 from semdict.pipeline.images.batches import CropBatch, CropRecipe, Source, stream_batches
 from semdict.pipeline.manifest.table import Manifest, load_manifest
 from semdict.pipeline.shards.ids import filler
 from semdict.pipeline.tokenizers.pair import StreamTokenizer, StreamTokenizerSpec
-
-# Crops that go through the models at once, whatever batch and views are: 256 ten-crop images take 282 GiB of GPU memory
-# in the VQGAN encoder, and 256 x 128 channels x 256 x 256 pixels are 2^31 elements, past 32-bit indexing.
-CROPS = 128
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class EncodeWorker:
         arrays: Arrays = {}
         reasons: dict[int, str] = {}
         batches = stream_batches(self.reader, self.manifest, chunks, job.recipe, job.batch, job.workers)
-        for batch, tokens in self._tokenised(batches):
+        for batch, tokens in read_one_late(batches, self._queue):
             if not arrays:
                 arrays, reasons = self._blank(batch.chunk), {}
             self._fill(arrays, reasons, batch, tokens)
@@ -68,21 +65,12 @@ class EncodeWorker:
                 yield batch.chunk, {**arrays, "reasons": np.frombuffer(text, dtype=np.uint8)}
                 arrays = {}
 
-    def _tokenised(self, batches: Iterable[CropBatch]) -> Iterator[tuple[CropBatch, dict[str, np.ndarray]]]:
-        """Pair each batch with its tokens, one batch late: a GPU has the next queued before this one is read back."""
-        waiting: tuple[CropBatch, HostCopy] | None = None
-        for batch in batches:
-            copies = HostCopy({})
-            if len(batch.rows):
-                copies = self._queue(batch.pixels.reshape(-1, *batch.pixels.shape[2:]))
-            if waiting:
-                yield waiting[0], waiting[1].arrays()
-            waiting = batch, copies
-        if waiting:
-            yield waiting[0], waiting[1].arrays()
+    def _queue(self, batch: CropBatch) -> HostCopy:
+        """The tokens of a batch on their way to the host; none for a batch without a good image."""
+        return self._tokens(batch.pixels.reshape(-1, *batch.pixels.shape[2:])) if len(batch.rows) else HostCopy({})
 
     @torch.inference_mode()
-    def _queue(self, crops: np.ndarray) -> HostCopy:
+    def _tokens(self, crops: np.ndarray) -> HostCopy:
         """(N, H, W, 3) uint8 crops of any number -> tokens of each stream, (N, L), at most `CROPS` crops at a time.
 
         Nothing here waits for a GPU: what it computes is on its way when this returns.

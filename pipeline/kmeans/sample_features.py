@@ -11,11 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from semdict.pipeline.common.device import keep_freed_memory, reduced_precision, resolve_device, to_device
+from semdict.pipeline.common.device import (
+    HostCopy,
+    keep_freed_memory,
+    read_one_late,
+    reduced_precision,
+    resolve_device,
+    send,
+    to_device,
+)
 from semdict.pipeline.common.digests import write_sums
 from semdict.pipeline.common.errors import ManifestError
 from semdict.pipeline.common.files import sha256_file, write_json
 from semdict.pipeline.common.hub import absolute, local_file
+from semdict.pipeline.common.inference import CROPS, with_rounded_weights
 from semdict.pipeline.common.progress import progress
 from semdict.pipeline.common.publish import check_output, publish_folder
 from semdict.pipeline.config import paths
@@ -27,6 +36,7 @@ from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 from semdict.pipeline.execute.processes import decode_threads, resolve_scheduler
 from semdict.pipeline.execute.store import WORK, Advance, Arrays, Chunk, ChunkStore, fingerprint, split_rows
 from semdict.pipeline.images.batches import CropBatch, CropRecipe, Source, stream_batches
+from semdict.pipeline.images.decode import Status
 from semdict.pipeline.manifest.table import Manifest, load_manifest
 from semdict.pipeline.tokenizers import load_features, load_tokenizer
 from semdict.pipeline.tokenizers.teachers import GRID
@@ -39,7 +49,7 @@ EXAMPLE = """example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Paths default to the preset's own."""
     add_params_arguments(parser)
-    parser.add_argument("--scheduler", help="in-process | local | local-N | tcp://host:port (default: params.yaml)")
+    parser.add_argument("--scheduler", help="auto | in-process | local-N | tcp://host:port (default: params.yaml)")
     parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--out", type=Path, help="default: data/<preset>/features.zarr")
     parser.add_argument("--work", type=Path, default=WORK, help="where unfinished chunks wait (default: work)")
@@ -65,7 +75,7 @@ def sample(params: Params, manifest_path: Path, out: Path, work: Path, scheduler
     """Compute the missing chunks and publish one zarr group of all sampled features, in row order."""
     cfg = params.sample_features
     manifest = load_manifest(manifest_path)
-    rows = manifest.rows_of(cfg.splits)
+    rows = read_rows(manifest.rows_of(cfg.splits), cfg.images)
     if not len(rows):
         known = ", ".join(sorted(params.manifest.images))
         raise ManifestError(f"sample_features.splits {list(cfg.splits)} has no image; known splits: {known}")
@@ -89,6 +99,12 @@ def points_per_row(rows: int, points: int, length: int) -> np.ndarray:
     return np.minimum(np.diff(edges), length)
 
 
+def read_rows(rows_N: np.ndarray, share: float) -> np.ndarray:
+    """A `share` of the rows, at least one, evenly spread; all of them for 1."""
+    count = max(1, round(share * len(rows_N))) if len(rows_N) else 0
+    return rows_N[np.arange(count, dtype=np.int64) * len(rows_N) // max(count, 1)]
+
+
 def positions_of(row: int, count: int, length: int, seed: int) -> np.ndarray:
     """`count` distinct grid positions of manifest row `row`, ascending; a function of (seed, row) alone."""
     rng = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[row, 0, 0, 0]))
@@ -109,6 +125,7 @@ class SampleJob:
     device: str
     precision: str
     points: int
+    share: float  # of the images that are read
     seed: int
     batch: int
     workers: int
@@ -118,10 +135,20 @@ class SampleJob:
         keep_freed_memory()
         manifest = load_manifest(self.manifest)
         teacher = load_features(**self.features, device=self.device, grid=self.grid)
+        if self.precision != "float32":
+            teacher = with_rounded_weights(teacher, self.precision)
         counts = np.zeros(len(manifest), np.int64)
-        rows = manifest.rows_of(list(self.splits))
+        rows = read_rows(manifest.rows_of(list(self.splits)), self.share)
         counts[rows] = points_per_row(len(rows), self.points, math.prod(teacher.grid))
         return SampleWorker(self, manifest, manifest.reader(dict(self.images)), teacher, counts)
+
+
+class Wanted:
+    """The manifest with a status on every row that no point is drawn from, so that its image is not read."""
+
+    def __init__(self, manifest: Manifest, counts: np.ndarray) -> None:
+        self.key = manifest.key
+        self.status = np.where(counts > 0, manifest.status, np.uint8(Status.UNREADABLE))
 
 
 @dataclass
@@ -138,26 +165,36 @@ class SampleWorker:
         """Yield (chunk, {features (m, D) float16, row (m,) int64, position (m,) int16}) in row order."""
         job = self.job
         parts = [self._nothing()]
-        for batch in stream_batches(self.reader, self.manifest, chunks, job.recipe, job.batch, job.workers):
+        wanted = Wanted(self.manifest, self.counts)
+        batches = stream_batches(self.reader, wanted, chunks, job.recipe, job.batch, job.workers)
+        for batch, sampled in read_one_late(batches, self._queue):
             if len(batch.rows):
-                parts.append(self._sample(batch))
+                parts.append({**self._origin(batch), **sampled})
             advance(batch.size, batch.size - len(batch.rows))
             if batch.last:
                 yield batch.chunk, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
                 parts = [self._nothing()]
 
     @torch.inference_mode()
-    def _sample(self, batch: CropBatch) -> Arrays:
-        """Features of the sampled positions of one batch."""
-        pixels = to_device(batch.pixels[:, 0], torch.device(self.job.device))
-        with reduced_precision(pixels.device, self.job.precision):
-            features_BLD = self.teacher(pixels).float()
-        L = features_BLD.shape[1]
-        positions = [positions_of(int(row), int(self.counts[row]), L, self.job.seed) for row in batch.rows]
-        index = np.repeat(np.arange(len(positions)), [len(part) for part in positions])
-        position = np.concatenate(positions)
-        features_MD = features_BLD[torch.from_numpy(index), torch.from_numpy(position)].half().cpu().numpy()
-        return {"features": features_MD, "row": batch.rows[index], "position": position.astype(np.int16)}
+    def _queue(self, batch: CropBatch) -> HostCopy:
+        """Features of the sampled positions of one batch, on their way to the host."""
+        if not len(batch.rows):
+            return HostCopy({})
+        device = torch.device(self.job.device)
+        parts = [to_device(batch.pixels[i : i + CROPS, 0], device) for i in range(0, len(batch.rows), CROPS)]
+        with reduced_precision(device, self.job.precision):
+            features_BLD = torch.cat([self.teacher(pixels).float() for pixels in parts])
+        origin = self._origin(batch)
+        cells = np.searchsorted(batch.rows, origin["row"]) * features_BLD.shape[1] + origin["position"]
+        index = send(torch.from_numpy(cells), device)
+        return HostCopy({"features": features_BLD.flatten(0, 1)[index].half()})
+
+    def _origin(self, batch: CropBatch) -> Arrays:
+        """The row and the grid position of each point that is drawn from a batch."""
+        L, seed = math.prod(self.teacher.grid), self.job.seed
+        positions = [positions_of(int(row), int(self.counts[row]), L, seed) for row in batch.rows]
+        rows = np.repeat(batch.rows, [len(part) for part in positions])
+        return {"row": rows, "position": np.concatenate(positions).astype(np.int16)}
 
     def _nothing(self) -> Arrays:
         """Arrays without a row: a chunk may have no good image."""
@@ -193,6 +230,7 @@ def make_job(params: Params, manifest: Manifest, manifest_path: Path, scheduler:
         device=device,
         precision=cfg.precision,
         points=cfg.points,
+        share=cfg.images,
         seed=cfg.seed,
         batch=cfg.batch,
         workers=decode_threads(params.runtime.workers, scheduler),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.device import reduced_precision
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.common.inference import compiled, with_rounded_weights
+from semdict.pipeline.common.inference import Precisions
 from semdict.pipeline.common.nearest import nearest
 from semdict.pipeline.common.safeload import load_array
 from semdict.pipeline.tokenizers.base import Tokenizer
@@ -88,7 +88,10 @@ class PairTokenizer:
     centroids: Tensor  # (K, D) float32
     device: torch.device
     compile: bool = False  # the models, on a GPU in reduced precision
-    _ready: dict[str, tuple[Tokenizer, Teacher]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        models = {"tokenizer": self.tokenizer, "teacher": self.teacher}
+        self.precisions = Precisions(models, self.device, self.compile, compiled_parts=("encoder", "backbone"))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -104,25 +107,14 @@ class PairTokenizer:
     @torch.inference_mode()
     def tokens(self, images: Tensor, precision: str = "float32") -> dict[str, Tensor]:
         """(B, 3, H, W) in [0, 1] -> {"gen": (B, L), "disc": (B, L)} int64; distances always in float32."""
-        tokenizer, teacher = self.models(precision)
+        models, count = self.precisions.at(precision), len(images)
+        images = self.precisions.padded(images, precision)
         with reduced_precision(self.device, precision):
-            gen = tokenizer.encode(images)
-            features_BLD = teacher(images)
+            gen = models["tokenizer"].encode(images)[:count]
+            features_BLD = models["teacher"](images)[:count]
         B, L, D = features_BLD.shape
         disc = nearest(features_BLD.float().reshape(B * L, D), self.centroids).reshape(B, L)
         return {"gen": gen, "disc": disc}
-
-    def models(self, precision: str) -> tuple[Tokenizer, Teacher]:
-        """Both models as they run in a precision: with rounded weights below float32, compiled where that is asked."""
-        if precision == "float32":
-            return self.tokenizer, self.teacher
-        if precision not in self._ready:
-            with torch.inference_mode(False):  # torch.compile wants ordinary tensors
-                tokenizer, teacher = (with_rounded_weights(part, precision) for part in (self.tokenizer, self.teacher))
-            if self.compile and self.device.type == "cuda":
-                tokenizer, teacher = compiled(tokenizer, ["encoder"]), compiled(teacher, ["backbone"])
-            self._ready[precision] = tokenizer, teacher
-        return self._ready[precision]
 
     @torch.inference_mode()
     def decode(self, gen: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from semdict.pipeline.common.device import reduced_precision, resolve_device
 from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.inference import Precisions
 from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.config import paths
 from semdict.train.vcq.tokenizer import Tokenizer1d, load_vcq_tokenizer
@@ -25,6 +26,7 @@ class VcqSpec:
     path: str
     device: str
     image_size: int
+    compile: bool = False  # the encoder, on a GPU in reduced precision
 
     def open(self) -> "VcqTokenizer":
         """Read the weights; WeightsError if they are no tokenizer, UsageError if it works on images of another size."""
@@ -34,7 +36,7 @@ class VcqSpec:
                 f"{self.path} works on images of {model.config.image_size} pixels, crops have {self.image_size}: "
                 f"set pixels.size: {model.config.image_size}"
             )
-        return VcqTokenizer(model, torch.device(self.device))
+        return VcqTokenizer(model, torch.device(self.device), self.compile)
 
 
 @dataclass
@@ -43,12 +45,17 @@ class VcqTokenizer:
 
     model: Tokenizer1d
     device: torch.device
+    compile: bool = False  # the encoder, on a GPU in reduced precision
+
+    def __post_init__(self) -> None:
+        self.precisions = Precisions({"tokenizer": self.model}, self.device, self.compile, compiled_parts=("encoder",))
 
     @torch.inference_mode()
     def tokens(self, images: Tensor, precision: str = "float32") -> dict[str, Tensor]:
         """(B, 3, H, W) in [0, 1] -> {"gen": (B, L) int64}; the code search is float32 at any precision."""
+        model = self.precisions.at(precision)["tokenizer"]
         with reduced_precision(self.device, precision):
-            return {"gen": self.model.encode(images)}
+            return {"gen": model.encode(self.precisions.padded(images, precision))[: len(images)]}
 
     @torch.inference_mode()
     def decode(self, gen: Tensor) -> Tensor:
@@ -65,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="default: shards/<preset>-vcq")
     parser.add_argument("--reports", type=Path, help="default: reports/<preset>/vcq-encode")
     parser.add_argument("--work", type=Path, default="work", help="where unfinished chunks wait (default: work)")
-    parser.add_argument("--scheduler", help="in-process | local-N | tcp://host:port (default: params.yaml)")
+    parser.add_argument("--scheduler", help="auto | in-process | local-N | tcp://host:port (default: params.yaml)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     floor = Floor(cfg.psnr_floor, cfg.psnr_images, "vcq_encode.psnr_floor", str(weights))
     stage = EncodeStage(name, __name__, params, cfg, floor, files)
     with lock(name, args.work), interrupt_on_signals():
-        spec = VcqSpec(str(weights.resolve()), resolve_device(params.runtime.device), params.pixels.size)
+        device = resolve_device(params.runtime.device)
+        spec = VcqSpec(str(weights.resolve()), device, params.pixels.size, cfg.compile)
         tokenizer = spec.open()
         model = tokenizer.model
         streams = Streams({"gen": model.identity}, (model.config.tokens,), list(model.quantizer.sizes), title=" (VCQ)")

@@ -129,7 +129,7 @@ class Runtime(Section):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     workers: Annotated[int, Field(ge=0, le=4096)]
-    scheduler: Annotated[str, Field(pattern=r"^(in-process|local(-\d+)?|(tcp|tls|ucx)://.+)$")]
+    scheduler: Annotated[str, Field(pattern=r"^(auto|in-process|local(-\d+)?|(tcp|tls|ucx)://.+)$")]
     compile: bool
     log_every: Count
     save_every: CountOrZero

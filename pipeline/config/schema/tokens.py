@@ -88,6 +88,7 @@ class SampleFeatures(Section):
 
     splits: list[str]
     points: Count
+    images: Annotated[float, Field(gt=0, le=1)]
     batch: Count
     chunk: Count
     seed: Seed
@@ -111,6 +112,7 @@ class Encode(Section):
     views: list[View]
     precision: Precision
     precision_images: Count
+    compile: bool
     batch: Count
     chunk: Count
     seed: Seed
