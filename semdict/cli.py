@@ -44,6 +44,9 @@ VCQ = {
     "encode": Command("semdict.train.vcq.encode", "turn every image into its tokens, as a shard directory"),
     "evaluate": Command("semdict.train.eval.vcq_scores", "reconstruction, codebook use, first-k-token probe, samples"),
 }
+VQGAN = {
+    "train": Command("semdict.train.vqgan.train", "train a VQGAN and its discriminator on a manifest's images"),
+}
 AR = {
     "train": Command("semdict.train.ar.train", "train on the generative tokens of a shard directory"),
     "sample": Command("semdict.train.ar.sample", "sample images: tokens from the model, pixels from the tokenizer"),
@@ -78,6 +81,11 @@ COMMANDS: dict[str, Command | Group] = {
         "semdict.train.masked.generate",
         "sample images: unconditional, by class, inpaint, outpaint, reconstruct",
     ),
+    "vqgan": Group(
+        VQGAN,
+        "generative tokenizer of one's own",
+        "examples:\n  semdict vqgan train --out weights/photos-vqgan\n  semdict vqgan train --resume",
+    ),
     "vcq": Group(
         VCQ,
         "1-D tokenizer with a growing codebook",
@@ -110,6 +118,7 @@ MEMORY_KEYS = {
     "semdict pretrain": "raise pretrain.accumulate",
     "semdict condition": "raise condition.accumulate",
     "semdict generate": "lower generate.batch",
+    "semdict vqgan train": "raise vqgan_train.accumulate",
     "semdict vcq train": "raise vcq.accumulate",
     "semdict vcq encode": "lower vcq_encode.batch",
     "semdict ar train": "raise ar.accumulate",

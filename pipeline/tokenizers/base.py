@@ -94,7 +94,7 @@ class ConvTokenizer(nn.Module):
         if self.variant.projection:
             self.quant_conv = nn.Conv2d(sizes.z_channels, sizes.dim, 1)
             self.post_quant_conv = nn.Conv2d(sizes.dim, sizes.z_channels, 1)
-        described = {name: value for name, value in asdict(sizes).items() if name != "mid_blocks"}
+        described = {name: value for name, value in asdict(sizes).items() if name not in ("mid_blocks", "patch")}
         self.identity: dict[str, Any] = {"kind": "vqgan", "layout": self.layout, **described, "sha256": None}
 
     @property
@@ -205,6 +205,7 @@ class ConvTokenizer(nn.Module):
                 dim=dim,
                 attention=tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state),
                 strided="encoder.down.0.downsample.conv.weight" in state,
+                patch=cls.patch_of(state),
             )
         except (KeyError, IndexError) as error:
             raise WeightsError(f"{path} is not a whole {cls.layout} tokenizer: {error} is missing") from None
@@ -215,6 +216,11 @@ class ConvTokenizer(nn.Module):
                 f"needs in multiples of {GROUPS}"
             )
         return sizes
+
+    @classmethod
+    def patch_of(cls, state: dict[str, Tensor]) -> int:
+        """Pixels per side of a position of the finest level; 1 in every published layout."""
+        return 1
 
     @classmethod
     def codebook_shape(cls, state: dict[str, Tensor]) -> tuple[int, int]:
@@ -236,8 +242,11 @@ def averaged_copies(state: dict[str, Tensor], tensors: dict[str, Tensor], path: 
     return copies
 
 
-def save_tokenizer(model: ConvTokenizer, path: str | os.PathLike) -> None:
-    """Write `{"state_dict": ...}`, float32, under the module's own names; same weights give the same bytes."""
-    state = {name: tensor.detach().float().cpu().clone() for name, tensor in model.state_dict().items()}
+def save_tokenizer(model: ConvTokenizer, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+    """Write `{"state_dict": ...}` of `dtype` under the module's own names; same weights give the same bytes."""
+    state = {
+        name: tensor.detach().to("cpu", dtype, memory_format=torch.contiguous_format, copy=True)
+        for name, tensor in model.state_dict().items()
+    }
     with atomic_write(path) as staged, staged.open("wb") as file:  # a file object, since torch stores a path's name
         torch.save({"state_dict": state}, file)

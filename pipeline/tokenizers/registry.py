@@ -12,6 +12,7 @@ from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.hub import local_file
 from semdict.pipeline.common.safeload import load_checkpoint, state_dict_of
 from semdict.pipeline.tokenizers.base import ConvTokenizer, Tokenizer
+from semdict.pipeline.tokenizers.compact import CompactTokenizer
 from semdict.pipeline.tokenizers.ibq import IbqTokenizer
 from semdict.pipeline.tokenizers.llamagen import LlamagenTokenizer
 from semdict.pipeline.tokenizers.mage import MageTokenizer
@@ -20,6 +21,7 @@ from semdict.pipeline.tokenizers.maskgit import MaskgitTokenizer
 from semdict.pipeline.tokenizers.taming import TamingTokenizer
 
 LAYOUTS: dict[str, type[ConvTokenizer]] = {
+    "compact": CompactTokenizer,
     "mage": MageTokenizer,
     "taming": TamingTokenizer,
     "maskgit": MaskgitTokenizer,

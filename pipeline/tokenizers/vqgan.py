@@ -27,6 +27,7 @@ class Variant:
     padding: str = "after"  # of strided convolutions: "after" one row below and one column right; "both" sides by one
     depth_to_space: bool = False  # upsampling by channels, else nearest neighbour and a convolution
     adaptive: bool = False  # adaptive group norm before each decoder level, driven by the quantised latents
+    final_norm: bool = True  # group norm and SiLU before the last convolution of encoder and decoder
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class Sizes:
     mid_blocks: int = 2  # residual blocks of the middle part
     attention: tuple[int, ...] = ()  # levels with attention, in encoder and decoder
     strided: bool = True  # strided convolution between encoder levels, else average pooling
+    patch: int = 1  # pixels per side of a position of the finest level
 
     @property
     def stride(self) -> int:
         """Pixels per grid cell and side."""
-        return 2 ** (len(self.widths) - 1)
+        return self.patch * 2 ** (len(self.widths) - 1)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -176,8 +178,11 @@ class Encoder(nn.Module):
 
     def __init__(self, variant: Variant, sizes: Sizes) -> None:
         super().__init__()
-        coarse = sizes.widths[-1]
-        self.conv_in = nn.Conv2d(3, sizes.stem, 3, padding=1, bias=variant.bias)
+        coarse, patch = sizes.widths[-1], sizes.patch
+        if patch > 1:
+            self.conv_in = nn.Conv2d(3, sizes.stem, patch, stride=patch, bias=variant.bias)
+        else:
+            self.conv_in = nn.Conv2d(3, sizes.stem, 3, padding=1, bias=variant.bias)
         inputs = (sizes.stem, *sizes.widths[:-1])
         self.down = nn.ModuleList(
             Level(variant, width_in, width, sizes.blocks, index in sizes.attention)
@@ -186,7 +191,7 @@ class Encoder(nn.Module):
         for level, width in zip(self.down[:-1], sizes.widths[:-1], strict=True):
             level.downsample = Downsample(width, variant.padding) if sizes.strided else nn.AvgPool2d(2)
         self.mid = Middle(variant, coarse, sizes.mid_blocks)
-        self.norm_out = group_norm(coarse)
+        self.norm_out = group_norm(coarse) if variant.final_norm else None
         self.conv_out = nn.Conv2d(coarse, sizes.z_channels, variant.latent_kernel, padding=variant.latent_kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,7 +200,7 @@ class Encoder(nn.Module):
             x = level(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(_normalised(self.mid(x), self.norm_out))
 
 
 class Decoder(nn.Module):
@@ -215,8 +220,9 @@ class Decoder(nn.Module):
             level.upsample = DepthToSpace(width) if variant.depth_to_space else Upsample(width)
         if variant.adaptive:
             self.adaptive = nn.ModuleList(AdaptiveNorm(width, sizes.z_channels) for width in inputs)
-        self.norm_out = group_norm(sizes.widths[0])
-        self.conv_out = nn.Conv2d(sizes.widths[0], 3, 3, padding=1)
+        self.norm_out = group_norm(sizes.widths[0]) if variant.final_norm else None
+        self.conv_out = nn.Conv2d(sizes.widths[0], 3 * sizes.patch**2, 3, padding=1)
+        self.patch = sizes.patch
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
@@ -226,4 +232,9 @@ class Decoder(nn.Module):
             x = level(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(_normalised(x, self.norm_out))
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
+
+
+def _normalised(x: Tensor, norm: nn.GroupNorm | None) -> Tensor:
+    return x if norm is None else F.silu(norm(x))

@@ -32,6 +32,7 @@ class PerceptualSource:
     model: str = "convnext_small"  # timm name, for logits and features
     kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of timm's model
     layers: int = 3  # for features: how many intermediate maps, the last ones
+    image_size: int | None = None  # for logits and features: pixels a side; None = as the network was trained
 
 
 class PerceptualLoss(nn.Module):
@@ -85,11 +86,11 @@ class LpipsVgg(PerceptualLoss):
 class Logits(PerceptualLoss):
     """MSE of the class logits at 224 x 224 (AliTok's use of ConvNeXt-S), any timm classifier."""
 
-    def __init__(self, path: Path, model: str, kwargs: dict[str, Any]) -> None:
+    def __init__(self, path: Path, model: str, kwargs: dict[str, Any], size: int | None = None) -> None:
         super().__init__()
         self.net = _timm(path, model, kwargs, classes=True)
         self.name = f"logits-{model}:{path.name}"
-        self.prepare = _Prepare(self.net)
+        self.prepare = _Prepare(self.net, size)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """(B, classes) logits."""
@@ -99,12 +100,12 @@ class Logits(PerceptualLoss):
 class Features(PerceptualLoss):
     """LPIPS's distance without learned heads, on the last intermediate maps of any timm network."""
 
-    def __init__(self, path: Path, model: str, layers: int, kwargs: dict[str, Any]) -> None:
+    def __init__(self, path: Path, model: str, layers: int, kwargs: dict[str, Any], size: int | None = None) -> None:
         super().__init__()
         self.net = _timm(path, model, kwargs, classes=False)
         self.layers = layers
         self.name = f"features-{model}:{path.name}"
-        self.prepare = _Prepare(self.net)
+        self.prepare = _Prepare(self.net, size)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """(B, C, h, w) maps of unit length over channels."""
@@ -117,14 +118,15 @@ class Features(PerceptualLoss):
 
 
 class _Prepare(nn.Module):
-    """Images in [0, 1] -> the network's input size (bilinear, antialias), its mean and deviation."""
+    """Images in [0, 1] -> `size` or the network's input size (bilinear, antialias), its mean and deviation."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, size: int | None = None) -> None:
         super().__init__()
         cfg = getattr(net, "pretrained_cfg", {})
         self.size = tuple(cfg.get("input_size", (3, 224, 224))[-2:])
         embed = getattr(net, "patch_embed", None)
         self.size = tuple(getattr(embed, "img_size", None) or self.size)
+        self.size = (size, size) if size else self.size
         self.register_buffer("mean", torch.tensor(cfg.get("mean", IMAGENET_MEAN)).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg.get("std", IMAGENET_STD)).view(3, 1, 1), persistent=False)
 
@@ -163,8 +165,8 @@ def _build(source: PerceptualSource, path: Path) -> PerceptualLoss:
     if source.kind == "lpips-vgg":
         return LpipsVgg(path)
     if source.kind == "logits":
-        return Logits(path, source.model, source.kwargs)
-    return Features(path, source.model, source.layers, source.kwargs)
+        return Logits(path, source.model, source.kwargs, source.image_size)
+    return Features(path, source.model, source.layers, source.kwargs, source.image_size)
 
 
 def _missing(source: PerceptualSource) -> str:

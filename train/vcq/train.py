@@ -29,7 +29,7 @@ from semdict.train.vcq.tokenizer import PRESETS, Tokenizer1d, TokenizerConfig
 from semdict.train.vcq.usage import CodeReset, CodeResetStep, CodeUsage
 
 if TYPE_CHECKING:
-    from semdict.pipeline.config.schema import Params, Vcq
+    from semdict.pipeline.config.schema import Params, Vcq, VqganTrain
     from semdict.pipeline.manifest.table import Manifest
 
 EXAMPLE = """examples:
@@ -107,16 +107,22 @@ class VcqTraining:
     """Recipe of `semdict vcq train`: two phases, the tokenizer and, from its start on, the discriminator."""
 
     name = "vcq-train"
+    section = "vcq"  # of params.yaml
 
     def __init__(self, params: "Params", manifest: "Manifest", device: torch.device) -> None:
-        self.params, self.cfg, self.manifest = params, params.vcq, manifest
-        self.losses = build_objective(params.vcq, device)
+        self.params, self.cfg, self.manifest = params, getattr(params, self.section), manifest
+        self.losses = build_objective(self.cfg, device)
 
     def settings(self) -> dict[str, Any]:
-        """Sections vcq and pixels (but the crop), the images, and the networks of the perceptual losses."""
+        """Its own section and pixels (but the crop), the images, and the networks of the perceptual losses."""
         pixels = self.params.pixels.model_dump(exclude={"crop"})
         networks = self.losses.describe()
-        return {"vcq": self.cfg.model_dump(), "pixels": pixels, "data": self.manifest.sha256, "networks": networks}
+        return {
+            self.section: self.cfg.model_dump(),
+            "pixels": pixels,
+            "data": self.manifest.sha256,
+            "networks": networks,
+        }
 
     def images(self, splits: list[str]) -> ImageRows:
         """Usable images of some splits."""
@@ -155,7 +161,7 @@ class VcqTraining:
         return Components(phases, cfg.steps, state, hooks)
 
     def phase(self, name: str, module: nn.Module, objective: Objective, start: int = 0) -> Phase:
-        """A phase with the optimiser and the learning-rate schedule of section vcq."""
+        """A phase with the optimiser and the learning-rate schedule of the section."""
         cfg = self.cfg
         lr_schedule = warmup_hold_linear(cfg.lr, cfg.final_lr, cfg.warmup, cfg.hold, cfg.steps)
         optimiser = adamw(module, tuple(cfg.betas), cfg.weight_decay, decay_tables=False)
@@ -186,8 +192,8 @@ class VcqTraining:
         state = components.state
         metrics = {"images_replaced": len(loader.replaced), **self.losses.describe()}
         metrics["parameters"] = sum(p.numel() for p in state["model"].parameters())
-        if "reset" in state:
-            metrics["codes_reset"] = state["reset"].done
+        if reset := state.get("reset") or state.get("codebook"):
+            metrics["codes_reset"] = reset.done
         return metrics | (self.publish(state["model"], state["average"], trainer) if trainer.world.first else {})
 
     def publish(self, model: Tokenizer1d, average: Ema, trainer: Trainer) -> dict[str, Any]:
@@ -221,7 +227,7 @@ class VcqTraining:
         return np.concatenate(parts)
 
 
-def build_objective(cfg: "Vcq", device: torch.device) -> TokenizerObjective:
+def build_objective(cfg: "Vcq | VqganTrain", device: torch.device) -> TokenizerObjective:
     """Losses with their weights; WeightsError if a perceptual loss has a weight and no network of it is found."""
     weights = LossWeights(
         cfg.l1_weight, cfg.perceptual_weight, cfg.adversarial_weight, cfg.discriminator_weight,

@@ -22,7 +22,7 @@ from semdict.pipeline.config.schema.tokens import (
     VcqEncode,
     Vqgan,
 )
-from semdict.pipeline.config.schema.vcq import Ar, ArSample, Vcq, VcqEvaluate
+from semdict.pipeline.config.schema.vcq import Ar, ArSample, Vcq, VcqEvaluate, VqganTrain
 
 __all__ = [
     "Analyse",
@@ -45,6 +45,7 @@ __all__ = [
     "VcqEncode",
     "VcqEvaluate",
     "Vqgan",
+    "VqganTrain",
 ]
 
 
@@ -57,6 +58,7 @@ class Params(Section):
     manifest: Manifest
     pixels: Pixels
     vqgan: Vqgan
+    vqgan_train: VqganTrain
     features: Features
     sample_features: SampleFeatures
     kmeans: Kmeans

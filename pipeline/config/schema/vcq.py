@@ -32,6 +32,7 @@ class VcqPerceptual(Section):
     model: str | None = None  # timm name, for logits and features
     kwargs: dict[str, Any] = {}  # arguments of timm's model
     layers: Count | None = None  # intermediate maps, for features
+    image_size: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels a side; None = as the network was trained
 
     @model_validator(mode="after")
     def _complete(self) -> "VcqPerceptual":
@@ -39,6 +40,62 @@ class VcqPerceptual(Section):
         for name in needed:
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is missing, kind {self.kind} needs it")
+        return self
+
+
+class VqganTrain(Section):
+    """A VQGAN trained on one's own images: shape, losses, optimisation."""
+
+    image_size: Annotated[int, Field(ge=8, le=4096)]
+    patch: Literal[2, 4, 8]
+    widths: Annotated[list[Annotated[int, Field(ge=32, le=2048, multiple_of=32)]], Field(min_length=2, max_length=6)]
+    blocks: Annotated[int, Field(ge=1, le=16)]
+    decoder_blocks: Annotated[int, Field(ge=1, le=16)]
+    codes: Annotated[int, Field(ge=2, le=2**20)]
+    dim: Annotated[int, Field(ge=1, le=1024)]
+    commitment: Weight
+    codebook_decay: Share
+    quantize_start: Count
+    quantize_ramp: CountOrZero
+    l1_weight: Weight
+    l2_weight: Weight
+    perceptual: list[VcqPerceptual]
+    warm_perceptual: VcqPerceptual | None
+    warm_steps: CountOrZero
+    perceptual_weight: Weight
+    adversarial_weight: Weight
+    discriminator_weight: Weight
+    discriminator_start: CountOrZero
+    discriminator_ramp: CountOrZero
+    discriminator_channels: Count
+    augment: Share
+    lecam_weight: Weight
+    splits: Splits
+    held_out: list[str]
+    steps: Count
+    batch: Count
+    accumulate: Count
+    lr: Rate
+    final_lr: Weight
+    warmup: CountOrZero
+    hold: CountOrZero
+    betas: Betas
+    weight_decay: Weight
+    clip: Weight
+    ema: Share
+    precision: Precision
+    seed: Seed
+    stored: Literal["float32", "float16"]
+    measured_images: Count
+
+    @model_validator(mode="after")
+    def _fits(self) -> "VqganTrain":
+        stride = self.patch * 2 ** (len(self.widths) - 1)
+        if self.image_size % stride:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of the stride {stride} "
+                f"(patch {self.patch}, {len(self.widths)} widths)"
+            )
         return self
 
 
