@@ -41,13 +41,19 @@ class Teacher(nn.Module):
     """Called on images (B, 3, H, W) in [0, 1] it gives features (B, L, D) float32, cells in row-major order.
 
     Images are resized (bicubic, antialiased) to what the backbone sees and normalised by its own mean and std. `grid`
-    (rows, columns), `dim` D, `identity` for recipes.
+    (rows, columns), `dim` D, `identity` for recipes. pool: cells per side of the backbone's map that become one, their
+    mean.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, pool: int = 1) -> None:
         super().__init__()
-        self.backbone, self.image_size, self.dim = backbone, backbone.image_size, backbone.dim
-        cells = backbone.image_size // backbone.stride
+        self.backbone, self.image_size, self.dim, self.pool = backbone, backbone.image_size, backbone.dim, pool
+        if backbone.image_size % (backbone.stride * pool):
+            raise WeightsError(
+                f"features.image_size {backbone.image_size} is no multiple of {backbone.stride * pool}, the stride of "
+                f"{backbone.identity['model']} times features.pool"
+            )
+        cells = backbone.image_size // backbone.stride // pool
         self.grid = (cells, cells)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
@@ -59,6 +65,7 @@ class Teacher(nn.Module):
             "resize": "bicubic antialias",
             "mean": list(backbone.mean),
             "std": list(backbone.std),
+            **({"pool": pool} if pool > 1 else {}),
             **backbone.identity,
         }
 
@@ -70,6 +77,8 @@ class Teacher(nn.Module):
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
         features_BDhw = self.backbone((images - self.mean) / self.std)
+        if self.pool > 1:
+            features_BDhw = F.avg_pool2d(features_BDhw.float(), self.pool)
         if features_BDhw.shape[2:] != self.grid:
             raise WeightsError(
                 f"{self.identity['model']} gives {tuple(features_BDhw.shape[2:])} cells for images of "
@@ -86,18 +95,20 @@ def load_features(
     image_size: int | None = None,
     kwargs: Mapping[str, Any] | None = None,
     grid: int = GRID,
+    pool: int = 1,
 ) -> Teacher:
     """A frozen feature model in evaluation mode, float32.
 
     model: a name of timm (`vit_large_patch14_reg4_dinov2.lvd142m`, `convnext_tiny.dinov3_lvd1689m`), or
     `library:name` for another library of BACKBONES. weights: a local checkpoint or `hf-hub:owner/name/file`; without it
     they come from the model's own place on the hub. layer: block of a transformer or stage of a convolutional network,
-    counted from the end. image_size: pixels a side that the model sees; by default `grid` cells of its stride. kwargs:
-    arguments of the library's model constructor. WeightsError for an unknown name, an unreachable hub, a file of
-    another size (both sides shown), a layer that the model lacks, an image size that its stride does not divide.
+    counted from the end. image_size: pixels a side that the model sees; by default `grid` cells of its stride times
+    `pool`. pool: cells per side that are averaged into one, for a teacher that sees more pixels than the tokenizer.
+    kwargs: arguments of the library's model constructor. WeightsError for an unknown name, an unreachable hub, a file
+    of another size (both sides shown), a layer that the model lacks, an image size that its stride does not divide.
     """
     library, _, name = model.partition(":")
     if not name or library not in BACKBONES:
         library, name = "timm", model
-    backbone = BACKBONES[library](name, weights, layer, image_size, grid, dict(kwargs or {}))
-    return Teacher(backbone).requires_grad_(False).eval().to(device)
+    backbone = BACKBONES[library](name, weights, layer, image_size, grid * pool, dict(kwargs or {}))
+    return Teacher(backbone, pool).requires_grad_(False).eval().to(device)

@@ -31,7 +31,7 @@ class PerceptualSource:
     sha256: str | None = None
     model: str = "convnext_small"  # timm name, for logits and features
     kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of timm's model
-    layers: int = 3  # for features: how many intermediate maps, the last ones
+    layers: int | list[int] = 3  # for features: how many intermediate maps, the last ones, or the maps' numbers from 0
     image_size: int | None = None  # for logits and features: pixels a side; None = as the network was trained
 
 
@@ -98,11 +98,11 @@ class Logits(PerceptualLoss):
 
 
 class Features(PerceptualLoss):
-    """LPIPS's distance without learned heads, on the last intermediate maps of any timm network."""
+    """LPIPS's distance without learned heads, on intermediate maps of any timm network."""
 
     def __init__(self, path: Path, model: str, layers: int, kwargs: dict[str, Any], size: int | None = None) -> None:
         super().__init__()
-        self.net = _timm(path, model, kwargs, classes=False)
+        self.net = _timm(path, model, kwargs, classes=False, layers=layers)
         self.layers = layers
         self.name = f"features-{model}:{path.name}"
         self.prepare = _Prepare(self.net, size)
@@ -114,7 +114,8 @@ class Features(PerceptualLoss):
 
     def compare(self, fake: Tensor, real: Tensor, index: int) -> Tensor:
         """Squared distance of unit vectors, averaged over space, images and layers."""
-        return (fake - real).square().sum(1).mean() / self.layers
+        count = self.layers if isinstance(self.layers, int) else len(self.layers)
+        return (fake - real).square().sum(1).mean() / count
 
 
 class _Prepare(nn.Module):
@@ -199,8 +200,11 @@ def _vgg_slices(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _timm(path: Path, model: str, kwargs: dict[str, Any], classes: bool) -> nn.Module:
-    """A timm network with the weights of `path`; without its classifier where only features are used."""
+def _timm(path: Path, model: str, kwargs: dict[str, Any], classes: bool, layers: int | list[int] = 1) -> nn.Module:
+    """A timm network with the weights of `path`; without its classifier where only features are used.
+
+    layers: maps that are used; what lies behind the last of a list of them is cut off, so the file need not hold it.
+    """
     import timm
 
     tensors = load_tensors(path)
@@ -209,15 +213,19 @@ def _timm(path: Path, model: str, kwargs: dict[str, Any], classes: bool) -> nn.M
             net = timm.create_model(model, num_classes=_classes(path, tensors), **kwargs)
             net.load_state_dict(tensors)
         else:
-            net = _headless(timm, model, kwargs, tensors)
+            net = _headless(timm, model, kwargs, tensors, layers)
     except RuntimeError as error:
         raise WeightsError(f"{path} does not fit timm's {model}: {str(error).splitlines()[1:2] or error}") from None
     return net.requires_grad_(False).eval()
 
 
-def _headless(timm, model: str, kwargs: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+def _headless(
+    timm, model: str, kwargs: dict[str, Any], tensors: dict[str, Tensor], layers: int | list[int]
+) -> nn.Module:
     """The network at the image size that its position table was trained for, classifier left out."""
     net = timm.create_model(model, num_classes=0, **kwargs)
+    if isinstance(layers, list):
+        net.prune_intermediate_layers(layers, prune_norm=True, prune_head=True)
     kept = {key: value for key, value in tensors.items() if key in net.state_dict()}
     if "pos_embed" in kept and kept["pos_embed"].shape != net.pos_embed.shape:
         cells = kept["pos_embed"].shape[1] - net.num_prefix_tokens

@@ -80,6 +80,7 @@ class Features(Section):
     weights: str | None
     layer: Annotated[int, Field(ge=-1000, le=-1)]
     image_size: Annotated[int, Field(ge=1, le=65536)] | None
+    pool: Annotated[int, Field(ge=1, le=64)]
     kwargs: dict[str, Any]
 
 

@@ -31,7 +31,7 @@ class VcqPerceptual(Section):
     sha256: str | None = None
     model: str | None = None  # timm name, for logits and features
     kwargs: dict[str, Any] = {}  # arguments of timm's model
-    layers: Count | None = None  # intermediate maps, for features
+    layers: Count | Annotated[list[CountOrZero], Field(min_length=1)] | None = None  # for features
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels a side; None = as the network was trained
 
     @model_validator(mode="after")
