@@ -84,6 +84,25 @@ def test_mobilenet_of_the_shared_weights(mobilenet):
     assert torch.allclose(features.double(), plain_mobilenet(load_file(mobilenet), x), atol=1e-3)
 
 
+def test_pooled_cells_are_means_of_the_cells_of_a_larger_image(tmp_path):
+    path = saved(tmp_path, "resnet18")
+    fine = load_features("resnet18", path, layer=-2, image_size=128)
+    pooled = load_features("resnet18", path, layer=-2, grid=4, pool=2)
+    assert (pooled.image_size, pooled.grid, pooled.identity["pool"]) == (128, (4, 4), 2)
+    assert "pool" not in fine.identity
+    x = images(side=64)
+    cells = fine(x).view(2, 4, 2, 4, 2, -1)  # rows, rows within, columns, columns within
+    torch.testing.assert_close(pooled(x), cells.mean((2, 4)).flatten(1, 2))
+    with pytest.raises(WeightsError, match="image_size 144 is no multiple of 32, the stride of resnet18 times"):
+        load_features("resnet18", path, layer=-2, image_size=144, pool=2)
+
+
+@pytest.mark.parametrize(("pixels", "pool", "size"), [(64, 1, 64), (70, 1, 64), (73, 1, 80), (5, 1, 16), (64, 2, 64)])
+def test_a_teacher_near_the_images_sees_the_nearest_multiple_of_its_stride(tmp_path, pixels, pool, size):
+    model = load_features("resnet18", saved(tmp_path, "resnet18"), layer=-2, near=pixels, pool=pool)
+    assert model.image_size == size
+
+
 def test_a_file_that_ends_before_the_layer_names_the_last_one_that_fits(mobilenet):
     name, kwargs = MOBILENET
     with pytest.raises(WeightsError, match=r"blocks\.4\.0.*nothing(.|\n)*the file ends at layer -2; set"):

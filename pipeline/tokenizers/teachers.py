@@ -30,6 +30,10 @@ class Backbone(Protocol):
     std: tuple[float, ...]
     identity: dict[str, Any]  # JSON-able, with the SHA-256 of the weights
 
+    @staticmethod
+    def stride_of(model: str, layer: int, kwargs: dict[str, Any]) -> int:
+        """The stride that such a backbone would have."""
+
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, S, S), mean and std applied -> (B, D, S / stride, S / stride)."""
 
@@ -96,6 +100,7 @@ def load_features(
     kwargs: Mapping[str, Any] | None = None,
     grid: int = GRID,
     pool: int = 1,
+    near: int | None = None,
 ) -> Teacher:
     """A frozen feature model in evaluation mode, float32.
 
@@ -104,11 +109,15 @@ def load_features(
     they come from the model's own place on the hub. layer: block of a transformer or stage of a convolutional network,
     counted from the end. image_size: pixels a side that the model sees; by default `grid` cells of its stride times
     `pool`. pool: cells per side that are averaged into one, for a teacher that sees more pixels than the tokenizer.
+    near: pixels a side of the images, instead of `grid`: the model sees the multiple of its stride nearest to it.
     kwargs: arguments of the library's model constructor. WeightsError for an unknown name, an unreachable hub, a file
     of another size (both sides shown), a layer that the model lacks, an image size that its stride does not divide.
     """
     library, _, name = model.partition(":")
     if not name or library not in BACKBONES:
         library, name = "timm", model
-    backbone = BACKBONES[library](name, weights, layer, image_size, grid * pool, dict(kwargs or {}))
+    kwargs = dict(kwargs or {})
+    if near is not None and image_size is None:
+        grid = max(1, round(near / BACKBONES[library].stride_of(name, layer, kwargs) / pool))
+    backbone = BACKBONES[library](name, weights, layer, image_size, grid * pool, kwargs)
     return Teacher(backbone, pool).requires_grad_(False).eval().to(device)

@@ -49,8 +49,7 @@ class TimmBackbone(nn.Module):
     ) -> None:
         super().__init__()
         if image_size is None:
-            with torch.device("meta"):
-                image_size = grid * _stages(build_network(model, kwargs=kwargs), model, layer)[1]["reduction"]
+            image_size = grid * self.stride_of(model, layer, kwargs)
         network = build_network(model, image_size, kwargs, from_hub=weights is None)
         self.index, stage = _stages(network, model, layer)
         self.image_size, self.stride, self.dim = image_size, stage["reduction"], stage["num_chs"]
@@ -74,6 +73,12 @@ class TimmBackbone(nn.Module):
             self.identity["kwargs"] = kwargs
         if not _isotropic(network):
             self.identity["receptive_field_offset"] = self.eval().receptive_field_offset()
+
+    @staticmethod
+    def stride_of(model: str, layer: int, kwargs: dict[str, Any]) -> int:
+        """Pixels per cell and side of a layer's map, without building weights."""
+        with torch.device("meta"):
+            return _stages(build_network(model, kwargs=kwargs), model, layer)[1]["reduction"]
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S), mean and std applied -> (B, D, h, w)."""

@@ -81,10 +81,13 @@ def plain_copy(path: Path) -> Iterator[str]:
 
 
 def teacher(params: "Params", device: torch.device) -> tuple[Extractor, "Teacher"]:
-    """Mean over patches of the patch features that the discriminative codebook is made from, and the network."""
+    """Mean over patches of the patch features that the discriminative codebook is made from, and the network.
+
+    Without features.image_size it sees images at pixels.size, to the nearest multiple of its stride.
+    """
     from semdict.pipeline.tokenizers import load_features
 
-    network = load_features(**params.features.model_dump(), device=device)
+    network = load_features(**params.features.model_dump(), device=device, near=params.pixels.size)
     return lambda images_B3HW: {PATCH_MEAN: network(images_B3HW.float() / 255).mean(1).float()}, network
 
 
