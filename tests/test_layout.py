@@ -30,6 +30,7 @@ TIERS = (
     ("train.engine",),
     ("train.data",),
     ("train.masked", "train.vcq"),
+    ("train.vqgan",),
     ("train.ar",),
     ("train.eval",),
     ("semdict",),

@@ -47,7 +47,7 @@ class VqganTrain(Section):
     """A VQGAN trained on one's own images: shape, losses, optimisation."""
 
     image_size: Annotated[int, Field(ge=8, le=4096)]
-    patch: Literal[2, 4, 8]
+    patch: Annotated[int, Field(ge=2, le=64)]
     widths: Annotated[list[Annotated[int, Field(ge=32, le=2048, multiple_of=32)]], Field(min_length=2, max_length=6)]
     blocks: Annotated[int, Field(ge=1, le=16)]
     decoder_blocks: Annotated[int, Field(ge=1, le=16)]
