@@ -223,7 +223,7 @@ class VcqTraining:
             images = to_device(pixels_NHW3[start : start + 32], device)
             with torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32"):
                 decoded = model.decode(model.encode(images))
-            parts.append((decoded.float() * 255 + 0.5).floor().byte().permute(0, 2, 3, 1).cpu().numpy())
+            parts.append((decoded.float().clamp(0, 1) * 255 + 0.5).floor().byte().permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(parts)
 
 

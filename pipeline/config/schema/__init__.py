@@ -1,9 +1,11 @@
 """What params.yaml may hold: one validated section per stage, each key with its type and bounds."""
 
 from pathlib import PurePath
+from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
+from semdict.pipeline.common.errors import suggestion
 from semdict.pipeline.common.hub import is_hub_name
 from semdict.pipeline.config.schema.base import Name, Runtime, Section
 from semdict.pipeline.config.schema.evaluate import Evaluate, Scores
@@ -55,6 +57,8 @@ class Params(Section):
     preset: Name
     inputs: Inputs
     runtime: Runtime
+    objectives: Annotated[list[str], Field(min_length=1)]
+    conditioned: list[str]
     manifest: Manifest
     pixels: Pixels
     vqgan: Vqgan
@@ -89,6 +93,21 @@ class Params(Section):
             ("centroids", "kmeans.centroids", self.kmeans.centroids),
             ("perceptual", "the first of vcq.perceptual", first),
         ]
+
+    @model_validator(mode="after")
+    def _trainers(self) -> "Params":
+        """`dvc repro` trains known objectives, each once, and conditions models that it trains."""
+        known = Pretrain.entries()
+        for key, names, allowed in (
+            ("objectives", self.objectives, known),
+            ("conditioned", self.conditioned, self.objectives),
+        ):
+            for name in names:
+                if name not in allowed:
+                    raise ValueError(f"{key} has {name!r}; {suggestion(name, allowed)}")
+            if len(set(names)) < len(names):
+                raise ValueError(f"{key} names an objective twice: {', '.join(names)}")
+        return self
 
     @model_validator(mode="after")
     def _watched(self) -> "Params":
