@@ -113,6 +113,8 @@ def committed(tmp_path_factory) -> Path:
     """A project whose stages count as up to date: placeholder outputs, recorded by `dvc commit`."""
     folder = project(tmp_path_factory.mktemp("deps") / "project")
     call(folder, "semdict", "preset", "demo")
+    params = folder / "params.yaml"
+    params.write_text(params.read_text().replace("\nconditioned: []", "\nconditioned: [lease]"))  # every stage
     repo = Repo(str(folder))
     for stage in repo.index.stages:
         for out in stage.outs:
@@ -181,7 +183,7 @@ def edited(folder: Path, key: str) -> set[str]:
         ("runtime.device", set()),
         ("runtime.log_every", set()),
         ("runtime.scheduler", set()),
-        ("condition.epochs", set()),
+        ("condition.epochs", {"condition"}),
         ("kmeans.iterations", {"kmeans"}),
         ("encode.batch", {"encode"}),
         ("pixels.crop", {"sample_features", "encode", "score", "vcq_encode", "vcq_evaluate"}),
@@ -191,7 +193,7 @@ def edited(folder: Path, key: str) -> set[str]:
         ("ar.steps", {"ar_train"}),
         ("ar_sample.scale", {"ar_sample"}),
         ("evaluate.knn.k", {"evaluate"}),
-        ("generate.steps", {"generate"}),
+        ("generate.steps", {"generate", "generate_class"}),
         ("scores.batch", {"score", "vcq_evaluate"}),
         ("manifest.layout", {"manifest"}),
     ],

@@ -215,3 +215,19 @@ def test_the_schema_has_no_defaults_but_in_entries_that_users_add():
                 yield from defaults(field.annotation, [*path, name])
 
     assert list(defaults(Params)) == []
+
+
+@pytest.mark.parametrize(
+    ("objectives", "conditioned", "message"),
+    [
+        (["lease", "sorce"], [], "objectives has 'sorce'; did you mean 'sorcen'"),
+        (["mage", "mage"], [], "objectives names an objective twice: mage, mage"),
+        (["lease"], ["mage"], "conditioned has 'mage'; known: lease"),
+        ([], [], "objectives"),
+    ],
+)
+def test_dvc_repro_trains_known_objectives_once_and_conditions_those(objectives, conditioned, message):
+    tree = load_params(ROOT / "params.yaml").model_dump(by_alias=True)
+    Params.model_validate(tree | {"objectives": ["lease", "mage"], "conditioned": ["lease"]})
+    with pytest.raises(ValueError, match=message):
+        Params.model_validate(tree | {"objectives": objectives, "conditioned": conditioned})
