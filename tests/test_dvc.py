@@ -139,6 +139,7 @@ def test_another_preset_shows_the_whole_graph_and_never_the_demo(tmp_path, prese
     call(folder, "semdict", "preset", preset)
     params = folder / "params.yaml"
     params.write_text(params.read_text().replace("\nconditioned: []", "\nconditioned: [lease]"))
+    call(folder, "semdict", "preset", "--complete")  # makes the folders of the added stages
     output = call(folder, "dvc", "repro", "--dry")
     assert {stage for stage in definitions() if stage not in ran(output)} == set()
     assert "demo" not in output
