@@ -148,26 +148,15 @@ def test_tuples_and_lists_are_the_same_settings():
 
 
 def test_log_and_plots_are_cut_back_to_the_checkpoint(tmp_path):
-    log = RunLog(tmp_path, tmp_path / "reports", tensorboard=False)
+    log = RunLog(tmp_path, tmp_path / "reports")
     for step in (1, 2, 3):
         log.write(step, {"loss": step / 2, "online_loss": float("nan")}, {"images_per_second": 1.0})
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # what a kill leaves
-    log = RunLog(tmp_path, tmp_path / "reports", tensorboard=False, at_step=2)
+    log = RunLog(tmp_path, tmp_path / "reports", at_step=2)
     log.write(3, {"loss": 9.0}, {"images_per_second": 1.0})
     log.close()
     assert [(row["step"], row["loss"]) for row in read_log(tmp_path / "log.jsonl")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
     plot = (tmp_path / "reports" / "plots" / "loss.tsv").read_text()
     assert plot == "step\tloss\n1\t0.5\n2\t1.0\n3\t9.0\n"
-
-
-def test_tensorboard_hides_steps_that_were_done_twice(tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for at_step, steps in ((0, (1, 2, 3)), (2, (3,))):
-        log = RunLog(tmp_path, None, tensorboard=True, at_step=at_step)
-        for step in steps:
-            log.write(step, {"loss": float(step + at_step)}, {"images_per_second": 1.0})
-        log.close()
-    board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 5.0)]

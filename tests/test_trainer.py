@@ -181,7 +181,7 @@ class ToyRecipe:
 
 
 class Runtime:
-    compile, save_every, keep, log_every, tensorboard = False, 0, 2, 1, False
+    compile, save_every, keep, log_every, tensorboard, wandb = False, 0, 2, 1, False, None
 
 
 @pytest.fixture

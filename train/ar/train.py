@@ -1,6 +1,7 @@
 """Train the autoregressive model on the `gen` tokens of a shard directory, also under torchrun."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from semdict.train.engine.loop import Batch, Clock, Phase
 from semdict.train.engine.lr_schedule import warmup_hold_linear
 from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.optim import adamw
+from semdict.train.engine.trackers import Chance
 from semdict.train.engine.trainer import Components, Trainer, add_run_arguments
 
 if TYPE_CHECKING:
@@ -99,7 +101,9 @@ class ArTraining:
         lr_schedule = warmup_hold_linear(cfg.lr, cfg.final_lr, cfg.warmup, cfg.hold, cfg.steps)
         optimiser = adamw(model, tuple(cfg.betas), cfg.weight_decay, decay_tables=cfg.decay_tables)
         phase = Phase("model", model, NextToken(cfg.label_dropout), optimiser, lr_schedule, cfg.clip)
-        return Components([phase], cfg.steps, {"model": model})
+        uniform = sum(math.log(k) for k in self.sizes) / len(self.sizes)  # nats of a uniform guess among K_t ids
+        chance = Chance({"loss": uniform}, cfg.warmup, "ar.lr or ar.steps")
+        return Components([phase], cfg.steps, {"model": model}, chance=chance)
 
     def config(self, classes: int) -> ArConfig:
         """The shape of the size, or the one in section ar, for these tokens."""

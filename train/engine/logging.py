@@ -1,24 +1,28 @@
-"""Logs of a run: a JSONL file, plots in the files that DVC reads, TensorBoard.
+"""Logs of a run: a JSONL file, plots in the files that DVC reads, and whatever trackers follow it.
 
 The JSONL file is the one source; a resumed run cuts it back to its checkpoint and writes the plots again from it.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from semdict.pipeline.common.files import atomic_write
+from semdict.train.engine.trackers import TrackerFactory
 
 
 class RunLog:
     """Scalars of one run, written by rank 0 only.
 
-    folder: gets log.jsonl and tensorboard/. reports: gets plots/<scalar>.tsv (columns step and the scalar's name: the
-    layout of DVCLive), readable by `dvc plots` while the run is in progress; None = no reports.
+    folder: gets log.jsonl. reports: gets plots/<scalar>.tsv (columns step and the scalar's name: the layout of
+    DVCLive), readable by `dvc plots` while the run is in progress; None = no reports. trackers: get every line too.
     """
 
-    def __init__(self, folder: Path, reports: Path | None = None, tensorboard: bool = True, at_step: int = 0) -> None:
+    def __init__(
+        self, folder: Path, reports: Path | None = None, trackers: Sequence[TrackerFactory] = (), at_step: int = 0
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.reports = folder / "log.jsonl", reports
         rows = cut_back(self.path, at_step)
@@ -28,7 +32,8 @@ class RunLog:
             remove_plots(reports / "plots")
             for row in rows:
                 self._plot(row)
-        self._board = _tensorboard(folder / "tensorboard", at_step) if tensorboard else None
+        opened = (factory(folder, at_step) for factory in trackers)
+        self._trackers = [tracker for tracker in opened if tracker is not None]
 
     def write(self, step: int, scalars: dict[str, float], speed: dict[str, float]) -> None:
         """Add one line: scalars, which are plotted too, and speed, which is only logged."""
@@ -37,22 +42,21 @@ class RunLog:
         self._file.flush()
         if self.reports is not None:
             self._plot(row)
-        if self._board is not None:
-            for name, value in {**scalars, **speed}.items():
-                self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.write(step, {**scalars, **speed})
 
     def picture(self, step: int, name: str, image_HWC: Any) -> None:
-        """Show a uint8 RGB array in TensorBoard, where there is one."""
-        if self._board is not None:
-            self._board.add_image(name, image_HWC, step, dataformats="HWC")
+        """Show a uint8 RGB array in the trackers."""
+        for tracker in self._trackers:
+            tracker.picture(step, name, image_HWC)
 
     def close(self) -> None:
         """Flush and close every file."""
         self._file.close()
         for file in self._plots.values():
             file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _plot(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -98,12 +102,3 @@ def remove_plots(folder: Path) -> None:
 def _number(value: float) -> float | str:
     """JSON has no NaN: a number that is none is written as text."""
     return value if math.isfinite(value) else str(value)
-
-
-def _tensorboard(folder: Path, at_step: int) -> Any:
-    """A SummaryWriter that hides what a killed run wrote after `at_step`; None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=at_step + 1 if at_step else None)

@@ -26,6 +26,7 @@ from semdict.train.engine import checkpoint, dist
 from semdict.train.engine.logging import RunLog, read_log
 from semdict.train.engine.lr_schedule import LrSchedule
 from semdict.train.engine.rng import Stream, batch_generator, torch_seed
+from semdict.train.engine.trackers import TrackerFactory
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -119,7 +120,7 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     reports: Path | None = None
-    tensorboard: bool = False
+    trackers: Sequence[TrackerFactory] = ()
     quiet: bool = False
 
     @property
@@ -188,7 +189,7 @@ class _Fit:
             self._resume()
         self._prepare()
         run, plan, first = self.run, self.plan, self.world.first
-        log = RunLog(run.folder, run.reports, run.tensorboard, self.step) if first else None
+        log = RunLog(run.folder, run.reports, run.trackers, self.step) if first else None
         bar = progress(plan.steps, plan.name, "step", self.step, quiet=run.quiet or not first)
         with bar, contextlib.closing(log) if log else contextlib.nullcontext(), self._signals():
             self._train(log, bar)

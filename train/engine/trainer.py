@@ -23,6 +23,7 @@ from semdict.pipeline.execute.locks import lock
 from semdict.train.engine import dist
 from semdict.train.engine.checkpoint import differences, plain
 from semdict.train.engine.loop import Hook, Loader, Phase, Plan, Run, Stateful, fit
+from semdict.train.engine.trackers import Chance, trackers_of
 
 if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params, Runtime
@@ -37,12 +38,14 @@ class Components:
     """The parts of the loop that a recipe builds.
 
     state: everything that a checkpoint must store, by name; the phases' models among it. hooks: called after each step.
+    chance: losses of a model that has learned nothing; a run that is still there after its warm-up says so.
     """
 
     phases: Sequence[Phase]
     steps: int
     state: dict[str, Stateful]
     hooks: Sequence[Hook] = ()
+    chance: Chance | None = None
 
 
 class Recipe(Protocol):
@@ -129,7 +132,8 @@ class Trainer:
             options = {key: getattr(cfg, key) for key in FROM_CFG}
             options |= {key: getattr(runtime, key) for key in FROM_RUNTIME}
             plan = Plan(components.steps, name=recipe.name, **options)
-            run = Run(self.folder, self.settings, self.fingerprint, self.reports, runtime.tensorboard)
+            trackers = trackers_of(runtime, self.out.name, self.settings, components.chance, components.steps)
+            run = Run(self.folder, self.settings, self.fingerprint, self.reports, trackers)
             state, hooks = components.state, components.hooks
             final = fit(components.phases, loader, plan, run, self.world, state, hooks, resume=True)
         metrics = {"final": final, "steps": components.steps, **recipe.finish(components, loader, self)}

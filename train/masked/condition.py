@@ -23,6 +23,7 @@ from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
 from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.optim import adamw
 from semdict.train.engine.rng import Stream, torch_generator, torch_seed
+from semdict.train.engine.trackers import Chance
 from semdict.train.engine.trainer import Components, Trainer, add_run_arguments
 from semdict.train.masked.class_conditional_model import (
     ConditionalConfig,
@@ -112,7 +113,12 @@ class Conditioning:
         objective = ConditionalReconstruction(cfg.label_dropout, cfg.word_dropout, masking, cfg.label_smoothing)
         optimiser = adamw(model, tuple(cfg.betas), cfg.weight_decay, decay_tables=cfg.decay_tables)
         phase = Phase("model", model, objective, optimiser, lr_schedule, cfg.clip)
-        return Components([phase], steps, {"model": model})
+        chance = Chance(self.chance(), cfg.warmup_epochs * epoch, "condition.base_lr or condition.epochs")
+        return Components([phase], steps, {"model": model}, chance=chance)
+
+    def chance(self) -> dict[str, float]:
+        """The loss at chance, in nats."""
+        return {"loss": math.log(self.token_set.codebook_size)}
 
     def classes(self, loader: ResidentLoader) -> int:
         """Rows of the embedding file, or one more than the largest label; UsageError where labels do not fit."""
@@ -152,7 +158,7 @@ class Conditioning:
     def finish(self, components: Components, loader: ResidentLoader, trainer: Trainer) -> dict[str, Any]:
         """Write the model, measure it on held-out images; the loss at chance in nats."""
         model = components.state["model"]
-        metrics = {"chance": {"loss": math.log(self.token_set.codebook_size)}, "classes": model.null_class}
+        metrics = {"chance": self.chance(), "classes": model.null_class}
         if trainer.world.first:
             if self.held_out is not None:
                 metrics["held_out"] = self.held_out_loss(model, trainer.world.device)

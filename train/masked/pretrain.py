@@ -15,6 +15,7 @@ from semdict.train.engine.loop import Clock, Hook, Loader, Phase
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
 from semdict.train.engine.model_file import MODEL, save_model
 from semdict.train.engine.optim import adamw
+from semdict.train.engine.trackers import Chance
 from semdict.train.engine.trainer import Components, Trainer, add_run_arguments
 from semdict.train.masked.model import MaskedTokenTransformer, model_config
 from semdict.train.masked.monitor import Pictures, WithClassifier
@@ -92,7 +93,12 @@ class Pretraining:
             objective.after_step(model, clock, cfg.epochs)
 
         hooks = [move_averages, *self.picture_hooks(model, loader, trainer)]
-        return Components([phase], steps, {"model": model, "objective": objective}, hooks)
+        chance = Chance(self.chance(objective), cfg.warmup_epochs * epoch, "pretrain.base_lr or pretrain.epochs")
+        return Components([phase], steps, {"model": model, "objective": objective}, hooks, chance)
+
+    def chance(self, objective: nn.Module) -> dict[str, float]:
+        """The objective's losses at chance, in nats."""
+        return objective.chance(self.token_set.codebook_size, self.cfg.batch // self.cfg.accumulate)
 
     def model(self) -> MaskedTokenTransformer:
         """The objective's model at the size of section pretrain, initialised from the seed."""
@@ -121,12 +127,11 @@ class Pretraining:
 
     def finish(self, components: Components, loader: Loader, trainer: Trainer) -> dict[str, Any]:
         """Write the model; its losses at chance, in nats, and the rows that were left out for their status."""
-        cfg, state = self.cfg, components.state
+        state = components.state
         if trainer.world.first:
             about = {"cfg": trainer.settings["pretrain"], "token_set": self.token_set.meta, "steps": components.steps}
             save_model(trainer.folder / MODEL, state["model"], about)
-        chance = state["objective"].chance(self.token_set.codebook_size, cfg.batch // cfg.accumulate)
-        return {"chance": chance, "images_left_out": loader.left_out}
+        return {"chance": self.chance(state["objective"]), "images_left_out": loader.left_out}
 
 
 if __name__ == "__main__":

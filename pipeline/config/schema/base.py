@@ -137,6 +137,7 @@ class Runtime(Section):
     picture_every: CountOrZero
     pictures: Count
     tensorboard: bool
+    wandb: str | None
 
 
 def check_crop(value: Any) -> Any:
