@@ -35,6 +35,7 @@ SCORES = {
     "recall": "recall",
     "reconstruction": "reconstruction, nats",
 }
+SHOTS = (4, 8, 16)
 QUIET = ("runtime.picture_every=0", "runtime.tensorboard=false")
 
 
@@ -56,7 +57,8 @@ class Comparison:
         semdict(*train, *params, *sets(changes))
         for measure, file in (("probe", "probe.json"), ("knn", "knn.json"), ("few-shot", "few_shot.json")):
             if not (here / file).exists():
-                semdict("evaluate", measure, "--model", run, "--out", here, *params)
+                shots = sets([f"evaluate.few_shot.shots=[{','.join(map(str, SHOTS))}]"])
+                semdict("evaluate", measure, "--model", run, "--out", here, *params, *shots)
         sampling = [f"generate.images={self.samples}", f"generate.seed={seed}"]
         semdict("generate", "--model", run, "--out", samples, "--resume", *params, *sets(sampling))
         if not (here / "distance.json").exists():
@@ -74,11 +76,11 @@ class Comparison:
     def scores(self, here: Path) -> dict[str, float]:
         """The figures of one run, out of the files that the commands wrote."""
         final, distance = read(here / "reports" / "metrics.json"), read(here / "distance.json")
-        shots = read(here / "few_shot.json")["shots"]
+        shots = read(here / "few_shot.json")
         return {
             "probe_top1": read(here / "probe.json")["top1"],
             "knn_top1": read(here / "knn.json")["top1"],
-            **{f"few_shot_{n}": value["mean"] for n, value in shots.items()},
+            **{f"few_shot_{n}": shots[f"top1_{n}_shot"] for n in SHOTS},
             "distance": distance["teacher_frechet_distance"],
             "precision": distance["teacher_precision"],
             "recall": distance["teacher_recall"],
@@ -89,15 +91,16 @@ class Comparison:
     def settings(self) -> dict[str, Any]:
         """Data, teacher and sizes that the figures belong to."""
         params = load_params(self.params)
-        pretrain = params.pretrain.model_dump()
-        keys = ("width", "depth", "heads", "decoder_width", "decoder_depth", "epochs", "batch", "base_lr", "lambda")
+        pretrain = params.pretrain
+        keys = ("width", "depth", "heads", "decoder_width", "decoder_depth", "epochs", "batch", "base_lr")
         return {
             "preset": self.preset,
             "pixels": params.pixels.size,
             "teacher": params.features.model,
             "words": params.kmeans.k,
             "samples": self.samples,
-            **{key: pretrain.get(key, pretrain.get(f"{key}_")) for key in keys},
+            "lambda": pretrain.contrast_weight,
+            **{key: getattr(pretrain, key) for key in keys},
         }
 
 
