@@ -7,6 +7,7 @@ Both tokenise the same files with the same weights in one process. `equal_tokens
 decided differently: the loop decodes with Pillow and encodes single, contiguous images.
 """
 
+import argparse
 import io
 import json
 import tempfile
@@ -50,6 +51,38 @@ def stage(job: EncodeJob, worker, chunks) -> np.ndarray:
     return np.stack([gen, disc], axis=1)
 
 
+def listed(images: str, folder: str) -> Path:
+    """The manifest of a folder of images, made in `folder`."""
+    path = Path(folder) / "manifest.parquet"
+    override = f"manifest.images={{train: {images}}}"
+    if semdict(["manifest", "--set", override, "--out", str(path), "--metrics", f"{folder}/m.json"]):
+        raise SystemExit("semdict manifest failed")
+    return path
+
+
+def encode_job(args: argparse.Namespace, manifest: Path) -> EncodeJob:
+    """One centre view of each image, on the CPU in float32."""
+    spec = PairSpec(
+        tokenizer={"path": args.vqgan},
+        features={"model": args.model, "weights": args.teacher, "kwargs": args.kwargs},
+        centroids=args.centroids,
+        device="cpu",
+        image_size=256,
+    )
+    return EncodeJob(
+        fingerprint="benchmark",
+        manifest=str(manifest),
+        images=(("train", args.images),),
+        recipe=CropRecipe(Crop("resize", 256), tuple(expand_views(["centre"]))),
+        spec=spec,
+        dtypes=(("gen", "uint16"), ("disc", "uint16")),
+        length=256,
+        batch=args.batch,
+        workers=0,
+        precision="float32",
+    )
+
+
 def main() -> None:
     parser = arguments(__doc__, "encode")
     parser.add_argument("--images", default="demo/assets/images/train")
@@ -61,51 +94,25 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
-    count = 32 if args.small else args.count
     with tempfile.TemporaryDirectory() as folder:
-        manifest_path = Path(folder) / "manifest.parquet"
-        override = f"manifest.images={{train: {args.images}}}"
-        if semdict(["manifest", "--set", override, "--out", str(manifest_path), "--metrics", f"{folder}/m.json"]):
-            raise SystemExit("semdict manifest failed")
-        spec = PairSpec(
-            tokenizer={"path": args.vqgan},
-            features={"model": args.model, "weights": args.teacher, "kwargs": args.kwargs},
-            centroids=args.centroids,
-            device="cpu",
-            image_size=256,
-        )
-        job = EncodeJob(
-            fingerprint="benchmark",
-            manifest=str(manifest_path),
-            images=(("train", args.images),),
-            recipe=CropRecipe(Crop("resize", 256), tuple(expand_views(["centre"]))),
-            spec=spec,
-            dtypes=(("gen", "uint16"), ("disc", "uint16")),
-            length=256,
-            batch=args.batch,
-            workers=0,
-            precision="float32",
-        )
+        manifest = listed(args.images, folder)
+        job = encode_job(args, manifest)
         worker = job.open()
-        manifest = load_manifest(manifest_path)
-        paths = [Path(args.images) / source for source in manifest.table.column("source").to_pylist()[:count]]
-        count = len(paths)
-        chunks = split_rows(count, count)
+        sources = load_manifest(manifest).table.column("source").to_pylist()
+        paths = [Path(args.images) / source for source in sources[: 32 if args.small else args.count]]
+        chunks = split_rows(len(paths), len(paths))
         equal = float(np.mean(loop(paths[:8], worker.tokenizer) == stage(job, worker, split_rows(8, 8))))
         ours = seconds(lambda: stage(job, worker, chunks), repeats=2)
         plain = seconds(lambda: loop(paths, worker.tokenizer), repeats=2)
-    publish(
-        args.out,
-        {
-            **machine(),
-            "images": count,
-            "batch": args.batch,
-            "images_per_second": round(count / ours, 2),
-            "images_per_second_one_at_a_time": round(count / plain, 2),
-            "ratio": round(plain / ours, 3),
-            "equal_tokens": equal,
-        },
-    )
+    result = {
+        "images": len(paths),
+        "batch": args.batch,
+        "images_per_second": round(len(paths) / ours, 2),
+        "images_per_second_one_at_a_time": round(len(paths) / plain, 2),
+        "ratio": round(plain / ours, 3),
+        "equal_tokens": equal,
+    }
+    publish(args.out, {**machine(), **result})
 
 
 if __name__ == "__main__":

@@ -125,32 +125,34 @@ def import_tokens(
     book = None if centroids is None else _load_centroids(centroids, source)
     passed = {"gen": gen_size, "disc": disc_size if book is None else len(book)}
     assumed = {name for name in source.default_sizes if passed[name] is None}
-    sizes = {name: source.default_sizes[name] if name in assumed else passed[name] for name in source.default_sizes}
-    sizes = {name: size for name, size in sizes.items() if name in source.names}
+    spec = _spec_of(source, Path(path).name, passed, None if centroids is None else Path(centroids))
+    write_shards(
+        out, spec, lambda: checked_blocks(source, spec, assumed), numbered_index(source.rows, split), book,
+        class_embeddings=source.class_embeddings, codec=codec,
+    )  # fmt: skip
+    return Imported(source.rows, spec.gen_size, spec.disc_size, source.ignored)
+
+
+def _spec_of(source: Source, name: str, passed: dict[str, int | None], centroids: Path | None) -> ShardSpec:
+    """The shard directory that a source becomes: codebook sizes as passed, else the layout's own."""
+    sizes = {
+        array: size if passed[array] is None else passed[array]
+        for array, size in source.default_sizes.items()
+        if array in source.names
+    }
     origin = source.origin
     if centroids is not None:
-        origin = origin | {"centroids": {"file": Path(centroids).name, "sha256": sha256_file(centroids)}}
-    spec = ShardSpec(
+        origin = origin | {"centroids": {"file": centroids.name, "sha256": sha256_file(centroids)}}
+    return ShardSpec(
         rows=source.rows,
         views=source.views,
         grid=source.grid,
         gen_sizes=sizes["gen"],
         disc_size=sizes.get("disc"),
         recipe={"imported": origin},
-        title=Path(path).name,
-        source=Path(path).name,
+        title=name,
+        source=name,
     )
-    index = numbered_index(source.rows, split)
-    write_shards(
-        out,
-        spec,
-        lambda: checked_blocks(source, spec, assumed),
-        index,
-        book,
-        class_embeddings=source.class_embeddings,
-        codec=codec,
-    )
-    return Imported(source.rows, sizes["gen"], sizes.get("disc"), source.ignored)
 
 
 def export_tokens(
