@@ -107,7 +107,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "report": Command("semdict.report.command", "one HTML page of all results there are"),
     "preset": Command("semdict.pipeline.config.command:Preset", "write a preset to params.yaml"),
-    "check": Command("semdict.pipeline.config.command:Check", "validate params.yaml and name missing inputs"),
+    "check": Command("semdict.project.check", "validate params.yaml, images, models and batches; name what is missing"),
 }
 
 DESCRIPTION = "Turns image datasets into paired token shards, and trains on them."

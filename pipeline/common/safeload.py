@@ -88,6 +88,29 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     return checkpoint
 
 
+def open_checkpoint(path: str | os.PathLike) -> dict:
+    """`load_checkpoint` for names and shapes alone: tensors are memory-mapped, no checksum is compared.
+
+    Files from before torch 1.6 are read whole.
+    """
+    path = existing_file(path)
+    try:
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)  # maps the file; a tensor is read where it is used
+        if not zipfile.is_zipfile(path):
+            return load_checkpoint(path)
+        with zipfile.ZipFile(path) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+        checkpoint = _unpickle(path, set().union(*map(_globals, pickles)), mmap=True)
+    except WeightsError:
+        raise
+    except Exception as error:
+        raise WeightsError(_explain(path, error)) from None
+    if not isinstance(checkpoint, dict):
+        raise WeightsError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
+    return checkpoint
+
+
 def load_tensors(path: str | os.PathLike, ema: bool = True) -> dict[str, Tensor]:
     """The state dict of a checkpoint file, as `state_dict_of` finds it in `load_checkpoint`."""
     return state_dict_of(load_checkpoint(path), path, ema)
@@ -192,12 +215,16 @@ def _search(checkpoint: Any, order: tuple[str, ...], depth: int = 4) -> Mapping 
 
 
 def _load_torch(path: Path) -> Any:
-    names = _check_zip(path) if zipfile.is_zipfile(path) else _globals_of_legacy(path)
+    return _unpickle(path, _check_zip(path) if zipfile.is_zipfile(path) else _globals_of_legacy(path))
+
+
+def _unpickle(path: Path, names: set[str], mmap: bool = False) -> Any:
+    """torch.load, weights only; `names` are those that the file's pickles refer to."""
     if "builtins.bytearray" in names:
         raise WeightsError(f"{path} was refused: it asks for a bytearray, whose size the file does not bound")
     inert = [(Inert, name) for name in names if LEFTOVERS.fullmatch(name)]
     with torch.serialization.safe_globals([*inert, *HARMLESS]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def check_npz_size(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`semdict preset` writes params.yaml and makes the folders that its DVC graph fills; `semdict check` validates it.
+"""`semdict preset` writes params.yaml and makes the folders that its DVC graph fills.
 
 `dvc repro` asks its run cache before it prints a stage, and for that hashes every dependency, also with --dry (DVC
 issue 9818). An empty folder can be hashed, a missing one ends the graph: so each dependency is a folder, made here.
@@ -10,7 +10,7 @@ from pathlib import Path
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import atomic_write
 from semdict.pipeline.common.hub import is_hub_name
-from semdict.pipeline.config.params import add_params_arguments, params_of, validate
+from semdict.pipeline.config.params import validate
 from semdict.pipeline.config.presets import PRESETS, complete, preset_names, render
 from semdict.pipeline.config.schema import Params
 from semdict.pipeline.config.yaml import parse_yaml
@@ -41,28 +41,8 @@ class Preset:
         text = complete(PARAMS) if args.complete else render(args.name)
         params = activate(text, PARAMS if args.complete else PRESETS / f"{args.name}.yaml")
         print(f"{PARAMS}: preset {params.preset}")
-        print_missing(params)
-        return 0
-
-
-class Check:
-    """Refuses a wrong params.yaml before any work, and names the files that a preset still lacks."""
-
-    EXAMPLE = """examples:
-  semdict check
-  semdict check --set kmeans.k=512       the same with a value changed"""
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """The file to check."""
-        add_params_arguments(parser)
-
-    @staticmethod
-    def run(args: argparse.Namespace) -> int:
-        """Validate; list inputs that are not there yet."""
-        params = params_of(args)
-        print(f"{args.params}: preset {params.preset} is valid")
-        print_missing(params)
+        for key, path in missing_inputs(params):
+            print(f"  not there yet: {path} ({key})")
         return 0
 
 
@@ -82,12 +62,6 @@ def activate(text: str, source: Path) -> Params:
     for folder in [*watched_folders(params), *awaited_folders(Path())]:
         folder.mkdir(parents=True, exist_ok=True)
     return params
-
-
-def print_missing(params: Params) -> None:
-    """One line per input that does not exist yet."""
-    for key, path in missing_inputs(params):
-        print(f"  not there yet: {path} ({key})")
 
 
 def missing_inputs(params: Params) -> list[tuple[str, str]]:

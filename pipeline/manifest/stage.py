@@ -20,6 +20,7 @@ from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 from semdict.pipeline.execute.store import WORK
 from semdict.pipeline.images.decode import DecodeSpec, Status
+from semdict.pipeline.manifest.duplicates import shared_images
 from semdict.pipeline.manifest.scan import scan
 from semdict.pipeline.manifest.sources import Listing, list_images
 from semdict.pipeline.manifest.table import COLUMNS, META, Manifest
@@ -85,9 +86,12 @@ def build_manifest(
     results = scan(listing.table, cfg.images, _cache_file(cache, limits), limits, workers, fresh)
     manifest = Manifest(_assemble(listing, results))
     _report_bad(manifest, cache / "bad.csv", cfg.max_bad_fraction)
+    shared = shared_images(manifest)
+    for pair in shared:
+        print(f"manifest: {pair}; scores on one are no scores if the other is trained on", file=sys.stderr)
     with atomic_write(out) as tmp_path:
         pq.write_table(manifest.table, tmp_path, compression="zstd")
-    write_json(metrics, _metrics(manifest, listing))
+    write_json(metrics, _metrics(manifest, listing) | {"shared_between_splits": sum(pair.count for pair in shared)})
     return manifest
 
 

@@ -3,6 +3,8 @@
 import difflib
 import importlib
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.hub import local_file
-from semdict.pipeline.common.safeload import load_checkpoint, state_dict_of
+from semdict.pipeline.common.safeload import load_checkpoint, open_checkpoint, state_dict_of
 from semdict.pipeline.tokenizers.base import ConvTokenizer, Tokenizer
 from semdict.pipeline.tokenizers.compact import CompactTokenizer
 from semdict.pipeline.tokenizers.ibq import IbqTokenizer
@@ -53,21 +55,46 @@ def load_tokenizer(
     are read from the tensors' shapes. WeightsError when the file is of no known layout (names those that were tried,
     and the nearest) or its tensors do not fit each other.
     """
-    if layout is not None and layout not in LAYOUTS:
-        near = difflib.get_close_matches(layout, LAYOUTS, n=1) or LAYOUTS
-        raise WeightsError(f"tokenizer layout {layout} is unknown; did you mean {', '.join(near)}?")
-    file = local_file(path)
-    file = file / RUN_FILE if file.is_dir() else file
+    file = _file_of(path, layout)
     checkpoint = load_checkpoint(file)
-    if isinstance(checkpoint.get("kind"), str) and checkpoint["kind"] in KINDS:
-        module, _, loader = KINDS[checkpoint["kind"]].partition(":")
-        return getattr(importlib.import_module(module), loader)(file, device)
+    if (loader := _own_loader(checkpoint)) is not None:
+        return loader(file, device)
     cls, tensors = recognise(state_dict_of(checkpoint, file, ema), path, layout)
     model = cls.from_tensors(tensors, path, ema)
     model.identity["sha256"] = sha256_file(file)
     if not ema:
         model.identity["ema"] = False
     return model.requires_grad_(False).eval().to(device)
+
+
+def inspect_tokenizer(path: str | os.PathLike, layout: str | None = None, ema: bool = True) -> Tokenizer:
+    """A tokenizer without its weights, from the names and shapes in its file: for codebook_size, stride and grid.
+
+    WeightsError as `load_tokenizer`.
+    """
+    file = _file_of(path, layout)
+    checkpoint = open_checkpoint(file)
+    if (loader := _own_loader(checkpoint)) is not None:
+        return loader(file, "cpu")
+    cls, tensors = recognise(state_dict_of(checkpoint, file, ema), path, layout)
+    return cls.from_tensors({name: tensor.to("meta") for name, tensor in tensors.items()}, Path(path), ema)
+
+
+def _file_of(path: str | os.PathLike, layout: str | None) -> Path:
+    """The file of weights; WeightsError for a layout that is unknown."""
+    if layout is not None and layout not in LAYOUTS:
+        near = difflib.get_close_matches(layout, LAYOUTS, n=1) or LAYOUTS
+        raise WeightsError(f"tokenizer layout {layout} is unknown; did you mean {', '.join(near)}?")
+    file = local_file(path)
+    return file / RUN_FILE if file.is_dir() else file
+
+
+def _own_loader(checkpoint: dict) -> Callable[[Path, str | torch.device], Tokenizer] | None:
+    """The loader of a file that states its kind; None for a published layout."""
+    if not isinstance(checkpoint.get("kind"), str) or checkpoint["kind"] not in KINDS:
+        return None
+    module, _, loader = KINDS[checkpoint["kind"]].partition(":")
+    return getattr(importlib.import_module(module), loader)
 
 
 def recognise(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import WeightsError
-from semdict.pipeline.tokenizers.timm_backbone import TimmBackbone
+from semdict.pipeline.tokenizers.timm_backbone import TimmBackbone, inspect_backbone
 
 GRID = 16  # default cells a side: 256-pixel images at stride 16
 
@@ -113,11 +113,37 @@ def load_features(
     kwargs: arguments of the library's model constructor. WeightsError for an unknown name, an unreachable hub, a file
     of another size (both sides shown), a layer that the model lacks, an image size that its stride does not divide.
     """
-    library, _, name = model.partition(":")
-    if not name or library not in BACKBONES:
-        library, name = "timm", model
+    library, name = _library(model)
     kwargs = dict(kwargs or {})
     if near is not None and image_size is None:
         grid = max(1, round(near / BACKBONES[library].stride_of(name, layer, kwargs) / pool))
     backbone = BACKBONES[library](name, weights, layer, image_size, grid * pool, kwargs)
     return Teacher(backbone, pool).requires_grad_(False).eval().to(device)
+
+
+def inspect_features(
+    model: str,
+    weights: str | os.PathLike | None = None,
+    layer: int = -1,
+    image_size: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    grid: int = GRID,
+    pool: int = 1,
+) -> tuple[int, int] | None:
+    """(cells a side, width D) that `load_features` with these arguments would give; None for a library but timm.
+
+    No weights are loaded: names and shapes of a local file are compared with the model's. WeightsError as there.
+    """
+    library, name = _library(model)
+    if library != "timm":
+        return None
+    cells, dim = inspect_backbone(name, weights, layer, image_size, grid * pool, dict(kwargs or {}))
+    if cells % pool:
+        raise WeightsError(f"features.pool {pool} does not divide the {cells} x {cells} cells of {model}")
+    return cells // pool, dim
+
+
+def _library(model: str) -> tuple[str, str]:
+    """Library and name of `library:name`; timm where no library is named."""
+    library, _, name = model.partition(":")
+    return (library, name) if name and library in BACKBONES else ("timm", model)

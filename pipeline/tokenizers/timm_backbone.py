@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.files import sha256_file
-from semdict.pipeline.common.safeload import existing_file, load_tensors, refuse_misfit
+from semdict.pipeline.common.hub import is_hub_name
+from semdict.pipeline.common.safeload import (
+    existing_file,
+    load_tensors,
+    open_checkpoint,
+    refuse_misfit,
+    state_dict_of,
+)
 from semdict.pipeline.tokenizers.dino_checkpoints import published_names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -178,10 +185,30 @@ def _load_file(
     network: nn.Module, index: int, norm_name: str, norm: nn.Module | None, model: str, path: str | os.PathLike
 ) -> None:
     """Cut the network behind layer `index`; fill it and the norm from a file, which may lack the layers cut off."""
-    state = fitting_names(load_tensors(path), network, model, path)
+    state = _fitting_state(network, index, norm_name, norm, model, load_tensors(path), path)
+    for prefix, part in _parts(network, norm_name, norm).items():
+        part.load_state_dict({name: state[prefix + name] for name in part.state_dict()})
+
+
+def _parts(network: nn.Module, norm_name: str, norm: nn.Module | None) -> dict[str, nn.Module]:
+    """The modules to fill, by the prefix of their tensors' names."""
+    return {"": network} if norm is None else {"": network, f"{norm_name}.": norm}
+
+
+def _fitting_state(
+    network: nn.Module,
+    index: int,
+    norm_name: str,
+    norm: nn.Module | None,
+    model: str,
+    tensors: dict[str, Tensor],
+    path: str | os.PathLike,
+) -> dict[str, Tensor]:
+    """Cut the network behind layer `index`; the tensors that it needs, under its names. WeightsError for a misfit."""
+    state = fitting_names(tensors, network, model, path)
     beyond, classifiers = _beyond(network)
     _cut(network, index)
-    parts = {"": network} if norm is None else {"": network, f"{norm_name}.": norm}
+    parts = _parts(network, norm_name, norm)
     needed = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()}
     state = {
         name: tensor
@@ -192,8 +219,30 @@ def _load_file(
         refuse_misfit(state, needed, path, model)
     except WeightsError as error:
         raise WeightsError(f"{error}{_hint(state, network, model)}") from None
-    for prefix, part in parts.items():
-        part.load_state_dict({name: state[prefix + name] for name in part.state_dict()})
+    return state
+
+
+def inspect_backbone(
+    model: str,
+    weights: str | os.PathLike | None,
+    layer: int,
+    image_size: int | None,
+    grid: int,
+    kwargs: dict[str, Any],
+) -> tuple[int, int]:
+    """(cells a side, width) of `TimmBackbone` with these arguments, without weights; a local file is only mapped.
+
+    WeightsError for what TimmBackbone would refuse, but for a hub that cannot be reached.
+    """
+    image_size = image_size or grid * TimmBackbone.stride_of(model, layer, kwargs)
+    with torch.device("meta"):
+        network = build_network(model, image_size, kwargs)
+    index, stage = _stages(network, model, layer)
+    if weights is not None and not is_hub_name(weights):
+        norm_name, norm = _final_norm(network, index)
+        tensors = state_dict_of(open_checkpoint(weights), weights)
+        _fitting_state(network, index, norm_name, norm, model, tensors, weights)
+    return image_size // stage["reduction"], stage["num_chs"]
 
 
 def fitting_names(

@@ -35,9 +35,9 @@ def choose_tokenizer(named: str | None, default: str) -> TokenizerChoice:
     weights = named or _only_file("vqgan", "--vqgan") or default
     if is_hub_name(weights) and not cached(weights):
         return TokenizerChoice(weights)
-    from semdict.pipeline.tokenizers import load_tokenizer
+    from semdict.pipeline.tokenizers import inspect_tokenizer
 
-    tokenizer = load_tokenizer(weights)
+    tokenizer = inspect_tokenizer(weights)
     if len(tokenizer.grid(8 * tokenizer.stride)) != 2:
         raise UsageError(f"{weights}: its tokens have no places in the image; LEASE needs a tokenizer with a grid")
     return TokenizerChoice(weights, tokenizer.stride)
