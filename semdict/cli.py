@@ -101,7 +101,9 @@ COMMANDS: dict[str, Command | Group] = {
         "  semdict ar train --shards shards/demo-vcq --out runs/demo/ar\n"
         "  semdict ar sample --model runs/demo/ar --tokenizer runs/demo/vcq --out samples",
     ),
-    "entropy": Command("semdict.pipeline.analysis.stage", "information along token sequences: VCQ's table 1, figure 2"),
+    "entropy": Command(
+        "semdict.pipeline.analysis.entropy", "information along token sequences (VCQ, table 1, figure 2)"
+    ),
     "analyse": Command(
         "semdict.pipeline.analysis.codebooks", "how the two codebooks of a token set relate, and its size on disk"
     ),

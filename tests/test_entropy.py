@@ -12,8 +12,6 @@ from semdict.pipeline.analysis import conditional_entropy
 from semdict.pipeline.analysis.cooccurrence import (
     cooccurrence,
     entropy_given_column,
-    mean_conditional_entropy,
-    pointwise_mutual_information,
 )
 from semdict.pipeline.analysis.estimates import (
     cliff_position,
@@ -160,13 +158,6 @@ def test_pairs():
         want = -(share * np.log2(share)).sum() if joint[:, d].any() else np.nan
         assert per_word[d] == pytest.approx(want, abs=1e-12, nan_ok=True)
     assert per_word[3] == pytest.approx(0, abs=1e-12) and np.isnan(per_word[9])
-    weight = joint.sum(axis=0) / 200
-    assert mean_conditional_entropy(joint) == pytest.approx(np.nansum(per_word * weight), abs=1e-12)
-    pmi = pointwise_mutual_information(joint)
-    share = joint / 200
-    information = (share[joint > 0] * pmi[joint > 0]).sum()
-    assert information == pytest.approx(order0_entropy(joint.sum(axis=1)) - mean_conditional_entropy(joint), abs=1e-12)
-    assert (pmi[joint == 0] == -np.inf).all()
     for wrong in ((gen + 5, disc), (gen, disc[:3])):
         with pytest.raises(ValueError):
             cooccurrence(*wrong, 7, 10)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from semdict.cli import main
 from semdict.pipeline.analysis.curves import EntropyCurves, curves_of, equation_1, spent
-from semdict.pipeline.analysis.figures import plot_curves
+from semdict.pipeline.analysis.entropy_figures import plot_curves
 from semdict.pipeline.shards import Block, ShardSpec, write_shards
 from semdict.train.vcq.schedule import codebook_sizes
 from tests.token_sets import make_index, make_set, write

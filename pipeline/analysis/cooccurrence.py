@@ -7,7 +7,10 @@ import math
 
 import numpy as np
 
-from semdict.pipeline.shards.ids import order0_entropy, sum_xlog2x
+from semdict.pipeline.shards.ids import sum_xlog2x
+
+BLOCK = 1 << 21  # entries of a table that are turned into float64 at once
+CANDIDATES = 1 << 16  # strongest pairs that the axes of a PMI map are filled from
 
 
 def cooccurrence(
@@ -42,22 +45,6 @@ def entropy_given_column(joint: np.ndarray) -> np.ndarray:
         return np.where(total > 0, np.log2(total) - sum_xlog2x(joint, axis=0) / total, np.nan)
 
 
-def mean_conditional_entropy(joint: np.ndarray) -> float:
-    """Bits: H(row variable | column variable) = H(joint) - H(column) of counts (Kg, Kd)."""
-    return order0_entropy(joint) - order0_entropy(joint.sum(axis=0))
-
-
-def pointwise_mutual_information(joint: np.ndarray) -> np.ndarray:
-    """(Kg, Kd) float64 bits, log2 p(g, d) / (p(g) p(d)); -inf for a pair that never occurs (LEASE, figure D.3)."""
-    joint = np.asarray(joint, np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        expected = joint.sum(axis=1, keepdims=True) * (joint.sum(axis=0, keepdims=True) / joint.sum())
-        return np.where(joint > 0, np.log2(joint / expected), -np.inf)
-
-
-BLOCK = 1 << 21  # entries of a table that are turned into float64 at once
-
-
 def conditional_entropies(joint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(Kd,) H(GEN | DISC = d) and (Kg,) H(DISC | GEN = g) in nats, nan for an id that never occurs (LEASE, figure D.1).
 
@@ -89,9 +76,6 @@ def independent_entropies(joint: np.ndarray, seed: int = 0) -> tuple[np.ndarray,
     with np.errstate(divide="ignore", invalid="ignore"):
         per_gen = np.where(row_total > 0, np.log2(row_total) - log_sum / row_total, np.nan)
     return np.concatenate(parts), math.log(2) * per_gen
-
-
-CANDIDATES = 1 << 16  # strongest pairs that the axes of a PMI map are filled from
 
 
 def strongest_pairs(joint: np.ndarray, tokens: int, min_count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

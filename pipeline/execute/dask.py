@@ -10,9 +10,8 @@ import dask
 import numpy as np
 from distributed import Client, Nanny, Scheduler, SpecCluster, as_completed
 
-from semdict.pipeline.common.cores import cores
 from semdict.pipeline.common.errors import SemdictError
-from semdict.pipeline.execute.processes import local_processes, visible_gpus
+from semdict.pipeline.execute.processes import cores, local_processes, visible_gpus
 from semdict.pipeline.execute.store import Advance, Chunk, ChunkStore, Finished, Job, Worker
 
 ALLOWED_FAILURES = 20  # worker deaths until a chunk is blamed: workers are pre-empted more often than chunks kill them

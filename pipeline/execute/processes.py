@@ -2,7 +2,11 @@
 
 import os
 
-from semdict.pipeline.common.cores import cores
+
+def cores() -> int:
+    """Cores that this process may use: fewer than the machine has under Slurm, in a container or after taskset."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def resolve_scheduler(scheduler: str, device: str) -> str:

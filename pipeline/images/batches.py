@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from semdict.pipeline.common.cores import cores
 from semdict.pipeline.common.errors import ManifestError
+from semdict.pipeline.execute.processes import cores
 from semdict.pipeline.execute.store import Chunk
 from semdict.pipeline.images.crops import Crop, ViewSpec, crop_identity, crop_views, expand_views
 from semdict.pipeline.images.decode import DEFAULT_DECODING, BadImage, DecodeSpec, decoded, decoder_identity

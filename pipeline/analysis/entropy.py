@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every codebook, print the table, write JSON, CSV and the figure."""
-    from semdict.pipeline.analysis.figures import plot_curves
+    from semdict.pipeline.analysis.entropy_figures import plot_curves
     from semdict.pipeline.shards import open_shards
 
     out = args.out or Path("reports") / params_of(args).preset / "entropy"
