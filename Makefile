@@ -58,9 +58,16 @@ demo-weights: $(INSTALLED) ## train the demo's shipped VQGAN and teacher again
 	python -m demo.train_teacher
 	python -m demo.train_vqgan --grid docs/figures/demo_reconstructions.png
 
-replicate: $(INSTALLED) ## the papers' comparisons on the demo's tokens, over seeds (make demo first; about 90 minutes)
+replicate: $(INSTALLED) ## the papers' comparisons over seeds: on the demo's tokens, or make replicate PRESET=imagenette
+ifeq ($(PRESET),)
 	python -m replicate.lease
 	python -m replicate.vcq
+else
+	@grep -qE '^preset: $(PRESET)( |$$)' params.yaml || { echo 'params.yaml holds another preset: make preset NAME=$(PRESET)'; exit 2; }
+	dvc repro encode
+	python -m replicate.photographs
+	python -m replicate.document
+endif
 
 campaign: $(TESTING) ## kill every command at every file event, flip bits, feed bad inputs (30 minutes; again: goes on)
 	OMP_NUM_THREADS=1 python -m tests.campaign

@@ -1,6 +1,6 @@
 """Copies the comparisons' results into the documents: `python -m replicate.document` after `make replicate`.
 
-Copies reports/demo/replicate/*.json to docs/results/ and rewrites the tables of docs/replicate.md from them.
+Copies what is in reports/demo/replicate/ to docs/results/, and rewrites the tables of docs/replicate.md from there.
 """
 
 import json
@@ -23,6 +23,8 @@ def main() -> None:
     """Copy the results and rewrite the document."""
     RESULTS.mkdir(exist_ok=True)
     for name in TEXTS:
+        if not (REPORTS / f"{name}.json").exists():
+            continue
         write_json(RESULTS / f"{name}.json", json.loads((REPORTS / f"{name}.json").read_text()))
     rewrite(DOCUMENT, tables(RESULTS))
 

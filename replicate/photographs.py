@@ -42,16 +42,17 @@ QUIET = ("runtime.picture_every=0", "runtime.tensorboard=false")
 class Comparison:
     """The runs of one preset: each has a folder in work/replicate/<preset>, named by row and seed."""
 
-    def __init__(self, params: Path, samples: int) -> None:
-        self.params, self.samples = params, samples
-        self.preset = load_params(params).preset
+    def __init__(self, params: Path, samples: int, changes: list[str]) -> None:
+        self.path, self.samples, self.changes = params, samples, changes
+        self.params = load_params(params, changes)
+        self.preset = self.params.preset
         self.root = Path("work") / "replicate" / self.preset
         self.out = Path("docs") / "results" / f"{self.preset}.json"
 
     def train_and_score(self, variant: Variant, seed: int) -> None:
         """Train, sample and score one row with one seed; what is there already is kept."""
         here = self.root / f"{variant.name}-{seed}"
-        run, samples, params = here / "run", here / "samples", ["--params", self.params]
+        run, samples, params = here / "run", here / "samples", ["--params", self.path, *sets(self.changes)]
         changes = [f"pretrain.seed={seed}", *QUIET, *variant.changes]
         train = ["pretrain", "--objective", variant.objective, "--out", run, "--reports", here / "reports", "--resume"]
         semdict(*train, *params, *sets(changes))
@@ -90,8 +91,7 @@ class Comparison:
 
     def settings(self) -> dict[str, Any]:
         """Data, teacher and sizes that the figures belong to."""
-        params = load_params(self.params)
-        pretrain = params.pretrain
+        params, pretrain = self.params, self.params.pretrain
         keys = ("width", "depth", "heads", "decoder_width", "decoder_depth", "epochs", "batch", "base_lr")
         return {
             "preset": self.preset,
@@ -118,6 +118,29 @@ def table(results: dict[str, Any]) -> str:
     return markdown(["row", "seeds", *SCORES.values(), "paper: probe, %", "paper: FID"], lines)
 
 
+def text(results: dict[str, Any]) -> str:
+    """Heading, settings and table in Markdown, from the content of the result file."""
+    about, runs = results["settings"], results["runs"]
+    title = (
+        f"## On photographs (preset {about['preset']}, {about['pixels']} pixels, {about['words']:,} words of "
+        f"{about['teacher']})\n"
+    )
+    model = (
+        f"Width {about['width']}, depth {about['depth']} + {about['decoder_depth']}, {about['epochs']} epochs at batch "
+        f"{about['batch']}, base learning rate {about['base_lr']:g}, lambda {about['lambda']:g}; probe, k-NN and "
+        f"few-shot on features of the validation split; {about['samples']:,} samples against the validation images."
+    )
+    means = {}
+    for row in ("reconstruction", "lease"):
+        values = [run["probe_top1"] for run in runs if run["row"] == row]
+        means[row] = spread(values)["mean"] if values else None
+    lines = [title, f"{model}\n", table(results)]
+    if None not in means.values():
+        gain = means["lease"] - means["reconstruction"]
+        lines.append(f"LEASE is {gain:+.2f} points from reconstruction only; in the paper +2.49.\n")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m replicate.photographs", description=__doc__.splitlines()[0])
     parser.add_argument("--params", default=Path("params.yaml"), type=Path)
@@ -125,8 +148,9 @@ def main(argv: list[str] | None = None) -> int:
                         help=f"of {', '.join(ROWS)}; by default the first five")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=1000, help="generated images per run")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every run")
     args = parser.parse_args(argv)
-    comparison = Comparison(args.params, args.samples)
+    comparison = Comparison(args.params, args.samples, args.set)
     for seed in args.seeds:  # a seed of every row before the next one: an interrupted comparison is still even
         for row in args.rows:
             comparison.train_and_score(ROWS[row], seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from replicate import document, lease, vcq
+from replicate import document, lease, photographs, vcq
 from replicate.common import plus_minus, spread
 from replicate.variants import COMPONENTS, NEIGHBOUR_COUNTS, SCHEDULES
 from tests import tiny
@@ -88,6 +88,35 @@ def test_lease_end_to_end_and_a_second_run_does_nothing(world, monkeypatch, caps
     assert lease.main(arguments) == 0
     assert tiny.digest(world / "work" / "replicate") == before
     assert "step" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_photographs_keep_every_complete_run_in_one_file(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    (world / "docs/results").mkdir(parents=True)
+    arguments = ["--rows", "rec", "lease", "--samples", "6", "--set", "pretrain.epochs=1"]
+    assert photographs.main([*arguments, "--seeds", "0"]) == 0
+    file = world / "docs/results/tiny.json"
+    first = json.loads(file.read_text())
+    assert [(run["row"], run["seed"]) for run in first["runs"]] == [("reconstruction", 0), ("lease", 0)]
+    assert first["settings"]["teacher"] == tiny.TEACHER["model"]
+    assert first["settings"]["epochs"] == 1
+    run = first["runs"][1]
+    card = json.loads((world / "work/replicate/tiny/lease-0/probe.json").read_text())
+    assert run["probe_top1"] == card["top1"]
+    assert {"knn_top1", "few_shot_16", "distance", "precision", "recall", "reconstruction"} <= run.keys()
+    capsys.readouterr()
+    assert photographs.main([*arguments, "--seeds", "0", "1"]) == 0
+    assert "lease-0/run is complete" in capsys.readouterr().err
+    second = json.loads(file.read_text())
+    assert [run for run in second["runs"] if run["seed"] == 0] == first["runs"]
+    assert len(second["runs"]) == 4
+    assert len({run["reconstruction"] for run in second["runs"] if run["row"] == "lease"}) == 2, "seeds differ"
+    rows = photographs.table(second).splitlines()
+    values = [run["probe_top1"] for run in second["runs"] if run["row"] == "lease"]
+    assert len(rows) == 4
+    assert f"| {plus_minus(spread(values))} |" in rows[3]
+    assert rows[3].endswith("| 76.11 | 10.35 |")
 
 
 @pytest.mark.slow
