@@ -35,7 +35,6 @@ SCORES = {
     "recall": "recall",
     "reconstruction": "reconstruction, nats",
 }
-SHOTS = (4, 8, 16)
 QUIET = ("runtime.picture_every=0", "runtime.tensorboard=false")
 
 
@@ -58,8 +57,7 @@ class Comparison:
         semdict(*train, *params, *sets(changes))
         for measure, file in (("probe", "probe.json"), ("knn", "knn.json"), ("few-shot", "few_shot.json")):
             if not (here / file).exists():
-                shots = sets([f"evaluate.few_shot.shots=[{','.join(map(str, SHOTS))}]"])
-                semdict("evaluate", measure, "--model", run, "--out", here, *params, *shots)
+                semdict("evaluate", measure, "--model", run, "--out", here, *params)
         sampling = [f"generate.images={self.samples}", f"generate.seed={seed}"]
         semdict("generate", "--model", run, "--out", samples, "--resume", *params, *sets(sampling))
         if not (here / "distance.json").exists():
@@ -77,11 +75,11 @@ class Comparison:
     def scores(self, here: Path) -> dict[str, float]:
         """The figures of one run, out of the files that the commands wrote."""
         final, distance = read(here / "reports" / "metrics.json"), read(here / "distance.json")
-        shots = read(here / "few_shot.json")
+        few_shot = read(here / "few_shot.json")
         return {
             "probe_top1": read(here / "probe.json")["top1"],
             "knn_top1": read(here / "knn.json")["top1"],
-            **{f"few_shot_{n}": shots[f"top1_{n}_shot"] for n in SHOTS},
+            **{f"few_shot_{n}": few_shot[f"top1_{n}_shot"] for n in self.params.evaluate.few_shot.shots},
             "distance": distance["teacher_frechet_distance"],
             "precision": distance["teacher_precision"],
             "recall": distance["teacher_recall"],
@@ -107,15 +105,16 @@ class Comparison:
 def table(results: dict[str, Any]) -> str:
     """Markdown: mean and standard deviation of every score by row, beside the paper's probe and FID."""
     runs, lines = results["runs"], []
+    scores = {score: title for score, title in SCORES.items() if all(score in run for run in runs)}
     titles = {NAMES.get(name, name): (variant.title, variant.paper) for name, variant in ROWS.items()}
     for row, (title, paper) in titles.items():
         mine = [run for run in runs if run["row"] == row]
         if not mine:
             continue
-        cells = [plus_minus(spread(run[score] for run in mine)) for score in SCORES]
+        cells = [plus_minus(spread(run[score] for run in mine)) for score in scores]
         printed = [f"{paper[name]:.2f}" if name in paper else "–" for name in ("probe", "fid")]
         lines.append([title, str(len(mine)), *cells, *printed])
-    return markdown(["row", "seeds", *SCORES.values(), "paper: probe, %", "paper: FID"], lines)
+    return markdown(["row", "seeds", *scores.values(), "paper: probe, %", "paper: FID"], lines)
 
 
 def text(results: dict[str, Any]) -> str:
