@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from semdict.pipeline.common.errors import ParamsError
+from semdict.pipeline.config.naming import fill_named_paths
 from semdict.pipeline.config.schema import Params
 from semdict.pipeline.config.yaml import parse_yaml, read_yaml
 
@@ -41,8 +42,10 @@ def add_params_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def params_of(args: argparse.Namespace) -> Params:
-    """The validated parameters that a command line names."""
-    return load_params(args.params, args.set)
+    """The validated parameters that a command line names; the paths that its --name decides are filled in."""
+    params = load_params(args.params, args.set)
+    fill_named_paths(args, params.preset)
+    return params
 
 
 def override(tree: dict, text: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import atomic_write, write_json
 from semdict.pipeline.common.publish import check_output
+from semdict.pipeline.config.naming import RUN, add_name_argument
 from semdict.train.ar.model import ArModel
 from semdict.train.ar.sampler import sample
 from semdict.train.ar.train import check_tokenizer
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from semdict.pipeline.config.params import add_params_arguments
 
     add_params_arguments(parser)
+    add_name_argument(parser, model=RUN, out=f"{RUN}-samples-{{draw}}")
     parser.add_argument("--model", type=Path, help="run of `semdict ar train` (default runs/<preset>/ar)")
     parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
     parser.add_argument("--draw", choices=("guided", "unguided"), default="guided", help="default: guided")

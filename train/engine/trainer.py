@@ -93,9 +93,12 @@ class Trainer:
     def for_command(
         cls, recipe: Recipe, args: argparse.Namespace, params: "Params", world: dist.World, name: str
     ) -> "Trainer":
-        """The trainer of a command line of `add_run_arguments`; `name` is the default folder in runs/ and reports/."""
+        """The trainer of a command line of `add_run_arguments`; `name` is the default folder in runs/.
+
+        The folder in reports/ has the name of the run's own, so that no run overwrites another's report.
+        """
         out = args.out or Path("runs") / params.preset / name
-        reports = args.reports or Path("reports") / params.preset / name
+        reports = args.reports or Path("reports") / params.preset / out.resolve().name  # one run, one name
         return cls(recipe, params.runtime, world, out, reports, args.work, args.resume)
 
     def run(self) -> dict[str, Any]:
@@ -208,12 +211,17 @@ def read_card(folder: Path) -> dict[str, Any] | None:
         raise SemdictError(f"{path} is damaged; remove {folder} and run again") from None
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """--params, --set, --out, --reports, --work, --resume; `out` names the default folder in the help."""
+def add_run_arguments(parser: argparse.ArgumentParser, out: str, named_paths: dict[str, str] | None = None) -> None:
+    """--params, --set, --name, --out, --reports, --work, --resume; `out` names the default folder in the help.
+
+    named_paths: what --name decides, if not the folders of a run of this name.
+    """
+    from semdict.pipeline.config.naming import REPORT, RUN, add_name_argument
     from semdict.pipeline.config.params import add_params_arguments
 
     add_params_arguments(parser)
+    add_name_argument(parser, **(named_paths or {"out": RUN, "reports": REPORT}))
     parser.add_argument("--out", type=Path, help=f"the complete run (default runs/<preset>/{out})")
-    parser.add_argument("--reports", type=Path, help=f"metrics.json and plots (default reports/<preset>/{out})")
+    parser.add_argument("--reports", type=Path, help="metrics and plots (default reports/<preset>/<name of --out>)")
     parser.add_argument("--work", default="work", type=Path, help="folder of unfinished runs")
     parser.add_argument("--resume", action="store_true", help="continue a killed run; keep a complete one as it is")

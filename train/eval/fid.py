@@ -9,6 +9,7 @@ from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.config import paths
+from semdict.pipeline.config.naming import RUN, add_name_argument, required
 from semdict.train.eval.extractors import MissingWeightsError
 from semdict.train.eval.image_scores import ImageScores, adm, teacher, val50k
 from semdict.train.eval.image_sets import ImageSet, open_images
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from semdict.pipeline.config.schema import Params
 
 EXAMPLE = """examples:
-  semdict evaluate fid --samples runs/demo/lease-unconditional --protocol teacher
+  semdict evaluate fid --samples runs/demo/lease-samples --protocol teacher
   semdict evaluate fid --samples samples/lease --reference imagenet-val-256/ --protocol val50k
   semdict evaluate fid --samples runs/in1k-vcq-base/ar-samples-guided/samples.npz --protocol adm \\
       --reference VIRTUAL_imagenet256_labeled.npz
@@ -32,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The samples and the reference; the rest is in params.yaml, section scores."""
     from semdict.pipeline.config.params import add_params_arguments
 
-    parser.add_argument("--samples", type=Path, required=True)
+    add_name_argument(parser, samples=f"{RUN}-samples")
+    parser.add_argument("--samples", type=Path, help="a folder of images or of `semdict generate`, or an .npz")
     parser.add_argument("--reference", type=Path, help="default scores.reference, or the preset's manifest")
     parser.add_argument("--protocol", choices=("val50k", "adm", "teacher"), help="default scores.protocol")
     add_params_arguments(parser)
@@ -44,9 +46,10 @@ def run(args: argparse.Namespace) -> int:
     from semdict.pipeline.config.params import params_of
 
     params = params_of(args)
-    out = args.out or Path("reports") / params.preset / samples_name(args.samples) / "scores.json"
+    samples = required(args, "samples")
+    out = args.out or Path("reports") / params.preset / samples_name(samples) / "scores.json"
     check_output(out, "json")
-    result, protocol = score_samples(args.samples, params, args.protocol, args.reference)
+    result, protocol = score_samples(samples, params, args.protocol, args.reference)
     if not result.scores:
         raise MissingWeightsError(f"no score: {next(iter(result.missing.values()))}")
     write_scores(out, result, protocol)

@@ -12,6 +12,7 @@ import torch
 from semdict.pipeline.common.device import keep_freed_memory, resolve_device
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.config import paths
+from semdict.pipeline.config.naming import RUN, add_name_argument, required
 from semdict.train.eval.common import same_classes
 from semdict.train.eval.features import FeatureSet, FeatureStore
 from semdict.train.eval.sources import ImageSource, Source, TokenSource
@@ -27,7 +28,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, data and score files; everything else is in params.yaml, section evaluate."""
     from semdict.pipeline.config.params import add_params_arguments
 
-    parser.add_argument("--model", type=Path, required=True, help="a run's folder, its model.pt or a released file")
+    add_name_argument(parser, model=RUN)
+    parser.add_argument("--model", type=Path, help="a run's folder, its model.pt or a released file")
     parser.add_argument("--num-heads", type=int, help="of a released encoder whose width is none of the published")
     parser.add_argument("--decoder-num-heads", type=int, help="likewise")
     parser.add_argument("--shards", type=Path, help="source tokens: token shards (default shards/<preset>)")
@@ -55,7 +57,7 @@ class Setup:
         keep_freed_memory()
         params = params_of(args)
         device = device or torch.device(resolve_device(params.runtime.device))
-        encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads, device)
+        encoder = load_encoder(required(args, "model"), args.num_heads, args.decoder_num_heads, device)
         return cls(args, params, device, encoder)
 
     @property

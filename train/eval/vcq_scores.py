@@ -17,6 +17,7 @@ from semdict.pipeline.common.device import resolve_device
 from semdict.pipeline.common.errors import ManifestError, UsageError
 from semdict.pipeline.common.files import remove, sha256_json, write_json
 from semdict.pipeline.config import paths
+from semdict.pipeline.config.naming import REPORT, RUN, add_name_argument
 from semdict.train.eval.common import same_classes, write_table
 from semdict.train.eval.fid import score_samples
 from semdict.train.eval.image_scores import teacher, val50k
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from semdict.pipeline.config.params import add_params_arguments
 
     add_params_arguments(parser)
+    add_name_argument(parser, tokenizer=RUN, out=REPORT)
     parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
     parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument(

@@ -15,6 +15,7 @@ from semdict.pipeline.common.device import reduced_precision
 from semdict.pipeline.common.errors import ShardError, UsageError, WeightsError
 from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.safeload import load_array, load_tensors
+from semdict.pipeline.config.naming import REPORT, RUN, required
 from semdict.train.data.resident import ResidentLoader, table_from_shards
 from semdict.train.data.token_set import TokenSet
 from semdict.train.engine import dist
@@ -55,12 +56,13 @@ RATIO = 0.75  # share of hidden cells on held-out images
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, on which tokens, and where the run goes; everything else is in params.yaml, section condition."""
-    parser.add_argument("--model", type=Path, required=True, help="a run's folder, its model.pt or a released file")
+    parser.add_argument("--model", type=Path, help="a run's folder, its model.pt or a released file")
     parser.add_argument("--num-heads", type=int, help="of a released encoder whose width is none of the published")
     parser.add_argument("--decoder-num-heads", type=int, help="likewise")
     parser.add_argument("--shards", type=Path, help="token shards (default shards/<preset>)")
     parser.add_argument("--embeddings", help="one row per class, .npy or .safetensors; condition.class_embeddings")
-    add_run_arguments(parser, "<name of the model>-conditional")
+    named = {"model": RUN, "out": f"{RUN}-conditional", "reports": f"{REPORT}-conditional"}
+    add_run_arguments(parser, "<name of the model>-conditional", named)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.embeddings:
         cfg = cfg.model_copy(update={"class_embeddings": args.embeddings})
     with dist.process_group(params.runtime.device) as world:
-        encoder = load_encoder(args.model, args.num_heads, args.decoder_num_heads)
+        encoder = load_encoder(required(args, "model"), args.num_heads, args.decoder_num_heads)
         recipe = Conditioning(cfg, encoder, TokenSet.open(args.shards or Path("shards") / params.preset))
         Trainer.for_command(recipe, args, params, world, f"{encoder.name}-conditional").run()
     return 0

@@ -18,6 +18,7 @@ from semdict.pipeline.common.device import keep_freed_memory, reduced_precision
 from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.files import atomic_write, write_json
 from semdict.pipeline.common.publish import check_output
+from semdict.pipeline.config.naming import RUN, add_name_argument, required
 from semdict.train.data.token_set import recipe_of
 from semdict.train.engine import dist
 from semdict.train.engine.sampling_run import SamplingRun
@@ -58,14 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model and task; the sampling parameters are in params.yaml, section generate."""
     from semdict.pipeline.config.params import add_params_arguments
 
-    parser.add_argument("--model", type=Path, required=True, help="a run's folder, its model.pt or a released file")
+    add_name_argument(parser, model=RUN)
+    parser.add_argument("--model", type=Path, help="a run's folder, its model.pt or a released file")
     parser.add_argument("--num-heads", type=int, help="of a released encoder whose width is none of the published")
     parser.add_argument("--decoder-num-heads", type=int, help="likewise")
     parser.add_argument("--task", choices=TASKS, default="unconditional")
     parser.add_argument("--vqgan", type=Path, help="the tokenizer that decodes (default vqgan.weights)")
     parser.add_argument("--shards", type=Path, help="real images as tokens (default shards/<preset>)")
     add_params_arguments(parser)
-    parser.add_argument("--out", type=Path, help="default runs/<preset>/<name of the model>-<task>")
+    parser.add_argument("--out", type=Path, help="default runs/<preset>/<name of the model>-samples, or -<task>")
     parser.add_argument("--work", default="work", type=Path, help="for images of an unfinished run (default: work)")
     parser.add_argument("--resume", action="store_true", help="continue a killed run; keep a complete one as it is")
 
@@ -76,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
     keep_freed_memory()
     params = params_of(args)
-    out = args.out or Path("runs") / params.preset / f"{run_name(args.model)}-{args.task}"
+    suffix = "samples" if args.task == "unconditional" else args.task
+    out = args.out or Path("runs") / params.preset / f"{run_name(required(args, 'model'))}-{suffix}"
     check_output(out, KIND)
     with dist.process_group(params.runtime.device) as world:
         generation = Generation(args, params, world.device)

@@ -12,6 +12,7 @@ from semdict.pipeline.common.errors import UsageError
 from semdict.pipeline.common.inference import Precisions
 from semdict.pipeline.common.publish import check_output
 from semdict.pipeline.config import paths
+from semdict.pipeline.config.naming import REPORT, RUN, add_name_argument
 from semdict.train.vcq.tokenizer import Tokenizer1d, load_vcq_tokenizer
 
 EXAMPLE = """examples:
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which tokenizer and manifest; views, batch and chunks stand in params.yaml, section vcq_encode."""
     parser.add_argument("--params", default="params.yaml", type=Path, help="default: params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a parameter")
+    add_name_argument(parser, tokenizer=RUN, out="shards/{preset}-{name}", reports=f"{REPORT}-encode")
     parser.add_argument("--tokenizer", type=Path, help="run of `semdict vcq train` (default runs/<preset>/vcq)")
     parser.add_argument("--manifest", type=Path, help="default: data/<preset>/manifest/manifest.parquet")
     parser.add_argument("--out", type=Path, help="default: shards/<preset>-vcq")
@@ -77,12 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compute the missing chunks, publish the shards and report; 0 when the shard directory is complete."""
-    from semdict.pipeline.config.params import load_params
+    from semdict.pipeline.config.params import params_of
     from semdict.pipeline.encode.plan import EncodePaths, EncodeStage, Streams
     from semdict.pipeline.encode.preflight import Floor
     from semdict.pipeline.execute.locks import interrupt_on_signals, lock
 
-    params = load_params(args.params, args.set)
+    params = params_of(args)
     preset, cfg = params.preset, params.vcq_encode
     files = EncodePaths(
         manifest=args.manifest or paths.manifest(preset),
