@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from semdict import __version__
 from semdict.journal import run_recorded
+from semdict.options import OptionParser
 from semdict.pipeline.common.errors import SemdictError, UsageError, suggestion
 from semdict.train.eval.measures import MEASURES
 
@@ -110,6 +111,7 @@ COMMANDS: dict[str, Command | Group] = {
     "report": Command("semdict.report.command", "one HTML page of all results there are"),
     "preset": Command("semdict.pipeline.config.command:Preset", "write a preset to params.yaml"),
     "check": Command("semdict.project.check", "validate params.yaml, images, models and batches; name what is missing"),
+    "completion": Command("semdict.completion", "print a script that completes commands and options in your shell"),
 }
 
 DESCRIPTION = "Turns image datasets into paired token shards, and trains on them."
@@ -183,7 +185,7 @@ def resolve(words: list[str]) -> tuple[str, Command | None, list[str]]:
 def call(name: str, command: Command, words: list[str]) -> int:
     """Import a command's module, parse its arguments and run it; returns the exit status."""
     command_module = load(command)
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=name,
         description=command.text,
         epilog=command_module.EXAMPLE,

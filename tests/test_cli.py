@@ -146,3 +146,49 @@ def test_other_runtime_errors_are_not_taken_for_a_full_gpu(monkeypatch):
     monkeypatch.setattr(module, "run", run)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         main(["check"])
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("pretrain --objective lease --lr 0.1", "--set pretrain.base_lr=VALUE"),
+        ("pretrain --objective lease --epochs=3", "--set pretrain.epochs=VALUE"),
+        ("vcq train --lr 0.1", "--set vcq.lr=VALUE"),
+        ("evaluate probe --model x --base-lr 0.1", "--set evaluate.probe.base_lr=VALUE"),
+        ("evaluate few-shot --model x --shots 3", "--set evaluate.few_shot.shots=VALUE"),
+        ("generate --model x --temperature 3", "--set generate.temperature=VALUE"),
+        ("kmeans --k 3", "--set kmeans.k=VALUE"),
+        ("pretrain --objective lease --resmue", "did you mean --resume?"),
+        ("pretrain --objective lease --zzz", "see `semdict pretrain --help`"),
+        ("shards info x --lambda 3", "see `semdict shards info --help`"),
+    ],
+)
+def test_an_option_that_names_a_parameter_is_answered_with_set(words, hint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 2
+    assert hint in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_completion_knows_every_command_and_its_options(capsys, tmp_path):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+    script_path = tmp_path / "semdict.bash"
+    script_path.write_text(script)
+
+    def completed(*words: str) -> list[str]:
+        """What the shell offers for the last of the words."""
+        line = f"COMP_WORDS=(semdict {' '.join(words)}); COMP_CWORD={len(words)}; _shtab_semdict"
+        command = f"source {script_path}; {line} 2>/dev/null; echo ${{COMPREPLY[@]}}"
+        return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("pret") == ["pretrain"]
+    assert completed("evaluate", "few") == ["few-shot"]
+    assert completed("pretrain", "--obj") == ["--objective"]
+
+
+def test_the_bare_command_prints_the_help(capsys):
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: semdict COMMAND")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from semdict.pipeline.common.errors import UsageError
+from semdict.pipeline.common.progress import progress
 from semdict.train.engine.rng import Stream, permutation
 from semdict.train.eval.common import write_table
 from semdict.train.eval.linear_head import HeadConfig, fit_probe
@@ -55,11 +56,13 @@ def run(args: argparse.Namespace) -> int:
     subsets = {(n, seed): balanced_subset(source.labels, n, seed) for n in cfg.shots for seed in cfg.seeds}
     top1: dict[int, list[float]] = {n: [] for n in cfg.shots}
     about: dict[str, Any] = {}
-    for (shots, seed), subset in subsets.items():
-        head_config = head_config_of(cfg, seed)
-        batches, about = training_batches(setup, source, head_config, cfg.embedding_dropout, subset)
-        result = fit_probe(batches, test.first, test.labels, head_config, classes, setup.device, cfg.epochs)
-        top1[shots].append(result.top1)
+    with progress(len(subsets), "few-shot", "probe") as bar:
+        for (shots, seed), subset in subsets.items():
+            head_config = head_config_of(cfg, seed)
+            batches, about = training_batches(setup, source, head_config, cfg.embedding_dropout, subset)
+            result = fit_probe(batches, test.first, test.labels, head_config, classes, setup.device, cfg.epochs)
+            top1[shots].append(result.top1)
+            bar.update(1)
     scores = summary(top1)
     write_table(
         setup.out / "few_shot.csv",

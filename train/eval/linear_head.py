@@ -14,6 +14,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from semdict.pipeline.common.errors import SemdictError, UsageError
+from semdict.pipeline.common.progress import progress
 from semdict.train.engine.lr_schedule import scaled_lr, warmup_cosine
 from semdict.train.engine.rng import Stream, choice_per_row, permutation
 from semdict.train.eval.common import as_tensor, top_accuracy
@@ -227,16 +228,24 @@ def linear_probe(
 
 def fit_probe(
     batches: Batches, test_features: np.ndarray, test_labels: np.ndarray, cfg: HeadConfig, classes: int,
-    device: torch.device | str = "cpu", eval_every: int = 1,
+    device: torch.device | str = "cpu", eval_every: int = 1, label: str = "",
 ) -> ProbeResult:  # fmt: skip
-    """`linear_probe` for training features that `batches` yields, such as those of new crops in every epoch."""
+    """`linear_probe` for training features that `batches` yields, such as those of new crops in every epoch.
+
+    label: of the progress shown on stderr; "" shows none.
+    """
+    bar = progress(cfg.epochs, label, "epoch", quiet=not label)
 
     def evaluate(epoch: int, head: LinearHead) -> dict[str, float]:
-        if epoch % eval_every and epoch != cfg.epochs:
-            return {}
-        return top_accuracy(predict(head, test_features, device), test_labels)
+        last = not epoch % eval_every or epoch == cfg.epochs
+        scores = top_accuracy(predict(head, test_features, device), test_labels) if last else {}
+        if scores:
+            bar.set_postfix_str(f"top1 {scores['top1']:.2f}", refresh=False)
+        bar.update(1)
+        return scores
 
-    head, curve = fit_head(batches, classes, cfg, device, evaluate)
+    with bar:
+        head, curve = fit_head(batches, classes, cfg, device, evaluate)
     ranked = predict(head, test_features, device)
     return ProbeResult(**top_accuracy(ranked, test_labels), loss=curve[-1]["loss"], curve=curve,
                        predicted=ranked[:, 0].numpy(), head=head)  # fmt: skip

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     test = setup.test_set(test_source)
     head_config = HeadConfig(**{name: getattr(cfg, name) for name in HeadConfig.__dataclass_fields__})
     batches, about = training_batches(setup, source, head_config, cfg.embedding_dropout)
-    result = fit_probe(batches, test.first, test.labels, head_config, classes, setup.device, cfg.eval_every)
+    result = fit_probe(batches, test.first, test.labels, head_config, classes, setup.device, cfg.eval_every, "probe")
     scores = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
     optimisation = asdict(head_config)
     protocol = setup.protocol(measure="linear probe", train=about, test=test.about, classes=classes, **optimisation)
