@@ -39,6 +39,7 @@ SHARDS = {
     "verify": Command("semdict.pipeline.shards.command:Verify", "read every byte and name damaged arrays and chunks"),
     "import": Command("semdict.pipeline.shards.command:Import", "write the tokens of another layout as shards"),
     "export": Command("semdict.pipeline.shards.command:Export", "write a shard directory in another layout"),
+    "push": Command("semdict.pipeline.shards.push", "publish a shard directory as a dataset of the Hugging Face Hub"),
 }
 VCQ = {
     "train": Command("semdict.train.vcq.train", "train the tokenizer and its discriminator on a manifest's images"),

@@ -11,7 +11,7 @@ import yaml
 from semdict.cli import main
 from semdict.pipeline.shards import open_shards
 from semdict.pipeline.shards.convert import export_tokens
-from semdict.pipeline.shards.layouts.hub import LICENCES, size_category
+from semdict.pipeline.shards.layouts.card import LICENCES, size_category
 from tests.token_sets import good_rows, write_awkward_set
 
 

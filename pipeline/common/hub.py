@@ -1,9 +1,9 @@
-"""Files named by their place on the Hugging Face hub: `hf-hub:owner/name/file`, `hf-hub:owner/name@revision/file`."""
+"""The Hugging Face hub: files named by their place (`hf-hub:owner/name@revision/file`), and folders that are pushed."""
 
 import os
 from pathlib import Path
 
-from semdict.pipeline.common.errors import WeightsError
+from semdict.pipeline.common.errors import SemdictError, UsageError, WeightsError
 
 SCHEME = "hf-hub:"
 
@@ -16,6 +16,30 @@ def is_hub_name(name: str | os.PathLike) -> bool:
 def absolute(name: str | os.PathLike) -> str:
     """The name as another process with another working folder can use it: hub names as they are, paths resolved."""
     return str(name) if is_hub_name(name) else str(Path(name).resolve())
+
+
+def push_folder(folder: Path, repository: str, kind: str, private: bool = False) -> str:
+    """Upload a folder as one commit to `owner/name`, which is created if there is none; returns its address.
+
+    kind: "dataset" or "model". UsageError for a malformed name, SemdictError with the hub's answer.
+    """
+    import re
+
+    from huggingface_hub import HfApi
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UsageError(f"{repository!r} is no repository of the hub, expected OWNER/NAME")
+    api = HfApi()
+    try:
+        api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, repo_type=kind, commit_message="Upload with semdict")
+    except Exception as error:  # of the library or its transport: no login, no right, no network
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise SemdictError(
+            f"{repository} cannot be pushed ({type(error).__name__}: {first}). `hf auth login` stores a token of the "
+            "hub; an interrupted upload goes on with the same command"
+        ) from None
+    return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repository}"
 
 
 def local_file(name: str | os.PathLike) -> Path:

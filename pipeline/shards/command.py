@@ -141,6 +141,7 @@ def summary(path: Path) -> dict[str, Any]:
     from semdict.pipeline.shards.ids import order0_entropy
 
     shards = open_shards(path)
+    path = shards.path
     status = shards.status[:]
     good = int((status == 0).sum())
     codebooks = {}

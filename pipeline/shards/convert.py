@@ -2,7 +2,8 @@
 
 A layout is one module and one line per direction here.
 
-- Import: `read(path, **options) -> Source`, and SUFFIXES, the endings of such files ("/" for a folder).
+- Import: `read(path, **options) -> Source`, and SUFFIXES, the endings of such files ("/" for a folder); MARK, the name
+  of a file that only folders of this layout have.
 - Export: `export(shards, out, split, **options) -> int`, the number of rows left out because they have no tokens.
 
 IMPORT_OPTIONS and EXPORT_OPTIONS, if a module has them, are the options of `semdict shards` for that layout, passed to
@@ -11,7 +12,7 @@ the function: name -> keyword arguments of argparse's `add_argument`.
 
 import argparse
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 from semdict.pipeline.common.errors import ShardError, UsageError, suggestion
 from semdict.pipeline.common.files import sha256_file
 from semdict.pipeline.common.publish import occupied
-from semdict.pipeline.shards.format import ShardSpec
+from semdict.pipeline.shards.format import ShardSpec, spec_of
 from semdict.pipeline.shards.reader import open_shards
 from semdict.pipeline.shards.rows import Source, checked_blocks, numbered_index
 from semdict.pipeline.shards.writer import write_shards
@@ -77,6 +78,8 @@ IMPORTERS = LayoutTable(
         "arrays": "semdict.pipeline.shards.layouts.arrays",
         "llamagen": "semdict.pipeline.shards.layouts.llamagen",
         "rar": "semdict.pipeline.shards.layouts.rar",
+        "hf": "semdict.pipeline.shards.layouts.hub",
+        "webdataset": "semdict.pipeline.shards.layouts.webdataset",
     },
 )
 EXPORTERS = LayoutTable(
@@ -122,19 +125,26 @@ def import_tokens(
     """
     refuse_to_replace(out, overwrite)
     source: Source = IMPORTERS.load(layout or guess_layout(path)).read(path, **options)
+    centroids = centroids or source.centroids
     book = None if centroids is None else _load_centroids(centroids, source)
     passed = {"gen": gen_size, "disc": disc_size if book is None else len(book)}
     assumed = {name for name in source.default_sizes if passed[name] is None}
     spec = _spec_of(source, Path(path).name, passed, None if centroids is None else Path(centroids))
+    index = numbered_index(source.rows, split) if source.index is None else source.index()
     write_shards(
-        out, spec, lambda: checked_blocks(source, spec, assumed), numbered_index(source.rows, split), book,
+        out, spec, lambda: checked_blocks(source, spec, assumed), index, book,
         class_embeddings=source.class_embeddings, codec=codec,
     )  # fmt: skip
     return Imported(source.rows, spec.gen_size, spec.disc_size, source.ignored)
 
 
 def _spec_of(source: Source, name: str, passed: dict[str, int | None], centroids: Path | None) -> ShardSpec:
-    """The shard directory that a source becomes: codebook sizes as passed, else the layout's own."""
+    """The shard directory that a source becomes: that of its attributes, else of the sizes passed or the layout's."""
+    if source.meta is not None:
+        try:
+            return replace(spec_of(source.meta), rows=source.rows)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShardError(f"{source.path}: its attributes are damaged ({type(error).__name__}: {error})") from None
     sizes = {
         array: size if passed[array] is None else passed[array]
         for array, size in source.default_sizes.items()
@@ -170,6 +180,10 @@ def export_tokens(
 def guess_layout(path: str | Path) -> str:
     """The layout whose files end as `path` does; UsageError lists the endings."""
     path = Path(path)
+    for name in IMPORTERS.modules:
+        mark = getattr(IMPORTERS.load(name), "MARK", None)
+        if mark and (path / mark).is_file():
+            return name
     endings = {ending: name for name in IMPORTERS.modules for ending in IMPORTERS.load(name).SUFFIXES}
     ending = "/" if path.is_dir() else path.suffix
     if ending not in endings:

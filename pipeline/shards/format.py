@@ -219,12 +219,12 @@ def read_metadata(path: Path) -> tuple[dict[str, Any], ShardSpec, Layout]:
         layout = Layout(meta["rows"], meta["chunk_rows"], meta["shard_rows"])
         if min(layout.chunk_rows, layout.shard_rows) < 1 or layout.shards > MAX_SHARDS:
             raise ValueError(f"{layout.rows} rows in chunks of {layout.chunk_rows}, shards of {layout.shard_rows}")
-        return meta, _spec(meta), layout
+        return meta, spec_of(meta), layout
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ShardError(f"{group}: the attributes are damaged ({type(error).__name__}: {error})") from None
 
 
-def _spec(meta: dict[str, Any]) -> ShardSpec:
+def spec_of(meta: dict[str, Any]) -> ShardSpec:
     """The ShardSpec that a set was written with."""
     gen, disc = meta["codebooks"]["gen"], meta["codebooks"].get("disc")
     kept = {key: meta[key] for key in ("rows", "views", "grid", "recipe", "fingerprint", "title", "licence", "source")}

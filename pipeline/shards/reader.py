@@ -25,19 +25,21 @@ from semdict.pipeline.shards.format import (
     token_files,
 )
 from semdict.pipeline.shards.ids import filler, look_up, memory_dtype
+from semdict.pipeline.shards.remote import local_shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
 def open_shards(path: str | Path) -> "TokenShards":
-    """Open a shard directory.
+    """Open a shard directory, or one at an address such as hf://datasets/owner/name (any that fsspec opens).
 
-    Files are compared with SHA256SUMS: codebooks, index and attributes whole, shard files by size and both ends; no
-    token is read. Raises NotShardsError (exit 2) if the path is no shard directory, or one of a newer format, and
-    ShardError naming a file that is missing or not the one that was written.
+    A set at an address is copied into a cache first, see `pipeline/shards/remote.py`. Files are compared with
+    SHA256SUMS: codebooks, index and attributes whole, shard files by size and both ends; no token is read. Raises
+    NotShardsError (exit 2) if the path is no shard directory, or one of a newer format, and ShardError naming a file
+    that is missing or not the one that was written.
     """
-    return TokenShards(path)
+    return TokenShards(local_shards(path))
 
 
 class LazyArray:

@@ -6,6 +6,7 @@ N rows (images), V views, L grid cells.
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,9 @@ class Source:
     returns a fresh iterator over all rows. origin: where the tokens come from (JSON-able); it becomes
     `recipe["imported"]`. ignored: entries of the file that are not imported. class_embeddings: (C, E) floats, if the
     layout has them.
+
+    A layout that was exported from token shards also has the set's attributes (meta: codebook sizes, recipe, title,
+    licence and source are kept), the keys, splits and names of its rows (index), and its centroids.
     """
 
     path: str
@@ -50,6 +54,9 @@ class Source:
     origin: dict[str, Any]
     ignored: tuple[str, ...] = field(default=())
     class_embeddings: np.ndarray | None = None
+    meta: dict[str, Any] | None = None
+    index: "Callable[[], pa.Table] | None" = None
+    centroids: Path | None = None
 
 
 def checked_blocks(source: Source, spec: ShardSpec, assumed: Collection[str] = ()) -> Iterator[Block]:
@@ -78,7 +85,10 @@ def checked_blocks(source: Source, spec: ShardSpec, assumed: Collection[str] = (
 def _refuse_outside(source: Source, name: str, ids: np.ndarray, sizes: np.ndarray, start: int, assumed: bool) -> None:
     if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < int(sizes.min())):
         return
-    row, view, position = np.argwhere((ids < 0) | (ids >= sizes))[0]
+    outside = np.argwhere((ids < 0) | (ids >= sizes))
+    if not len(outside):
+        return
+    row, view, position = outside[0]
     value, size = int(ids[row, view, position]), sizes[position]
     where = f"{source.path}: {source.names[name]} row {start + row}, position {position} holds {value}"
     if assumed and value >= 0:
@@ -145,6 +155,21 @@ def export_splits(shards: TokenShards, split: str | None) -> list[str]:
         shards.split_rows(split)
         return [split]
     return [str(name) for name in shards.index["split"].unique().to_pylist()]
+
+
+def class_names(shards: TokenShards) -> list[str]:
+    """Names of classes 0..C-1, the number where a class has no name; [] if no row has a label."""
+    import pyarrow as pa
+
+    label = shards.label[:]
+    if not (label >= 0).any():
+        return []
+    table = (
+        pa.table({"label": label, "name": shards.index["label_name"]}).group_by("label").aggregate([("name", "min")])
+    )
+    names = dict(zip(table["label"].to_pylist(), table["name_min"].to_pylist(), strict=True))
+    names = [names.get(number) or str(number) for number in range(int(label.max()) + 1)]
+    return names if len(set(names)) == len(names) else [str(number) for number in range(len(names))]
 
 
 def rows_of(shards: TokenShards, split: str | None) -> int:

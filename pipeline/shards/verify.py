@@ -27,6 +27,7 @@ from semdict.pipeline.shards.format import (
 )
 from semdict.pipeline.shards.ids import count_ids, filler, ids_by_rank, look_up
 from semdict.pipeline.shards.reader import LazyArray, TokenShards, read_stored
+from semdict.pipeline.shards.remote import local_shards
 
 T = TypeVar("T")
 
@@ -52,7 +53,7 @@ def verify_shards(path: str | Path, workers: int = 0) -> Report:
 
     `workers` threads (0 = one per core) hold one shard each. NotShardsError if the path is no shard directory.
     """
-    path = Path(path)
+    path = local_shards(path)
     report = Report(path)
     _require_shards(path)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:

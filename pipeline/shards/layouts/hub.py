@@ -1,74 +1,82 @@
-"""Exports a folder ready for the Hugging Face Hub: parquet tables per split, codebooks, and a dataset card.
+"""A folder ready for the Hugging Face Hub: parquet tables per split, codebooks, the shard directory, and a card.
 
-Parquet is what the Hub recommends for data that are no media: its viewer, SQL and `datasets` read it without semdict.
+Parquet is what the Hub recommends for data that are no media: its viewer, SQL and `datasets` read it without semdict,
+tokens as sequences and labels as a ClassLabel. The shard directory in shards/ is the set itself, byte for byte:
+`semdict.open_shards("hf://datasets/owner/name")` opens it.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from semdict.pipeline.common.errors import UsageError, suggestion
+from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.common.publish import publish_folder
 from semdict.pipeline.shards.format import CODEBOOKS, files_under
+from semdict.pipeline.shards.layouts.card import PICTURE, CardFacts, licence_fields, make_card, safe_split
 from semdict.pipeline.shards.reader import TokenShards
-from semdict.pipeline.shards.rows import RowBatch, export_splits, row_batches, rows_of
+from semdict.pipeline.shards.rows import RawRows, RowBatch, Source, class_names, export_splits, row_batches, rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from huggingface_hub import DatasetCard
 
-EXPORT_OPTIONS = {"licence": {"metavar": "ID", "help": "licence of the card, an id of the Hub (default: the set's)"}}
+EXPORT_OPTIONS = {
+    "licence": {"metavar": "ID", "help": "licence of the card, an id of the Hub (default: the set's)"},
+    "reports": {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "results of `semdict encode`, for PSNR and picture on the card (default: reports/NAME of shards/NAME)",
+    },
+    "parquet_only": {"action": "store_true", "help": "leave the shard directory out"},
+}
+SUFFIXES = ()
+MARK = "semdict.json"  # file that shows a folder to be of this layout
 FILE_ROWS = 1 << 17  # rows of one parquet file: ten for ImageNet-1k
 GROUP_ROWS = 4096  # of one row group, about 2 MB, read at once by the viewer
-# The Hub's categories, as listed by huggingface_hub.DatasetCardData: (rows below, id).
-SIZE_CATEGORIES = (
-    (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
-    (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"), (10**11, "10B<n<100B"), (10**12, "100B<n<1T"),
-)  # fmt: skip
-# Licence ids of the Hub (hub-docs, repositories-licenses.md); huggingface_hub itself checks a card only online.
-LICENCE_IDS = """
-apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
-afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
-cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
-cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
-cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
-lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense
-zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma apple-ascl apple-amlr
-intel-research h-research unknown other
-"""
-LICENCES = frozenset(LICENCE_IDS.split())
-IMAGENET_TERMS = (
-    "These tokens are derived from ImageNet and decode to recognisable images. By asking for access you accept the "
-    "ImageNet terms: non-commercial research and education only, and passing the data on only to colleagues who "
-    "accepted the same terms."
-)
 
 
-def export(shards: TokenShards, out: str | Path, split: str | None = None, licence: str | None = None) -> int:
-    """Write data/*.parquet, codebooks/*.npy, semdict.json and README.md into folder `out`.
+def export(
+    shards: TokenShards,
+    out: str | Path,
+    split: str | None = None,
+    licence: str | None = None,
+    reports: Path | None = None,
+    parquet_only: bool = False,
+) -> int:
+    """Write data/*.parquet, codebooks/*.npy, shards/, semdict.json and README.md into folder `out`.
 
-    Returns the number of rows left out because they have no tokens. Raises UsageError for a licence that the Hub does
-    not know; `licence` replaces the one that the set states.
+    Returns the number of rows left out of the tables because they have no tokens. With one `split` or `parquet_only`
+    there is no shards/. Raises UsageError for a licence that the Hub does not know; `licence` replaces the one that the
+    set states.
     """
     header = licence_fields(shards.meta, licence)
+    names = class_names(shards)
     counts: dict[str, int] = {}
     with publish_folder(out, "hub") as folder:
         (folder / "data").mkdir()
         for name in export_splits(shards, split):
-            counts[name] = _write_split(shards, name, folder / "data")
+            counts[name] = _write_split(shards, name, names, folder / "data")
         (folder / CODEBOOKS).mkdir()
-        for name in (name for name in files_under(shards.path) if name.startswith(f"{CODEBOOKS}/")):
-            (folder / name).write_bytes((shards.path / name).read_bytes())
-        write_json(folder / "semdict.json", shards.meta)
-        make_card(shards.meta, counts, header).save(folder / "README.md")
+        files = files_under(shards.path)
+        for name in (name for name in files if name.startswith(f"{CODEBOOKS}/")):
+            shutil.copyfile(shards.path / name, folder / name)
+        whole = split is None and not parquet_only
+        for name in files if whole else ():
+            (folder / "shards" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(shards.path / name, folder / "shards" / name)
+        write_json(folder / MARK, shards.meta)
+        facts = CardFacts.of(shards, counts, reports or Path("reports") / shards.path.name, whole)
+        if facts.picture is not None:
+            shutil.copyfile(facts.picture, folder / PICTURE)
+        make_card(shards.meta, facts, header).save(folder / "README.md")
     return rows_of(shards, split) - sum(counts.values())
 
 
-def _write_split(shards: TokenShards, split: str, folder: Path) -> int:
+def _write_split(shards: TokenShards, split: str, names: list[str], folder: Path) -> int:
     """`{split}-00000-of-00010.parquet` and so on; returns the number of rows written."""
     import pyarrow.parquet as pq
 
@@ -76,26 +84,39 @@ def _write_split(shards: TokenShards, split: str, folder: Path) -> int:
     files = -(-rows // FILE_ROWS)
     for number, batch in enumerate(row_batches(shards, split, FILE_ROWS)):
         path = folder / f"{safe_split(split)}-{number:05d}-of-{files:05d}.parquet"
-        pq.write_table(_table(shards, batch), path, compression="zstd", row_group_size=GROUP_ROWS)
+        pq.write_table(_table(shards, batch, names), path, compression="zstd", row_group_size=GROUP_ROWS)
     return rows
 
 
-def safe_split(split: str) -> str:
-    """A split as `datasets` accepts it: letters, digits, dots and underscores."""
-    return "".join(c if c.isalnum() or c in "._" else "_" for c in split)
-
-
-def _table(shards: TokenShards, batch: RowBatch) -> "pa.Table":
+def _table(shards: TokenShards, batch: RowBatch, names: list[str]) -> "pa.Table":
     """key, label, label_name, row, gen and disc; tokens as fixed-size lists (L), or (V, L) for a set with views."""
     import pyarrow as pa
 
     index = shards.index.select(["key", "label_name"]).take(batch.rows)
-    columns = {"key": index["key"], "label": pa.array(batch.label), "label_name": index["label_name"]}
+    columns = {"key": index["key"], "label": pa.array(batch.label, pa.int64()), "label_name": index["label_name"]}
     columns["row"] = pa.array(batch.rows)
     for name in ("gen", "disc"):
         if getattr(batch, name) is not None:
             columns[name] = _lists(getattr(batch, name))
-    return pa.table(columns)
+    table = pa.table(columns)
+    features = {"info": {"features": _features(table.schema, names)}}
+    return table.replace_schema_metadata({"huggingface": json.dumps(features)})
+
+
+def _features(schema: "pa.Schema", names: list[str]) -> dict[str, Any]:
+    """What `datasets` makes of the columns: labels are a ClassLabel (-1 = none), tokens sequences of fixed length."""
+    features = {field.name: _feature(field.type) for field in schema}
+    if names:
+        features["label"] = {"names": names, "_type": "ClassLabel"}
+    return features
+
+
+def _feature(kind: "pa.DataType") -> dict[str, Any]:
+    import pyarrow as pa
+
+    if pa.types.is_fixed_size_list(kind):
+        return {"feature": _feature(kind.value_type), "length": kind.list_size, "_type": "Sequence"}
+    return {"dtype": str(kind), "_type": "Value"}
 
 
 def _lists(ids: np.ndarray) -> "pa.Array":
@@ -107,76 +128,85 @@ def _lists(ids: np.ndarray) -> "pa.Array":
     return values if views == 1 else pa.FixedSizeListArray.from_arrays(values, views)
 
 
-def licence_fields(meta: dict[str, Any], licence: str | None = None) -> dict[str, Any]:
-    """The card's licence: `licence`, else the set's, as an id of the Hub; ImageNet's terms for tokens of ImageNet.
+def read(path: str | Path) -> Source:
+    """Describe a folder of this layout, exported here or fetched from the Hub; ShardError for a damaged one.
 
-    Raises UsageError that suggests the nearest id.
+    Rows are those of the tables in the order of splits and files: rows without tokens were not exported.
     """
-    if is_imagenet(meta):
-        fields = {"license": "other", "license_name": "imagenet"}
-        fields |= {"license_link": "https://www.image-net.org/download.php", "extra_gated_prompt": IMAGENET_TERMS}
-        return fields | {"extra_gated_fields": {"I accept these terms": "checkbox"}}
-    name = (licence or meta["licence"]).strip().lower().replace(" ", "-")
-    if name not in LICENCES:
-        raise UsageError(
-            f"licence {licence or meta['licence']!r} is not among the licence ids of the Hugging Face Hub; "
-            f"{suggestion(name, sorted(LICENCES))} Give --licence ID, or --licence other and put the text into LICENSE"
-        )
-    if name != "other" or meta["licence"].strip().lower() == "other":
-        return {"license": name}
-    return {"license": "other", "license_name": "".join(c if c.isalnum() else "-" for c in meta["licence"].lower())}
-
-
-def is_imagenet(meta: dict[str, Any]) -> bool:
-    """Whether title, source or licence name ImageNet, whose terms hold for its tokens under any stated licence."""
-    text = " ".join(str(meta[key]) for key in ("title", "source", "licence")).lower()
-    return "imagenet" in text or "ilsvrc" in text
-
-
-def size_category(rows: int) -> str:
-    """The Hub's id for a number of rows."""
-    return next((name for limit, name in SIZE_CATEGORIES if rows < limit), "n>1T")
-
-
-def make_card(meta: dict[str, Any], counts: dict[str, int], licence: dict[str, Any]) -> "DatasetCard":
-    """The dataset card: a YAML header for the Hub, then text for people. counts: rows of each split."""
-    from huggingface_hub import DatasetCard, DatasetCardData
-
-    files = [
-        {"split": safe_split(name), "path": f"data/{safe_split(name)}-*.parquet"}
-        for name, rows in counts.items()
-        if rows
-    ]
-    data = DatasetCardData(
-        pretty_name=meta["title"] or "token shards",
-        task_categories=["image-classification", "unconditional-image-generation"],
-        size_categories=[size_category(sum(counts.values()))],
-        tags=["image-tokens", "semdict"],
-        configs=[{"config_name": "default", "data_files": files}],
-        **licence,
+    folder = Path(path)
+    try:
+        meta = json.loads((folder / MARK).read_text())
+        tables = {split: sorted((folder / "data").glob(f"{split}-*-of-*.parquet")) for split in _splits(folder)}
+        counts = {split: sum(map(_rows_of_file, files)) for split, files in tables.items()}
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{folder} is no folder of tokens for the Hub: {error}") from None
+    if not sum(counts.values()):
+        raise ShardError(f"{folder}/data has no rows")
+    books = folder / CODEBOOKS / "centroids.npy"
+    return Source(
+        path=str(path),
+        rows=sum(counts.values()),
+        views=meta["views"],
+        grid=tuple(meta["grid"]),
+        names={name: name for name in (*meta["codebooks"], "label")},
+        default_sizes={},
+        read=lambda: _read_rows(folder, tables, meta),
+        origin={},
+        meta=meta,
+        index=lambda: _read_index(tables),
+        centroids=books if books.is_file() else None,
     )
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join([*_body(meta, counts), ""]))
 
 
-def _body(meta: dict[str, Any], counts: dict[str, int]) -> Iterator[str]:
-    books = meta["codebooks"]
-    grid = " x ".join(map(str, meta["grid"]))
-    yield f"\n# {meta['title'] or 'Token shards'}\n"
-    yield f"Every image as tokens on a grid of {grid} cells, {len(meta['views'])} view(s) per image.\n"
-    yield "| column | content |\n|---|---|"
-    yield "| `key`, `row` | the image's key and its row in the manifest |"
-    yield "| `label`, `label_name` | class number (-1 = none) and name |"
-    for name, text in (("gen", "what a cell looks like"), ("disc", "what a cell means")):
-        if name in books:
-            yield f"| `{name}` | {text}: ids below {books[name]['size']}, row-major over the grid |"
-    if books["gen"]["sizes"]:
-        yield "\nPosition t of `gen` uses ids below `codebooks.gen.sizes[t]` of `semdict.json`."
-    yield "\n| split | rows |\n|---|---|"
-    yield from (f"| {name} | {rows} |" for name, rows in counts.items())
-    yield "\n## Use\n"
-    yield '```python\nfrom datasets import load_dataset\nrows = load_dataset("OWNER/NAME").with_format("numpy")\n```'
-    yield "\n## How the tokens were made\n"
-    yield f"Source: {meta['source'] or 'not stated'}. Licence: {meta['licence']}. Fingerprint: `{meta['fingerprint']}`."
-    yield "Images that could not be read are left out; `row` shows the gaps. Crop, transform, decoder and models:\n"
-    recipe = json.dumps({"views": meta["views"], "recipe": meta["recipe"]}, indent=1, sort_keys=True)
-    yield f"```json\n{recipe}\n```"
+def _splits(folder: Path) -> list[str]:
+    """Names of the splits in the order of the card, those of the files where the card names none."""
+    from huggingface_hub import DatasetCard
+
+    present = dict.fromkeys(path.name.rsplit("-", 3)[0] for path in sorted((folder / "data").glob("*-of-*.parquet")))
+    card = folder / "README.md"
+    configs = DatasetCard.load(card).data.to_dict().get("configs") or [] if card.exists() else []
+    named = [
+        entry["split"] for config in configs for entry in config.get("data_files", []) if entry["split"] in present
+    ]
+    return list(dict.fromkeys([*named, *present]))
+
+
+def _rows_of_file(path: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows
+
+
+def _read_rows(folder: Path, tables: dict[str, list[Path]], meta: dict[str, Any]) -> Iterator[RawRows]:
+    import pyarrow.parquet as pq
+
+    shape = (-1, len(meta["views"]), int(np.prod(meta["grid"])))
+    names = [name for name in ("gen", "disc") if name in meta["codebooks"]]
+    for file in (file for files in tables.values() for file in files):
+        for batch in pq.ParquetFile(file).iter_batches(1 << 14, columns=[*names, "label"]):
+            try:
+                ids = {name: _flat(batch.column(name)).reshape(shape) for name in names}
+            except (ValueError, KeyError) as error:
+                raise ShardError(f"{file}: tokens do not fit views and grid of {folder / MARK}: {error}") from None
+            yield RawRows(ids["gen"], ids.get("disc"), batch.column("label").to_numpy())
+
+
+def _flat(column: "pa.Array") -> np.ndarray:
+    """All numbers of a column of lists, of lists of lists."""
+    while hasattr(column, "flatten") and hasattr(column.type, "value_type"):
+        column = column.flatten()
+    return column.to_numpy()
+
+
+def _read_index(tables: dict[str, list[Path]]) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = []
+    for split, files in tables.items():
+        for file in files:
+            table = pq.read_table(file, columns=["key", "label_name"]).replace_schema_metadata(None)
+            texts = {"split": split, "reason": ""}
+            columns = {name: pa.array([text] * table.num_rows, pa.string()) for name, text in texts.items()}
+            parts.append(pa.table({"key": table["key"], "label_name": table["label_name"], **columns}))
+    return pa.concat_tables(parts).select(["key", "split", "label_name", "reason"])

@@ -9,17 +9,24 @@ import io
 import json
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from semdict.pipeline.common.digests import sealed
+from semdict.pipeline.common.digests import seal_holds, sealed
+from semdict.pipeline.common.errors import ShardError
 from semdict.pipeline.common.files import write_json
 from semdict.pipeline.common.publish import publish_folder
 from semdict.pipeline.shards.reader import TokenShards
-from semdict.pipeline.shards.rows import RowBatch, export_splits, row_batches, rows_of
+from semdict.pipeline.shards.rows import RawRows, RowBatch, Source, class_names, export_splits, row_batches, rows_of
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUFFIXES = ()
+MARK = "dataset.json"  # file that shows a folder to be of this layout
 BLOCK_ROWS = 1024  # rows of a block sample: the unit that a streaming loader shuffles
 TAR_ROWS = 16384  # rows of a tar: the unit that workers and ranks share out
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-/")
@@ -47,7 +54,7 @@ def export(shards: TokenShards, out: str | Path, split: str | None = None, per_s
                         blocks[tars[name][-1]] = _write_blocks(tar, shards, batch, prefix, first)
                 written += len(batch.rows)
         about = describe(shards, tars, per_sample)
-        write_json(folder / "dataset.json", sealed(about if per_sample else {**about, "blocks": blocks}))
+        write_json(folder / MARK, sealed(about if per_sample else {**about, "blocks": blocks}))
     return rows_of(shards, split) - written
 
 
@@ -56,6 +63,7 @@ def describe(shards: TokenShards, tars: dict[str, list[str]], per_sample: bool) 
     kept = ("rows", "views", "grid", "codebooks", "recipe", "fingerprint", "title", "licence", "source")
     rows = 1 if per_sample else BLOCK_ROWS
     about = {key: shards.meta[key] for key in kept} | {"content_sha256": shards.content_sha256}
+    about["classes"] = class_names(shards)
     return about | {"tars": tars, "rows_per_sample": rows, "rows_per_tar": TAR_ROWS}
 
 
@@ -108,3 +116,89 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o644
     tar.addfile(info, io.BytesIO(data))
+
+
+def read(path: str | Path) -> Source:
+    """Describe a folder of tars that was exported here; ShardError for a damaged one.
+
+    Rows are those of the tars in the order of splits and files: rows without tokens were not exported.
+    """
+    folder = Path(path)
+    try:
+        meta = json.loads((folder / MARK).read_text())
+        tars = {split: [folder / Path(name).name for name in names] for split, names in meta["tars"].items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ShardError(f"{folder} is no folder of token tars: {error}") from None
+    if not seal_holds(meta):
+        raise ShardError(f"{folder / MARK} is damaged: its SHA-256 is not the one in it; export the set again")
+    index = _read_index(tars, meta)
+    return Source(
+        path=str(path),
+        rows=index.num_rows,
+        views=meta["views"],
+        grid=tuple(meta["grid"]),
+        names={name: name for name in (*meta["codebooks"], "label")},
+        default_sizes={},
+        read=lambda: (rows for files in tars.values() for file in files for rows in _read_tar(file, meta)),
+        origin={},
+        meta=meta,
+        index=lambda: index,
+    )
+
+
+def _members(file: Path) -> Iterator[dict[str, bytes]]:
+    """Ending -> content of each sample of a tar; tarfile extracts nothing."""
+    sample: dict[str, bytes] = {}
+    base = None
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                name, _, ending = member.name.partition(".")
+                if name != base and sample:
+                    yield sample
+                    sample = {}
+                base = name
+                content = tar.extractfile(member)
+                if content is not None:
+                    sample[ending] = content.read()
+    except (OSError, tarfile.TarError) as error:
+        raise ShardError(f"{file} is damaged: {error}") from None
+    if sample:
+        yield sample
+
+
+def _read_tar(file: Path, meta: dict[str, Any]) -> Iterator[RawRows]:
+    """The rows of a tar, a sample at a time."""
+    shape = (-1, len(meta["views"]), int(np.prod(meta["grid"])))
+    names = [name for name in ("gen", "disc") if name in meta["codebooks"]]
+    for sample in _members(file):
+        try:
+            ids = {name: _load_npy(sample[f"{name}.npy"]).reshape(shape) for name in names}
+            label = _load_npy(sample["cls.npy"]) if "cls.npy" in sample else np.array([int(sample["cls"])], np.int64)
+        except (KeyError, ValueError, EOFError) as error:
+            raise ShardError(f"{file}: a sample is damaged or lacks a member: {error}") from None
+        yield RawRows(ids["gen"], ids.get("disc"), label)
+
+
+def _load_npy(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _read_index(tars: dict[str, list[Path]], meta: dict[str, Any]) -> "pa.Table":
+    """key, split, label_name and reason of every row, in the order of the tars."""
+    import pyarrow as pa
+
+    classes = meta.get("classes", [])
+    columns: dict[str, list[str]] = {"key": [], "split": [], "label_name": [], "reason": []}
+    for split, files in tars.items():
+        for sample in (sample for file in files for sample in _members(file)):
+            try:
+                keys = json.loads(sample["keys.json"]) if "keys.json" in sample else [json.loads(sample["json"])["key"]]
+                labels = _load_npy(sample["cls.npy"]).tolist() if "cls.npy" in sample else [int(sample["cls"])]
+            except (KeyError, ValueError, TypeError, EOFError) as error:
+                raise ShardError(f"a tar of split {split}: a sample is damaged or lacks a member: {error}") from None
+            columns["key"] += keys
+            columns["split"] += [split] * len(keys)
+            columns["label_name"] += [classes[label] if 0 <= label < len(classes) else "" for label in labels]
+            columns["reason"] += [""] * len(keys)
+    return pa.table({name: pa.array(texts, pa.string()) for name, texts in columns.items()})
