@@ -7,7 +7,11 @@ export PATH := $(abspath $(BIN)):$(PATH)
 INSTALLED := $(VENV)/installed-$(EXTRA)
 TESTING := $(VENV)/installed-$(EXTRA)-test
 
-.PHONY: help demo test campaign lint format preset graph check demo-weights replicate figures clean
+# modules whose public names other programs use
+API := semdict semdict.pipeline.shards semdict.pipeline.tokenizers semdict.pipeline.kmeans semdict.pipeline.analysis \
+  semdict.train.masked.released semdict.train.masked.losses semdict.train.vcq.schedule
+
+.PHONY: help demo test campaign lint format preset graph check demo-weights replicate figures docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -75,5 +79,8 @@ campaign: $(TESTING) ## kill every command at every file event, flip bits, feed 
 figures: ## cut the documents' pictures from the demo's reports
 	python -m demo.figures
 
+docs: $(TESTING) ## write the Python API as HTML to build/api, from the docstrings
+	python -m pdoc --output-directory build/api $(API)
+
 clean: ## remove everything that commands made, the environment included
-	rm -rf $(VENV) work data runs reports shards/demo demo/assets *.egg-info
+	rm -rf $(VENV) build work data runs reports shards/demo demo/assets *.egg-info

@@ -3,6 +3,8 @@
 import argparse
 import ast
 import re
+import subprocess
+import sys
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
@@ -112,3 +114,14 @@ def code_of(page: Path) -> str:
     text = text_of(page)
     blocks = [code for kind, code in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL) if kind != "python"]
     return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))])
+
+
+def test_the_python_api_is_written_from_the_docstrings(tmp_path):
+    """`make docs`: a page per module of the Makefile's list, with the functions that other programs call."""
+    text = (ROOT / "Makefile").read_text()
+    modules = re.search(r"^API := ((?:.*\\\n)*.*)$", text, re.MULTILINE)[1].replace("\\\n", " ").split()
+    command = [sys.executable, "-m", "pdoc", "--output-directory", str(tmp_path), *modules]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    for module, function in (("semdict", "load_model"), ("semdict.pipeline.shards", "open_shards")):
+        page = (tmp_path / f"{module.replace('.', '/')}.html").read_text()
+        assert f'id="{function}"' in page
