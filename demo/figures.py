@@ -21,7 +21,7 @@ class Figure(NamedTuple):
 
 FIGURES = (
     Figure(REPORTS / "reconstructions.png", "tokens.png", 4, (0, 2)),  # two textures, different discriminative tokens
-    Figure(RUNS / "lease-samples" / "grid.png", "samples.png", 4, (0, 3)),
+    Figure(RUNS / "lease-samples" / "grid.png", "samples.png", 4, (0, 2)),
     Figure(REPORTS / "lease-samples" / "nearest.png", "nearest.png"),
     Figure(REPORTS / "vcq" / "reconstructions.png", "vcq_reconstructions.png", 2, (0,)),
     Figure(RUNS / "ar-samples-guided" / "grid.png", "ar_samples.png", 4, (0, 2)),

@@ -6,12 +6,12 @@ Copies what is in reports/demo/replicate/ to docs/results/, and rewrites the tab
 import json
 from pathlib import Path
 
-from replicate import lease, vcq
+from replicate import lease, photographs, vcq
 from semdict.pipeline.common.files import write_json
 from tools.doc_tables import rewrite
 
 REPORTS, RESULTS, DOCUMENT = Path("reports/demo/replicate"), Path("docs/results"), Path("docs/replicate.md")
-TEXTS = {"lease": lease.text, "vcq": vcq.text}
+TEXTS = {"lease": lease.text, "vcq": vcq.text, "imagenette": photographs.text}
 
 
 def tables(results: Path) -> dict[str, str]:
