@@ -115,6 +115,14 @@ def test_tokens_travel_through_a_remote_to_a_second_clone(repro, tmp_path):
     assert verify_shards(clone / "shards" / "tiny").ok
     call(tmp_path, "dvc", "get", "-q", str(repro), "shards/tiny", "-o", "fetched")
     assert tiny.digest(tmp_path / "fetched") == tiny.digest(repro / "shards" / "tiny")
+    world = repro.parent / "world"
+    world.rename(repro.parent / "away")  # images, tokenizer and teacher
+    try:
+        call(clone, "dvc", "repro", "-q", "--single-item", "pretrain@lease")
+    finally:
+        (repro.parent / "away").rename(world)
+    assert (clone / "runs" / "tiny" / "lease" / "model.pt").is_file(), "trained from the tokens alone"
+    assert not (clone / "data" / "tiny" / "manifest").exists()
 
 
 @pytest.mark.slow
