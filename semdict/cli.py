@@ -144,10 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, `semdict --help` imports no torch
+        message = explained(name, error)
+        if message is None:
             raise
-        message = ". ".join(str(error).split(". ")[:2])
-        print(f"{name}: {message}; {MEMORY_KEYS.get(name, 'lower the batch')} and run it again", file=sys.stderr)
+        print(f"{name}: {message}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `semdict ... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -158,6 +158,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+
+
+def explained(name: str, error: RuntimeError) -> str | None:
+    """The message for a full GPU and for a link that leads back to itself; None for any other error."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, `semdict --help` imports no torch
+        message = ". ".join(str(error).split(". ")[:2])
+        return f"{message}; {MEMORY_KEYS.get(name, 'lower the batch')} and run it again"
+    return f"{error}: the link leads back to itself; name another path" if "Symlink loop" in str(error) else None
 
 
 def resolve(words: list[str]) -> tuple[str, Command | None, list[str]]:

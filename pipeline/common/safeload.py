@@ -175,6 +175,19 @@ def load_array(path: str | os.PathLike, mmap: bool = False) -> np.ndarray:
     return array
 
 
+def load_centroids(path: str | os.PathLike) -> np.ndarray:
+    """(K, D) float32 centroids of a .npy file, in their order; WeightsError if they are not finite rows of floats."""
+    stored = load_array(path)
+    if stored.ndim != 2 or stored.dtype.kind != "f" or not stored.size:
+        raise WeightsError(f"{path} holds {stored.dtype} {stored.shape}, centroids are float (K, D)")
+    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which is refused
+        centroids = np.ascontiguousarray(stored, np.float32)
+    unsound = np.flatnonzero(~np.isfinite(centroids).all(axis=1))
+    if len(unsound):
+        raise WeightsError(f"{path}: centroid {unsound[0]} holds NaN, Inf or more than float32 can ({len(unsound)} do)")
+    return centroids
+
+
 def plain_array(value: Any) -> np.ndarray | None:
     """A tensor of a checkpoint, or a numpy array pickled into it, as an array of numbers; None for anything else.
 

@@ -13,6 +13,7 @@ from semdict.pipeline.config.schema import Params
 from semdict.pipeline.config.yaml import parse_yaml, read_yaml
 
 DEFAULT_PATH = Path("params.yaml")
+SHOWN_KEYS, MORE_KEYS = 2, 10  # wrong keys that a message explains, and that it names besides
 SHOWN = 80  # characters of a wrong value that a message repeats
 
 
@@ -28,11 +29,16 @@ def load_params(path: str | Path = DEFAULT_PATH, overrides: list[str] | None = N
 
 
 def validate(tree: dict[str, Any], source: str) -> Params:
-    """Parameters from nested mappings; `source` names them in errors. ParamsError names every wrong key, one a line."""
+    """Parameters from nested mappings; `source` names them in errors. ParamsError explains the first two wrong keys."""
     try:
         return Params.model_validate(_text_keys(tree))
     except ValidationError as error:
-        raise ParamsError("\n".join(_explain(source, tree, item) for item in error.errors())) from None
+        lines = [_explain(source, tree, item) for item in error.errors()]
+        if len(lines) > SHOWN_KEYS:
+            rest = [shown(".".join(map(str, item["loc"]))) for item in error.errors()[1:]]
+            more = f" and {len(rest) - MORE_KEYS} more" if len(rest) > MORE_KEYS else ""
+            lines = [lines[0], f"{source}: wrong too: {', '.join(rest[:MORE_KEYS])}{more}"]
+        raise ParamsError("\n".join(lines)) from None
 
 
 def add_params_arguments(parser: argparse.ArgumentParser) -> None:

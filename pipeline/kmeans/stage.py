@@ -10,7 +10,7 @@ from semdict.pipeline.common.digests import check_sums, forget_digest, record_di
 from semdict.pipeline.common.errors import SemdictError, WeightsError
 from semdict.pipeline.common.files import atomic_write, write_json
 from semdict.pipeline.common.publish import check_output
-from semdict.pipeline.common.safeload import load_array
+from semdict.pipeline.common.safeload import load_centroids
 from semdict.pipeline.config import paths
 from semdict.pipeline.config.params import add_params_arguments, params_of
 from semdict.pipeline.config.schema import Params
@@ -49,16 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
 def existing_centroids(path: str, k: int) -> np.ndarray:
     """(K, D) float32 centroids of a .npy file, in their order; WeightsError if they are not k finite rows."""
-    stored = load_array(path)
-    if stored.ndim != 2 or not np.issubdtype(stored.dtype, np.floating):
-        raise WeightsError(f"{path} holds {stored.dtype} {stored.shape}, centroids are float (K, D)")
-    if len(stored) != k:
-        raise WeightsError(f"{path} holds {len(stored)} centroids, kmeans.k is {k}; make them agree")
-    with np.errstate(over="ignore"):
-        centroids = stored.astype(np.float32)
-    unsound = np.flatnonzero(~np.isfinite(centroids).all(axis=1))
-    if len(unsound):
-        raise WeightsError(f"{path}: centroid {unsound[0]} holds NaN, Inf or more than float32 can ({len(unsound)} do)")
+    centroids = load_centroids(path)
+    if len(centroids) != k:
+        raise WeightsError(f"{path} holds {len(centroids)} centroids, kmeans.k is {k}; make them agree")
     return centroids
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from semdict.pipeline.common.device import reduced_precision
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.inference import Precisions
 from semdict.pipeline.common.nearest import nearest
-from semdict.pipeline.common.safeload import load_array
+from semdict.pipeline.common.safeload import load_centroids
 from semdict.pipeline.tokenizers.base import Tokenizer
 from semdict.pipeline.tokenizers.registry import load_tokenizer
 from semdict.pipeline.tokenizers.teachers import Teacher, load_features
@@ -57,7 +56,7 @@ class PairSpec:
         grid = tokenizer.grid(self.image_size)
         side = grid[0] if len(grid) > 1 else math.isqrt(grid[0])
         teacher = load_features(**self.features, device=self.device, grid=side)
-        centroids = torch.from_numpy(np.ascontiguousarray(load_array(self.centroids), dtype=np.float32))
+        centroids = torch.from_numpy(load_centroids(self.centroids))
         model = self.features["model"]
         if math.prod(grid) != math.prod(teacher.grid) or (len(grid) > 1 and grid != teacher.grid):
             raise WeightsError(
@@ -70,8 +69,6 @@ class PairSpec:
                 f"{self.centroids} holds centroids of width {centroids.shape[1]}, {model} gives features "
                 f"of width {teacher.dim}: the codebook was made with another teacher"
             )
-        if not torch.isfinite(centroids).all():
-            raise WeightsError(f"{self.centroids} holds values that are not finite in float32")
         return PairTokenizer(tokenizer, teacher, centroids.to(self.device), torch.device(self.device), self.compile)
 
 

@@ -62,11 +62,10 @@ def build_world(folder: Path) -> Path:
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     made = child.call(lambda: make_inputs(root), root)
-    for name, step in STEPS.items():
+    for step in STEPS.values():
         if made.status:
             break
-        if name != "preset":  # it replaces the world's params.yaml
-            made = child.run(step.again, root)
+        made = child.run(step.again, root)
     if made.status:
         raise SystemExit(f"the world cannot be made:\n{made.err}")
     shutil.rmtree(root / "work")

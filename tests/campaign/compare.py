@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.campaign.world import SCRATCH
+from tests.campaign.world import JOURNAL, SCRATCH
 
 TIMED = "log.jsonl"  # a trainer's log also has the speed of each step, which no two runs share
 
@@ -17,7 +17,7 @@ class Snapshot:
         self.names: set[str] = set()
         self.digests: dict[str, str] = {}
         for path in root.rglob("*"):
-            if path.is_dir():
+            if path.is_dir() or path.name == JOURNAL:
                 continue
             name = path.relative_to(root).as_posix()
             self.names.add(name)

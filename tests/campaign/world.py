@@ -110,8 +110,8 @@ STEPS = {
                               "--metrics packed/tar.json", ("packed/tar.parquet", "packed/tar.json")),
     "manifest of parquet": Step(f"manifest {ROWS} --out packed/rows.parquet "
                                 "--metrics packed/rows.json", ("packed/rows.parquet", "packed/rows.json")),
-    "preset": Step("preset demo", ("params.yaml.before",)),
 }  # fmt: skip
+JOURNAL = "journal.jsonl"  # times of all runs, to which every command adds a line
 SCRATCH = ("work",)  # unfinished runs, locks, the manifest's cache: nothing in it is published
 
 
@@ -127,7 +127,6 @@ def make_inputs(root: Path) -> None:
     tree = tiny.merged(tiny.params(root), {"preset": "tiny", **SECTIONS})
     (root / "params.yaml").write_text(yaml.safe_dump(tree))
     pack(root / "images" / "train", root / "packed")
-    shutil.copytree(tiny.PRESETS, root / "presets")
 
 
 def pack(images: Path, out: Path) -> None:
@@ -150,7 +149,7 @@ def clone(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
     left_out = {source / name for name in (*without, *SCRATCH)}
 
     def ignore(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if Path(folder) / name in left_out]
+        return [name for name in names if name == JOURNAL or Path(folder) / name in left_out]
 
     shutil.copytree(source, target, ignore=ignore, copy_function=link)
 

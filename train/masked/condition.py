@@ -215,7 +215,10 @@ def class_vectors(path: str | None) -> Tensor | None:
     if path is None:
         return None
     if Path(path).suffix == ".npy":
-        table = torch.from_numpy(np.array(load_array(path)))
+        array = load_array(path)
+        if array.dtype.kind not in "iuf":
+            raise WeightsError(f"{path} holds {array.dtype} {array.shape}, expected finite floats (classes, width)")
+        table = torch.from_numpy(np.array(array))
     else:
         tensors = load_tensors(path)
         if len(tensors) != 1:
