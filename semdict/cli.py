@@ -109,6 +109,11 @@ COMMANDS: dict[str, Command | Group] = {
     "analyse": Command(
         "semdict.pipeline.analysis.codebooks", "how the two codebooks of a token set relate, and its size on disk"
     ),
+    "model": Group(
+        {"push": Command("semdict.train.engine.push", "publish a trained model on the Hugging Face Hub")},
+        "trained models",
+        "example:\n  semdict model push runs/demo/lease my-name/demo-lease --licence mit",
+    ),
     "report": Command("semdict.report.command", "one HTML page of all results there are"),
     "preset": Command("semdict.pipeline.config.command:Preset", "write a preset to params.yaml"),
     "check": Command("semdict.project.check", "validate params.yaml, images, models and batches; name what is missing"),

@@ -218,3 +218,36 @@ def test_damaged_exports_are_named(tmp_path):
     tar.write_bytes(tar.read_bytes()[:700])
     with pytest.raises(ShardError, match=r"damaged"):
         import_tokens(tmp_path / "wds", tmp_path / "b")
+
+
+def test_a_pushed_model_opens_from_the_hub(tmp_path):
+    """The tensors of the run, bit for bit, and the scores on the card."""
+    import semdict
+    from semdict.train.engine.model_file import save_model
+    from semdict.train.masked.model import MaskedTokenTransformer
+    from tests.test_model import build_model
+    from tests.test_model import tiny as tiny_config
+
+    assert MaskedTokenTransformer.KIND == "semdict-pretrained"
+    run = tmp_path / "runs/small/lease"
+    run.mkdir(parents=True)
+    model = build_model(tiny_config("lease")).float()
+    save_model(run / "model.pt", model, {"epochs": 1})
+    (tmp_path / "reports/small/lease").mkdir(parents=True)
+    (tmp_path / "reports/small/lease/probe.json").write_text('{"top1": 61.5, "protocol": []}')
+    with serve() as hub:
+        push = ("-m", "semdict", "model", "push", "runs/small/lease", "me/lease", "--licence", "MIT")
+        done = in_process(hub, tmp_path, *push)
+        assert done.returncode == 0, done.stderr
+        files = hub.repositories["me/lease"]
+        assert "| probe top1 | 61.5 |" in files["README.md"].decode() and "license: mit" in files["README.md"].decode()
+        code = "import semdict; print(sum(p.double().sum().item() for p in semdict.load_model({!r}).parameters()))"
+        done = in_process(hub, tmp_path, "-c", code.format("hf-hub:me/lease"))
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])
+    back = semdict.load_model(str(tmp_path))
+    assert type(back) is type(model)
+    state = model.state_dict()
+    assert state.keys() == back.state_dict().keys()
+    assert all(np.array_equal(tensor, state[name]) for name, tensor in back.state_dict().items())
+    assert float(done.stdout) == sum(p.double().sum().item() for p in back.parameters())

@@ -7,6 +7,7 @@ from tensor names.
 """
 
 import argparse
+import json
 import math
 import os
 import pathlib
@@ -288,10 +289,14 @@ def _globals(pickled: Any) -> set[str]:
     return names
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    """Tensors by name; a model of `semdict model push` as its {"kind", "config", "about", "model"}."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    return load_file(path)
+    with safe_open(path, framework="pt") as file:
+        about = (file.metadata() or {}).get("semdict")
+    return load_file(path) if about is None else {**json.loads(about), "model": load_file(path)}
 
 
 def _explain(path: Path, error: Exception) -> str:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from semdict.pipeline.common.digests import check_published
 from semdict.pipeline.common.errors import WeightsError
 from semdict.pipeline.common.files import atomic_write
+from semdict.pipeline.common.hub import is_hub_name, local_file
 from semdict.pipeline.common.safeload import load_checkpoint
 
 MODEL = "model.pt"
 TOKENIZER = "tokenizer.pt"
+PUSHED = "model.safetensors"  # in repositories of the Hugging Face Hub
 
 
 class SavedModule(Protocol):
@@ -80,11 +82,13 @@ def load_model(path: str | Path, cls: type[Module], device: str | torch.device =
 
 
 def model_path(path: str | Path) -> Path:
-    """`path` itself, or the model file in a run's folder."""
+    """`path` itself, or the model file in a run's folder, or that of a repository `hf-hub:owner/name`, fetched."""
+    if is_hub_name(path):
+        return local_file(f"{path}/{PUSHED}" if str(path).count("/") == 1 else path)
     path = Path(path)
     if not path.is_dir():
         return path
-    return next((path / name for name in (MODEL, TOKENIZER) if (path / name).exists()), path / MODEL)
+    return next((path / name for name in (MODEL, TOKENIZER, PUSHED) if (path / name).exists()), path / MODEL)
 
 
 def model_kind(path: str | Path) -> str | None:

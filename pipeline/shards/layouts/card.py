@@ -48,15 +48,21 @@ def licence_fields(meta: dict[str, Any], licence: str | None = None) -> dict[str
         fields = {"license": "other", "license_name": "imagenet"}
         fields |= {"license_link": "https://www.image-net.org/download.php", "extra_gated_prompt": IMAGENET_TERMS}
         return fields | {"extra_gated_fields": {"I accept these terms": "checkbox"}}
-    name = (licence or meta["licence"]).strip().lower().replace(" ", "-")
-    if name not in LICENCES:
-        raise UsageError(
-            f"licence {licence or meta['licence']!r} is not among the licence ids of the Hugging Face Hub; "
-            f"{suggestion(name, sorted(LICENCES))} Give --licence ID, or --licence other and put the text into LICENSE"
-        )
+    name = hub_licence(licence or meta["licence"])
     if name != "other" or meta["licence"].strip().lower() == "other":
         return {"license": name}
     return {"license": "other", "license_name": "".join(c if c.isalnum() else "-" for c in meta["licence"].lower())}
+
+
+def hub_licence(text: str) -> str:
+    """A licence as an id of the Hub; UsageError suggests the nearest."""
+    name = text.strip().lower().replace(" ", "-")
+    if name not in LICENCES:
+        raise UsageError(
+            f"licence {text!r} is not among the licence ids of the Hugging Face Hub; "
+            f"{suggestion(name, sorted(LICENCES))} Give --licence ID, or --licence other and put the text into LICENSE"
+        )
+    return name
 
 
 def is_imagenet(meta: dict[str, Any]) -> bool:
