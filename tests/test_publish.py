@@ -193,6 +193,22 @@ def test_leftovers_of_killed_runs_are_removed_and_never_published(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["generate.json"]
 
 
+def test_the_temporary_file_of_a_killed_writer_is_removed_by_the_next(tmp_path):
+    """That of a writer that still runs stays, and so do files of other names."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    stale, running, other = (
+        tmp_path / f"{name}.{pid}.part"
+        for name, pid in (("a.json", ended.pid), ("a.json", os.getppid()), ("b.json", ended.pid))
+    )
+    for path in (stale, running, other):
+        path.touch()
+    for _ in range(2):
+        with atomic_write(tmp_path / "a.json") as path:
+            path.write_text("{}")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", running.name, other.name}
+
+
 def test_a_staged_folder_is_published_without_leftovers(tmp_path):
     staged = tmp_path / "work" / "run-0123"
     (staged / "deep" / "y.99.old.part").mkdir(parents=True)

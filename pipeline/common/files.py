@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -22,6 +23,7 @@ FOREIGN = frozenset({
     ".DS_Store", ".localized", ".directory", ".ipynb_checkpoints", "Thumbs.db", "ehthumbs.db", "desktop.ini",
     "__MACOSX", "@eaDir", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".fseventsd", "Icon\r", "lost+found",
 })  # fmt: skip
+TEMPORARY = re.compile(rf"(?P<name>.+)\.(?P<pid>\d+){re.escape(PART)}")  # as atomic_write names a file
 FULL_BYTES = 16 << 20  # less free space than this is a full disk
 FOREIGN_PREFIXES = ("._", ".nfs", ".fuse_hidden", ".~lock.")
 
@@ -35,11 +37,12 @@ def is_foreign(name: str) -> bool:
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`, on error removed.
 
-    A link at `path` is followed and stays. The temporary name carries the process id: two writers never share one.
-    SemdictError names the file when the disk is full.
+    A link at `path` is followed and stays. The temporary name carries the process id: two writers never share one, and
+    the file of a killed writer is removed by the next one. SemdictError names the file when the disk is full.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers_of(path)
     tmp_path = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
         with explained_full_disk(path):
@@ -51,6 +54,34 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         remove(tmp_path)
         raise
+
+
+_leftovers: dict[Path, dict[str, list[Path]]] = {}  # folder -> file name -> its temporary files, when first asked
+
+
+def _remove_leftovers_of(path: Path) -> None:
+    """Remove temporary files of `path` whose processes are gone; a folder is listed once per process."""
+    if path.parent not in _leftovers:
+        temporary: dict[str, list[Path]] = {}
+        for other in path.parent.iterdir():
+            if match := TEMPORARY.fullmatch(other.name):
+                temporary.setdefault(match["name"], []).append(other)
+        _leftovers[path.parent] = temporary
+    for other in _leftovers[path.parent].pop(path.name, []):
+        match = TEMPORARY.fullmatch(other.name)
+        if match and other.is_file() and not _is_running(int(match["pid"])):
+            remove(other)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process of this number exists on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 @contextmanager
