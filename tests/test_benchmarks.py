@@ -23,6 +23,7 @@ SMALL = {
     "generate": ("times_faster", "one_at_a_time"),
     "kmeans_memory": ("ours", "growth"),
     "loader": ("ratio_images_per_s",),
+    "search": ("tf32", "deepest"),
     "probe": ("epochs", "ratio_90_epochs", "tokens_anew"),
     "shards": ("ratios", "pt_int64_bytes_over_ours"),
     "step": ("lease_against_straight", "times_faster"),

@@ -16,6 +16,8 @@ from semdict.pipeline.encode.worker import EncodeJob, EncodeWorker
 from semdict.pipeline.execute.store import Chunk
 from semdict.pipeline.images.batches import CropBatch, CropRecipe
 from semdict.pipeline.images.crops import Crop, expand_views
+from semdict.pipeline.kmeans.sample_features import SampleJob, SampleWorker, points_per_row
+from semdict.pipeline.kmeans.torch_engine import one_pass
 from semdict.pipeline.tokenizers import timm_backbone
 from semdict.pipeline.tokenizers.mage import RELEASED, MageTokenizer
 from semdict.pipeline.tokenizers.pair import PairTokenizer
@@ -112,3 +114,48 @@ def test_bounds_notice_what_they_guard_against(monkeypatch, models):
     assert trace.grown() > 30 * GIB
     assert trace.flops["float32"] / 320 > 8e9
     assert "pipeline/common/nearest.py refuse_non_finite" in trace.waited()
+
+
+def kmeans_pass(points: int) -> Trace:
+    """The trace of one iteration's pass over a float16 sample on the GPU."""
+    with fake_cuda() as trace:
+        sample_ND, centroids_KD = empty(points, WIDTH, dtype=torch.float16), empty(WORDS, WIDTH)
+        trace.reset()
+        one_pass(sample_ND, centroids_KD, 2.0**30)
+    return trace
+
+
+def test_kmeans_over_four_million_points():
+    points = 256 * WORDS
+    trace = kmeans_pass(points)
+    assert trace.waited() == set(), "several GPUs work at the same time only if no pass waits"
+    assert trace.grown() < 6 * GIB, "beside the sample of 8 GiB"
+    assert trace.flops["tf32"] == 2 * points * WORDS * WIDTH
+    assert trace.flops["float32"] < trace.flops["tf32"] / 400 and not trace.float32_products
+
+
+def test_kmeans_bounds_notice_a_full_search(monkeypatch):
+    monkeypatch.setattr(search, "SHORTLIST_CODES", 2**30)
+    assert kmeans_pass(32 * WORDS).float32_products
+
+
+def test_sampling_for_kmeans(models, monkeypatch):
+    """A batch's features of the sampled cells are copied, not those of all cells, and nothing else is waited for."""
+    rows, cells = 256, 256
+    batch = CropBatch(
+        chunk=Chunk(0, 0, rows),
+        rows=np.arange(rows),
+        pixels=np.zeros((rows, 1, 256, 256, 3), np.uint8),
+        boxes=np.zeros((rows, 1, 5), np.float32),
+        bad={},
+        size=rows,
+        last=True,
+    )
+    job = SampleJob("", "", (), (), None, {}, 16, "cuda:0", "bfloat16", 1000, 1.0, 0, rows, 1)
+    teacher = copy.deepcopy(models[1])
+    with fake_cuda() as trace:
+        worker = SampleWorker(job, None, None, to_cuda(teacher), points_per_row(rows, 1000, cells))
+        trace.reset()
+        features = worker._queue(batch).arrays()["features"]
+    assert features.shape == (1000, WIDTH) and features.dtype == np.float16
+    assert trace.waited() == {"pipeline/common/device.py arrays"} and trace.grown() < 4 * GIB

@@ -224,3 +224,21 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_rest(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_auto_starts_a_process_per_visible_gpu_unless_one_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "visible_gpus", lambda: ["2", "3", "5"])
+    assert processes.resolve_scheduler("auto", "auto") == "local" == processes.resolve_scheduler("auto", "cuda")
+    assert processes.resolve_scheduler("auto", "cuda:1") == "in-process" == processes.resolve_scheduler("auto", "cpu")
+    assert processes.resolve_scheduler("local-2", "cuda:1") == "local-2"
+    assert processes.local_processes("local") == 3 and processes.local_processes("local-7") == 7
+    monkeypatch.setattr(processes, "visible_gpus", lambda: ["2"])
+    assert processes.resolve_scheduler("auto", "auto") == "in-process"
+
+
+def test_local_processes_share_the_cores(monkeypatch):
+    monkeypatch.setattr(processes, "cores", lambda: 16)
+    monkeypatch.setattr(processes, "visible_gpus", lambda: ["0", "1", "2"])
+    assert processes.decode_threads(0, "local") == 5 and processes.decode_threads(0, "local-32") == 1
+    assert processes.decode_threads(4, "local") == 4
+    assert processes.decode_threads(0, "in-process") == 0 == processes.decode_threads(0, "tcp://10.0.0.1:8786")
