@@ -277,8 +277,13 @@ def test_a_family_without_an_objective_is_named(world, capsys, monkeypatch):
     """A model of an objective that is not in the table, as after a downgrade."""
     monkeypatch.delitem(OBJECTIVES, "mage")
     assert generate("--out", "new") == 2
+    assert "objectives has 'mage'; known: lease, sorcen" in capsys.readouterr().err
+    without = (world / "params.yaml").read_text().replace("- mage\n", "")
+    (world / "without.yaml").write_text(without)
+    params = ("--params", "without.yaml")
+    assert generate("--out", "new", *params) == 2
     assert "objective 'mage' is unknown" in capsys.readouterr().err
-    assert generate("--out", "new", "--set", "generate.last=argmax") == 0
+    assert generate("--out", "new", "--set", "generate.last=argmax", *params) == 0
     assert json.loads((world / "new" / "generate.json").read_text())["last"] == "argmax"
 
 

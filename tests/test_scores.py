@@ -212,7 +212,7 @@ def test_precision_and_recall_by_brute_force(world, params):
 
     one, two = images(world, "one", params), images(world, "two", params)
     scores = image_scores.teacher(one, two, params).scores
-    net = load_features(**params.features.model_dump())
+    net = load_features(**params.features.model_dump(), near=params.pixels.size)
     a, b = (
         torch.cat([net(batch.float() / 255).mean(1) for _, batch in side.batches(1)]).double() for side in (one, two)
     )
