@@ -109,11 +109,12 @@ def test_a_change_adds_a_file_a_line_in_a_table_and_a_section_of_the_base(sectio
 def test_the_objective_trains_and_its_model_samples(project, world):
     def final(objective: str, *options: str) -> dict:
         semdict(project, world, "pretrain", "--objective", objective, "--resume", *options)
-        return json.loads((world / "reports/tiny" / objective / "metrics.json").read_text())
+        name = options[1] if "--name" in options else objective
+        return json.loads((world / "reports/tiny" / name / "metrics.json").read_text())
 
     focal, mage = final("focal", "--set", "pretrain.focal.gamma=0.0"), final("mage")
     assert focal["final"]["reconstruction"] == pytest.approx(mage["final"]["reconstruction"], rel=1e-5), "gamma 0"
-    weighted = final("focal", "--out", "runs/tiny/weighted")
+    weighted = final("focal", "--name", "weighted")
     assert 0 < weighted["final"]["reconstruction"] < mage["final"]["reconstruction"]
     assert weighted["chance"]["reconstruction"] == pytest.approx((63 / 64) ** 2 * np.log(64))
     semdict(project, world, "generate", "--model", "runs/tiny/weighted", "--out", "samples")
