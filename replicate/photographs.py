@@ -39,13 +39,13 @@ QUIET = ("runtime.picture_every=0", "runtime.tensorboard=false")
 
 
 class Comparison:
-    """The runs of one preset: each has a folder in work/replicate/<preset>, named by row and seed."""
+    """The runs of one preset: each has a folder in work/photographs/<preset>, named by row and seed."""
 
     def __init__(self, params: Path, samples: int, changes: list[str]) -> None:
         self.path, self.samples, self.changes = params, samples, changes
         self.params = load_params(params, changes)
         self.preset = self.params.preset
-        self.root = Path("work") / "replicate" / self.preset
+        self.root = Path("work") / "photographs" / self.preset
         self.out = Path("docs") / "results" / f"{self.preset}.json"
 
     def train_and_score(self, variant: Variant, seed: int) -> None:

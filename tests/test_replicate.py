@@ -104,7 +104,7 @@ def test_photographs_keep_every_complete_run_in_one_file(world, monkeypatch, cap
     assert first["settings"]["teacher"] == tiny.TEACHER["model"]
     assert first["settings"]["epochs"] == 1
     run = first["runs"][1]
-    card = json.loads((world / "work/replicate/tiny/lease-0/probe.json").read_text())
+    card = json.loads((world / "work/photographs/tiny/lease-0/probe.json").read_text())
     assert run["probe_top1"] == card["top1"]
     assert {"knn_top1", "few_shot_2", "distance", "precision", "recall", "reconstruction"} <= run.keys()
     capsys.readouterr()
