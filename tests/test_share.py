@@ -73,15 +73,13 @@ def test_a_pushed_set_opens_from_the_hub_as_shards_and_as_a_dataset(tmp_path):
         card = files["README.md"].decode()
         assert "| `gen` | 40 | 40 | 5." in card and "| train | 34 |" in card and "load_tokenizer" in card
         assert not list((tmp_path / "work").glob("push*"))
-        installed = subprocess.run(
-            [sys.executable, "-c", "import datasets"], capture_output=True, check=False
-        ).returncode
-        code = READ.format(datasets="" if installed else WITH_DATASETS)
+        missing = subprocess.run([sys.executable, "-c", "import datasets"], capture_output=True, check=False).returncode
+        code = READ.format(datasets="" if missing else WITH_DATASETS)
         run = in_process(hub, tmp_path, "-c", code)
         assert run.returncode == 0, run.stderr
         lines = run.stdout.splitlines()
         assert lines[0] == open_shards(path).content_sha256
-        assert installed != 0 or lines[1:] == ["['0', '1', '2', '3', '4'] 16 uint16"]
+        assert missing or lines[1:] == ["['0', '1', '2', '3', '4'] 16 uint16"]
 
 
 def test_a_hub_that_refuses_is_one_line(tmp_path):

@@ -25,8 +25,7 @@ from semdict.train.vcq.train import VcqTraining
 from semdict.train.vqgan.model import MovingCodebook, Vqgan
 
 if TYPE_CHECKING:
-    from semdict.pipeline.config.schema import Params, VqganTrain
-    from semdict.pipeline.manifest.table import Manifest
+    from semdict.pipeline.config.schema import VqganTrain
 
 EXAMPLE = """examples:
   semdict vqgan train --manifest data/photos/manifest/manifest.parquet --out weights/photos-vqgan
@@ -107,9 +106,7 @@ class VqganTraining(VcqTraining):
     name = "vqgan-train"
     section = "vqgan_train"
 
-    def __init__(self, params: "Params", manifest: "Manifest", device: torch.device) -> None:
-        super().__init__(params, manifest, device)
-        self.cfg: VqganTrain
+    cfg: "VqganTrain"
 
     def build(self, loader: ImageLoader, trainer: Trainer) -> Components:
         cfg, device = self.cfg, trainer.world.device
